@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What `make test` hands to pytest: make test ARGS="-x tests/test_docs.py"
 ARGS ?=
+# A process for each core. Files stay whole: what is spawned or trained once for a file is then done once.
+PARALLEL ?= -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
@@ -18,11 +20,11 @@ help: ## Say what the targets are
 demo: $(VENV)/demo.stamp ## Train on two conflicting losses with five methods (ARGS=--quick for a first look)
 	$(BIN)/python -m gradsurgery demo $(ARGS)
 
-test: $(VENV)/demo.stamp $(VENV)/test.stamp ## Run the tests that are not slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp ## Run the tests that are not slow
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
-test-all: $(VENV)/demo.stamp $(VENV)/test.stamp ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test-all: $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp ## Run all tests
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # All four checks run, so that one report shows all there is to mend.
 lint: $(VENV)/demo.stamp $(VENV)/lint.stamp ## Check format, style, types and documented arguments
@@ -39,7 +41,7 @@ format: $(VENV)/lint.stamp ## Format the code and apply the safe fixes
 docs: $(VENV)/demo.stamp $(VENV)/docs.stamp ## Build the pages into docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -n -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/demo.stamp ## Measure the cost of a step
+bench: $(VENV)/demo.stamp $(VENV)/peers.stamp ## Measure the cost of a step, against other libraries
 	$(BIN)/python -m benchmarks.steps $(ARGS)
 
 # One thread: on matrices this small, waiting for a second one costs more than it brings.

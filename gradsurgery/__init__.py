@@ -1,6 +1,8 @@
 """One model, several losses: gradient surgery and loss weighting as drop-in PyTorch optimizers."""
 
+from gradsurgery.diagnose import Diagnosis, diagnose
 from gradsurgery.losses import losses_by_group
+from gradsurgery.monitor import Monitor
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
 from gradsurgery.surgery.agem import AGEM
@@ -15,11 +17,13 @@ from gradsurgery.surgery.dualproj import DualProj
 from gradsurgery.surgery.epo import EPO
 from gradsurgery.surgery.excessmtl import ExcessMTL
 from gradsurgery.surgery.fairgrad import FairGrad
+from gradsurgery.surgery.gcond import GCond
 from gradsurgery.surgery.graddrop import GradDrop
 from gradsurgery.surgery.gradvac import GradVac
 from gradsurgery.surgery.imtlg import IMTLG
 from gradsurgery.surgery.krum import Krum
 from gradsurgery.surgery.mconfig import MConFIG
+from gradsurgery.surgery.metabalance import MetaBalance
 from gradsurgery.surgery.mgda import MGDA
 from gradsurgery.surgery.moco import MoCo
 from gradsurgery.surgery.modo import MoDo
@@ -37,6 +41,7 @@ from gradsurgery.weighting.dwa import DWAWeighter
 from gradsurgery.weighting.famo import FAMOWeighter
 from gradsurgery.weighting.fixed import FixedWeighter
 from gradsurgery.weighting.geometric_mean import GeometricMeanWeighter
+from gradsurgery.weighting.go4align import GO4AlignWeighter
 from gradsurgery.weighting.gradnorm import GradNormWeighter
 from gradsurgery.weighting.group_dro import GroupDROWeighter
 from gradsurgery.weighting.imtl_l import IMTLLWeighter
@@ -83,11 +88,14 @@ __all__ = [
     "CoVWeighter",
     "ConFIG",
     "DWAWeighter",
+    "Diagnosis",
     "DualProj",
     "ExcessMTL",
     "FAMOWeighter",
     "FairGrad",
     "FixedWeighter",
+    "GCond",
+    "GO4AlignWeighter",
     "GeometricMeanWeighter",
     "GradDrop",
     "GradNormWeighter",
@@ -99,8 +107,10 @@ __all__ = [
     "LRAnnealingWeighter",
     "LossWeightedSoftAdaptWeighter",
     "MConFIG",
+    "MetaBalance",
     "MoCo",
     "MoDo",
+    "Monitor",
     "MultiLossOptimizer",
     "NTKWeighter",
     "NashMTL",
@@ -124,6 +134,7 @@ __all__ = [
     "UWSOWeighter",
     "UncertaintyWeighter",
     "Weighter",
+    "diagnose",
     "label_entropy",
     "label_variance",
     "losses_by_group",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import gradsurgery
 from gradsurgery import demo
+from gradsurgery.commands import comparing, diagnosing, explaining, listing
 
 # Each has NAME, HELP, `arguments(parser)` and `run(args)`, which returns the exit code.
-COMMANDS = (demo,)
+COMMANDS = (demo, listing, explaining, diagnosing, comparing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words behind the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0 if all went well, 2 for arguments or an installation that do not do, 130 when interrupted.
+        The exit code: 0 if all went well, 1 if there is no answer, 2 for arguments or an installation that do not do,
+        130 when interrupted.
     """
     parser = argparse.ArgumentParser(prog="gradsurgery", description=gradsurgery.__doc__)
     parser.add_argument("--version", action="version", version=f"gradsurgery {gradsurgery.__version__}")
@@ -32,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130

@@ -6,41 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from gradsurgery.pictures import COLOURS, LIGHT, smooth, spread_out, style
 from gradsurgery.problems.digits import PIXELS, Scenes
 
 if TYPE_CHECKING:
     from gradsurgery.demo import Row, Settings
 
-# Okabe and Ito's palette, told apart with any kind of colour blindness, and a violet that shows on white and on black.
-# Labels say it again.
-_COLOURS = ("#d55e00", "#8e6bd1", "#e69f00", "#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#000000")
-_INK, _GREY, _FAINT = "#222222", "#8c8c8c", "#dcdcdc"
+_GREY, _FAINT = LIGHT.grey, LIGHT.faint
 _POINTS: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": _GREY}
-_STYLE = {
-    "savefig.dpi": 160,
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": _INK,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-}
 
 
 def draw(table: Sequence[Row], scenes: Scenes, settings: Settings, folder: Path) -> None:
@@ -52,7 +30,7 @@ def draw(table: Sequence[Row], scenes: Scenes, settings: Settings, folder: Path)
         settings: What the trainings had in common.
         folder: An existing folder.
     """
-    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+    with style():
         for name, figure in (
             ("losses", _losses(table)),
             ("cosines", _cosines(table, settings)),
@@ -62,37 +40,7 @@ def draw(table: Sequence[Row], scenes: Scenes, settings: Settings, folder: Path)
 
 
 def _colours(table: Sequence[Row]) -> list[str]:
-    return [_COLOURS[position % len(_COLOURS)] for position in range(len(table))]
-
-
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Running mean along the first axis, over fewer values at the start."""
-    sums = np.cumsum(np.concatenate([np.zeros((1, *values.shape[1:])), values]), axis=0)
-    stop = np.arange(1, len(values) + 1)
-    start = np.maximum(stop - window, 0)
-    return (sums[stop] - sums[start]) / (stop - start).reshape(-1, *[1] * (values.ndim - 1))
-
-
-def _spread_out(places: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
-    """Move labels apart until neighbours are a gap apart, in the same order, within the limits if they fit."""
-    order = np.argsort(places)
-    steps = gap * np.arange(len(places))
-    ranked = np.asarray(places, dtype=float)[order] - steps
-    # Pool adjacent violators: the non-decreasing sequence closest to the wished places.
-    blocks: list[list[float]] = []
-    for value in ranked:
-        blocks.append([value, 1.0])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            mean, count = blocks.pop()
-            blocks[-1] = [
-                (blocks[-1][0] * blocks[-1][1] + mean * count) / (blocks[-1][1] + count),
-                blocks[-1][1] + count,
-            ]
-    fitted = np.concatenate([np.full(int(count), mean) for mean, count in blocks])
-    fitted = np.clip(fitted, low, max(low, high - steps[-1])) + steps
-    result = np.empty(len(places))
-    result[order] = fitted
-    return result
+    return [COLOURS[position % len(COLOURS)] for position in range(len(table))]
 
 
 def _losses(table: Sequence[Row]) -> Figure:
@@ -101,7 +49,7 @@ def _losses(table: Sequence[Row]) -> Figure:
     curves = []
     for row in table:
         losses = np.stack([run.losses.numpy() for run in row.runs]).mean(axis=0)
-        curves.append(_smooth(losses, max(1, len(losses) // 32)))
+        curves.append(smooth(losses, max(1, len(losses) // 32)))
     _lines(left, [curve[:, 0] for curve in curves], table, low=0.0, high=2.6)
     left.set_title("Which digit: cross-entropy")
     left.axhline(np.log(10), color=_GREY, lw=0.8, ls=(0, (1, 2)), zorder=0)
@@ -126,7 +74,7 @@ def _lines(axes: Axes, curves: Sequence[np.ndarray], table: Sequence[Row], low: 
     steps = len(curves[0])
     for curve, colour in zip(curves, _colours(table), strict=True):
         axes.plot(np.arange(1, steps + 1), curve, color=colour, lw=1.4)
-    places = _spread_out([curve[-1] for curve in curves], 0.065 * (high - low), low, high)
+    places = spread_out([curve[-1] for curve in curves], 0.065 * (high - low), low, high)
     for place, curve, row, colour in zip(places, curves, table, _colours(table), strict=True):
         axes.plot([steps, 1.05 * steps], [curve[-1], place], color=colour, lw=0.7, clip_on=False)
         axes.text(1.06 * steps, place, row.name, color=colour, va="center", fontsize=8)
@@ -145,7 +93,7 @@ def _cosines(table: Sequence[Row], settings: Settings) -> Figure:
         steps = settings.probe_every * np.arange(cosines.shape[1])
         panel.axhspan(-1, 0, color=_FAINT, alpha=0.5, lw=0)
         panel.plot(steps, cosines.T, ".", color=colour, ms=2.5, alpha=0.45, mew=0)
-        panel.plot(steps, _smooth(cosines.mean(axis=0), max(1, len(steps) // 8)), color=colour, lw=1.6)
+        panel.plot(steps, smooth(cosines.mean(axis=0), max(1, len(steps) // 8)), color=colour, lw=1.6)
         panel.set_title(row.name, color=colour)
         panel.text(0.97, 0.05, f"conflict {row.conflict_rate:.0%}", transform=panel.transAxes, ha="right", fontsize=8)
         panel.set_xlim(0, settings.steps)

@@ -22,8 +22,8 @@ from operator import mul
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import lstsq, qr
-from scipy.linalg.lapack import dgejsv, dposv, dpotrf, dpotrs, dpstrf, dtrtrs
+from scipy.linalg import lstsq, qr, solve_triangular
+from scipy.linalg.lapack import dgejsv, dgesdd, dgesv, dposv, dpotrf, dpotrs, dpstrf, dtrtrs
 from scipy.optimize import nnls
 
 Array = NDArray[np.float64]
@@ -278,28 +278,104 @@ def dual_cone(gram: ArrayLike, u: ArrayLike, factor: Factor | None = None, *, no
     """
     norms, cosines = unit(gram)
     u = np.asarray(u, dtype=np.float64)
-    wanted = np.atleast_2d(u * norms)
-    pushed = np.zeros_like(wanted)
+    m = len(norms)
+    wanted = (u * norms).reshape(-1, m)
     columns, pivot = _half(cosines)
-    exact: Array | None = None
+    lowest = (wanted @ cosines).min(axis=1).tolist()
     # A vector that no row opposes is its own projection.
-    for i in np.flatnonzero((wanted @ cosines < 0).any(axis=1)):
-        scale = np.abs(wanted[i]).max()
-        y = wanted[i] / scale
-        s = nnls(columns, -(columns @ y))[0]
-        if factor is not None:
+    opposed = [i for i, low in enumerate(lowest) if low < 0]
+    if not opposed:
+        return u.copy()
+    targets = wanted @ -columns.T
+    pushed = np.zeros_like(wanted)
+    for i in opposed:
+        pushed[i] = nnls(columns, targets[i])[0]
+    # For u ≥ 0, ‖Jᵀ(u + λ)‖ ≥ σ_min |u + λ|₁ / √m, and after pivoting σ_min ≥ 3 pivot / √(4^m + 6m − 1) (Higham 2002,
+    # chapter 8). Where that is good enough, as for most small m, no closer look is needed.
+    sound = m < 32 and 3 * _AMPLIFICATION * pivot * pivot >= sqrt(m * (4.0**m + 6 * m - 1)) and u.min() >= 0
+    if factor is not None and not sound:
+        exact: Array | None = None
+        for i in opposed:
+            y, s = wanted[i], pushed[i]
             point = columns @ (y + s)
             total = float(np.abs(y).sum() + s.sum())
             length = float(np.sqrt(point @ point))
             if pivot * length * _AMPLIFICATION < total:
-                active = (norms > 0) & ((s > 0) | (point @ columns <= 100 * len(norms) * noise * total))
+                active = (norms > 0) & ((s > 0) | (point @ columns <= 100 * m * noise * total))
                 if _doubtful(columns, active, length / total, noise):
                     if exact is None:
                         exact = _rows(factor)[1]
-                    s = nnls(exact, -(exact @ y))[0]
-        pushed[i] = s * scale
-    pushed /= np.where(norms > 0, norms, 1.0)
+                    pushed[i] = nnls(exact, -(exact @ y))[0]
+    pushed /= norms if norms.all() else np.where(norms > 0, norms, 1.0)
     return u + pushed.reshape(u.shape)
+
+
+def closest_point(
+    gram: ArrayLike, start: int, demand: ArrayLike, factor: Factor | None = None, *, noise: float = EPS
+) -> tuple[Array, float, float]:
+    """Weights of the point closest to one unit row that has given products with others: argmin ‖p − u_start‖ (PCD).
+
+    Subject to ⟨u_j, p⟩ ≥ demand_j. The shift e = p − u_start is the shortest with ⟨u_j, e⟩ ≥ demand_j − C_j,start: one
+    non-negative least squares problem, made exact on its support.
+
+    Args:
+        gram: (m, m) Gram matrix.
+        start: which row to stay close to; it must not be zero.
+        demand: (m,) products demanded with the unit rows; −inf where there is no constraint. A zero row has none.
+        factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
+        noise: error of the Gram's entries, relative to n_i n_j.
+
+    Returns:
+        ``(y, length, along)``: (m,) weights of the *unit* rows, p = Σ y_j u_j, all zero if no p meets the constraints
+        as far as the input can tell; ‖p‖; and the cosine between p and u_start. Where ‖p‖ relative to Σ y_j, or the
+        cosine, is no more than rounding, it is 0.
+    """
+    norms, cosines = unit(gram)
+    m = len(norms)
+    demand = np.where(norms > 0, np.asarray(demand, dtype=np.float64), -np.inf)
+    columns, pivot = _half(cosines)
+    tolerance = (m * noise) ** 0.5
+    y, point = _closest(columns, start, demand, tolerance)
+    length, total = float(np.sqrt(point @ point)), float(y.sum())
+    if factor is not None and (length <= tolerance * total or pivot * length * _AMPLIFICATION < total):
+        active = (y > 0) | (point @ columns - demand <= 100 * m * noise * total)
+        if _doubtful(columns, active, length / max(total, 1.0), noise):
+            columns = _rows(factor)[1]
+            # Rows of lower precision are rounded themselves.
+            tolerance = 16 * m * EPS if noise <= EPS else (m * EPS) ** 0.5
+            y, point = _closest(columns, start, demand, tolerance)
+            length, total = float(np.sqrt(point @ point)), float(y.sum())
+    if length <= tolerance * total:
+        return y, 0.0, 0.0
+    along = float(columns[:, start] @ point) / length
+    return y, length, along if abs(along) > tolerance else 0.0
+
+
+def _closest(columns: Array, start: int, demand: Array, tolerance: float) -> tuple[Array, Array]:
+    """The weights y of ``closest_point`` for unit columns, and the point; zeros if there is none."""
+    y = np.zeros(columns.shape[1])
+    y[start] = 1.0
+    j = np.flatnonzero(demand > -np.inf)
+    h = demand[j] - columns[:, start] @ columns[:, j]
+    top = float(h.max(initial=0.0))
+    if top > 0:
+        h /= top
+        x = _least_distance(columns[:, j], h)
+        gap = 1 - float(h @ x)  # 1 / (1 + ‖e‖²) for the shortest e with ⟨u_j, e⟩ ≥ h_j
+        if gap <= max(tolerance * tolerance, 16 * len(y) * EPS):
+            return np.zeros(len(y)), np.zeros(len(columns))
+        x /= gap
+        support = np.flatnonzero(x)
+        if len(support) <= len(columns):
+            # Once more on the support, where the constraints are equations: the division by a small gap costs digits.
+            triangle = qr(columns[:, j[support]], mode="r")[0][: len(support)]
+            pivots = np.abs(triangle.diagonal())
+            if pivots.min() > 4 * len(y) * EPS * pivots.max():
+                exact = solve_triangular(triangle, solve_triangular(triangle, h[support], trans=1))
+                if exact.min() >= 0:
+                    x[support] = exact
+        y[j] += top * x
+    return y, columns @ y
 
 
 def equal_projection(
@@ -323,22 +399,22 @@ def equal_projection(
     g = np.asarray(gram, dtype=np.float64)
     norms, cosines = unit(g)
     m = len(norms)
-    keep = np.flatnonzero(norms)
-    if len(keep) < m:
+    if not norms.all():
         y = np.zeros(m)
+        keep = np.flatnonzero(norms)
         if not len(keep):
             return y, 0, True
         part, part_factor = _select(g, factor, keep)
         y[keep], rank, degenerate = equal_projection(part, part_factor, by_length=by_length, noise=noise)
         return y, rank, degenerate
-    columns, pivot = _half(cosines, 16 * m * noise)
-    if pivot > 0:
+    triangle, _, rank, _ = dpstrf(cosines, tol=16 * m * noise)
+    if rank == m:
         y = dpotrs(dpotrf(cosines)[0], np.ones(m))[0]
+        pivot = float(triangle[-1, -1])
         # An error E of the cosines turns v by |E| |y| / (σ_min |v|), and |v|² = 1ᵀy.
         if factor is None or float(np.abs(y).sum()) < _AMPLIFICATION * pivot * sqrt(max(float(y.sum()), 0.0)):
             return y, m, False
-    if factor is not None:
-        columns = _full_rank(_rows(factor)[1])
+    columns = _half(cosines, 16 * m * noise)[0] if factor is None else _full_rank(_rows(factor)[1])
     scale = norms / norms.max() if by_length else np.ones(m)
     left, sigma, _ = np.linalg.svd((columns * scale).T, full_matrices=False)
     y = scale * (left @ (scale @ left / sigma**2))
@@ -414,31 +490,33 @@ def _power_newton(
     # What is shorter than this part of its terms is rounding: the rows are stationary.
     floor = m * EPS if columns is None else m * EPS * EPS
 
-    def terms(v: Array) -> tuple[Array, Array, float]:
-        cv = cosines @ v if columns is None else (columns @ v) @ columns
+    def terms(v: Array) -> tuple[Array, Array]:
+        return cosines @ v if columns is None else (columns @ v) @ columns, b if p == 1 else b * v ** (1 - p)
+
+    def worth(v: Array, cv: Array) -> float:
         if p == 1:
-            return cv, b, float(v @ cv / 2 - b @ np.log(v))
-        return cv, b * v ** (1 - p), float(v @ cv / 2 - b @ np.expm1((1 - p) * np.log(v)) / (1 - p))
+            return float(v @ cv / 2 - b @ np.log(v))
+        return float(v @ cv / 2 - b @ np.expm1((1 - p) * np.log(v)) / (1 - p))
 
     v = start
     if v is None:
         # The diagonal's solution, stretched to the best multiple unless it is stationary to rounding.
         v = b ** (1 / (1 + p))
-        cv, q, _ = terms(v)
+        cv, q = terms(v)
         square = float(v @ cv)
         if square > m * EPS * v.sum() ** 2:
             v *= (q.sum() / square) ** (1 / (1 + p))
-    cv, q, value = terms(v)
+    cv, q = terms(v)
     kept, least, length = v, np.inf, 0.0
     stale, best = 0, np.inf
     for _ in range(_NEWTON_ROUNDS):
         vcv = v * cv
         gradient = vcv - q
         residual = float(np.abs(gradient / q).max())
-        square = float(vcv.sum())
+        square = float(v @ cv)
         if residual < least:
             kept, least, length = v, residual, sqrt(max(square, 0.0))
-        if residual <= 2 * EPS or square <= floor * v.sum() ** 2:
+        if residual <= 2 * EPS or square <= floor * float(v.sum()) ** 2:
             break
         if columns is None:
             hessian = cosines * v
@@ -454,12 +532,18 @@ def _power_newton(
             sides = np.concatenate((-(columns @ v), np.sqrt(q / p)))
             order = np.argsort(-np.abs(stacked).max(axis=1))
             y = lstsq(stacked[order], sides[order], cond=0.0, lapack_driver="gelsy")[0] / spread
-        if float(np.abs(y).max()) < 1e-3:
+        longest = float(np.abs(y).max())
+        if longest < 1e-3:
             stale = stale + 1 if residual >= best / 2 else 0
             if stale == _STALE_ROUNDS:
                 break
             best = min(best, residual)
-        slope = float(y @ gradient)
+        if longest * (1 + p) < 0.2:
+            # The curvature changes by less than a quarter on the way: the whole step is a good one.
+            v = v * (1 + y)
+            cv, q = terms(v)
+            continue
+        value, slope = worth(v, cv), float(y @ gradient)
         # Terms too small to show in the value must still be free to move.
         blur = 16 * EPS * (abs(value) + float(np.abs(vcv).sum() + q.sum()))
         step = 1.0
@@ -467,13 +551,13 @@ def _power_newton(
             move = step * y
             # 1 + y, bent to 1 / (1 − y) below zero: weights stay positive and may fall by any factor in one round.
             trial = v * np.where(move < 0, 1 / (1 - np.minimum(move, 0.0)), 1 + move)
-            cv, q, lower = terms(trial)
-            if lower <= value + 1e-4 * step * slope + blur:
+            cv, q = terms(trial)
+            if worth(trial, cv) <= value + 1e-4 * step * slope + blur:
                 break
             step /= 2
         else:
             break
-        v, value = trial, lower
+        v = trial
     return kept, length, least
 
 
@@ -619,12 +703,19 @@ def align(
         columns = _full_rank(columns)
     rank = len(columns)
     top = norms.max()
-    # joba = 2: accurate for rows and columns of any length.
-    sigma, left, right, work, _, _ = dgejsv((columns * (norms / top)).T, joba=2)
-    sigma = np.sort(sigma * (work[0] / work[1]))[::-1] * top
-    scale = {"min": sigma[-1], "median": sigma[rank // 2], "rmse": np.sqrt(np.mean(sigma**2))}[scale_mode]
+    lengths = norms / top
+    if rank == m and pivot * pivot * _AMPLIFICATION >= 1 and lengths.min() >= 0.03:
+        # Nothing here needs the Jacobi method, whose routine wakes the threads of the BLAS even for tiny matrices.
+        left, sigma, transposed, _ = dgesdd((columns * lengths).T)
+        right = transposed.T
+    else:
+        # joba = 2: accurate for rows and columns of any length.
+        sigma, left, right, work, _, _ = dgejsv((columns * lengths).T, joba=2)
+        sigma = np.sort(sigma * (work[0] / work[1]))[::-1]
+    sigma = sigma * top
+    scale = np.sqrt(np.mean(sigma**2)) if scale_mode == "rmse" else sigma[-1 if scale_mode == "min" else rank // 2]
     polar = right @ left[:, :rank].T
-    balance = np.linalg.solve(columns, polar) if rank == m else np.linalg.lstsq(columns, polar)[0]
+    balance = dgesv(columns, polar)[2] if rank == m else np.linalg.lstsq(columns, polar)[0]
     return balance * scale / norms[:, None], rank
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-#: A collection of scalar losses; ``None`` stands for a task that is absent from this batch.
-Losses = Mapping[str, "Tensor | None"] | Iterable["Tensor | None"] | Tensor
+#: A scalar loss, a function that returns one or ``None``, or ``None`` for a task that is absent from this batch.
+Loss = Tensor | Callable[[], Tensor | None] | None
+#: A collection of losses.
+Losses = Mapping[str, Loss] | Iterable[Loss] | Tensor
 
 
 class Tasks(NamedTuple):
@@ -20,13 +22,14 @@ class Tasks(NamedTuple):
         names: Names of all tasks, absent ones included.
         present: Names of the tasks that have a loss in this call, (m,).
         tensors: Their scalar losses, (m,).
-        roots: Where differentiation starts, (m,): the losses, or their edges in the graph.
+        roots: Where differentiation starts, (m,): the losses, or their edges in the graph. None where only other
+            processes have the loss.
     """
 
     names: tuple[str, ...]
     present: tuple[str, ...]
     tensors: tuple[Tensor, ...]
-    roots: tuple[Tensor | GradientEdge, ...]
+    roots: tuple[Tensor | GradientEdge | None, ...]
 
     def only(self, keep: Sequence[int]) -> Tasks:
         """Leave out tasks, as if the user had passed ``None`` for them.
@@ -45,13 +48,14 @@ class Tasks(NamedTuple):
         )
 
 
-def read(losses: Losses, owner: str) -> Tasks:
+def read(losses: Losses, owner: str, may_be_empty: bool = False) -> Tasks:
     """Check the losses and give each its name.
 
     Args:
         losses: A list, tuple, named tuple or 1-d tensor of scalar losses, or a mapping of names to them. ``None`` marks
             an absent task. Without names the tasks are called "0", "1", ….
         owner: The class that errors should name.
+        may_be_empty: Accept that no task is present, since another process may have one.
 
     Returns:
         Names and tensors in the order given.
@@ -66,7 +70,7 @@ def read(losses: Losses, owner: str) -> Tasks:
         for name in losses:
             if not isinstance(name, str):
                 raise TypeError(f"{where}: names of losses must be strings, got {name!r}.")
-        named: list[tuple[str, Tensor | None]] = list(losses.items())
+        named: list[tuple[str, Loss]] = list(losses.items())
     elif isinstance(losses, Tensor):
         if losses.dim() != 1:
             raise TypeError(
@@ -88,8 +92,9 @@ def read(losses: Losses, owner: str) -> Tasks:
     if not named:
         raise ValueError(f"{where}: `losses` is empty. Pass at least one loss.")
 
-    present = [(name, loss) for name, loss in named if loss is not None]
-    if not present:
+    evaluated = [(name, loss if isinstance(loss, Tensor) or not callable(loss) else loss()) for name, loss in named]
+    present = [(name, loss) for name, loss in evaluated if loss is not None]
+    if not present and not may_be_empty:
         raise ValueError(f"{where}: every loss is None. Skip the step when no task is in the batch.")
     first_use: dict[int, str] = {}
     checked = []
@@ -101,9 +106,12 @@ def read(losses: Losses, owner: str) -> Tasks:
                 "Pass each loss once, and weight it if it should count twice."
             )
         first_use[id(loss)] = name
-    if len({loss.device.type == "meta" for loss in checked}) > 1:
-        placed = ", ".join(f"{name!r} on {loss.device}" for (name, _), loss in zip(present, checked, strict=True))
-        raise ValueError(f"{where}: losses on the meta device cannot be combined with real ones: {placed}.")
+    unreal = [name for (name, _), loss in zip(present, checked, strict=True) if loss.device.type == "meta"]
+    if unreal:
+        raise ValueError(
+            f"{where}: losses on the meta device have no values and no gradients: "
+            f"{', '.join(map(repr, unreal))} on meta."
+        )
     roots = _edges_of_stack(losses, where) if isinstance(losses, Tensor) else checked
     return Tasks(tuple(n for n, _ in named), tuple(n for n, _ in present), tuple(checked), tuple(roots))
 
@@ -123,7 +131,8 @@ def _edges_of_stack(losses: Tensor, where: str) -> Sequence[Tensor | GradientEdg
 def _check(loss: object, name: str, where: str) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"{where}: loss {name!r} must be a scalar tensor, or None if absent, got {type(loss).__name__}."
+            f"{where}: loss {name!r} must be a scalar tensor, a function that returns one, or None if absent, got "
+            f"{type(loss).__name__}."
         )
     if loss.numel() != 1:
         raise ValueError(
@@ -144,16 +153,18 @@ def _detached(where: str, name: str) -> RuntimeError:
     )
 
 
-def values(tensors: Sequence[Tensor]) -> Tensor:
+def values(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Stack the detached values of the losses.
 
     Args:
         tensors: m scalar losses, possibly of several dtypes and devices.
+        device: Where to put the result.
 
     Returns:
-        Their values, (m,), float64, on the device of the first. A copy: it owns its memory.
+        Their values, (m,), float64. A copy: it owns its memory.
     """
-    device = tensors[0].device
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64, device=device)
     return torch.stack([t.detach().to(device=device, dtype=torch.float64) for t in tensors])
 
 

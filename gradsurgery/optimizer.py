@@ -7,22 +7,28 @@ What a method learns between steps (windows, averages, weights) is its *memory*.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery import losses as losses_module
 from gradsurgery import rows as rows_module
+from gradsurgery import shards
+from gradsurgery.call import Call, parameters, prepare
 from gradsurgery.losses import Losses, Tasks
 from gradsurgery.report import Report
+from gradsurgery.world import World
 
+_ZEROS = np.zeros(4, dtype=np.uint64)
 _KEY = "gradsurgery"  # the one key that state_dict has beyond torch's own
 
 
@@ -38,16 +44,13 @@ class Switches(TypedDict, total=False):
     min_weight: float | None
     max_weight: float | None
     seed: int
+    distributed: bool
+    process_group: dist.ProcessGroup | None
+    debug: bool
 
 
-class Call(NamedTuple):
-    """One call of ``backward``, as the methods' steps see it."""
-
-    tasks: Tasks
-    scaler: torch.amp.GradScaler | None
-    retain_graph: bool
-    others: tuple[Tensor, ...]
-    features: tuple[Tensor, ...]
+class InOrder(dict[str, Any]):
+    """What the user gave as a sequence: in the order of the losses, under "0", "1" and so on, whatever their names."""
 
 
 class MultiLossOptimizer(Optimizer):
@@ -74,6 +77,11 @@ class MultiLossOptimizer(Optimizer):
         min_weight: Lower bound of the method's weights in sum scale (1 is the plain sum), applied last.
         max_weight: Upper bound, likewise.
         seed: Start of the method's own random stream. Draws depend on the seed and the number of committed steps only.
+        distributed: The processes of the default group train this model together, each on its part of the batch.
+            Gradients and losses are exchanged, so that every process makes the same step. With parameters sharded by
+            ``fully_shard`` or a tensor-parallel plan this is found by itself.
+        process_group: The same with these processes.
+        debug: Compare the parameters of all processes in every call, and raise where they differ.
 
     Raises:
         TypeError: `optimizer` is not an optimizer, or a nesting that has no meaning.
@@ -104,6 +112,9 @@ class MultiLossOptimizer(Optimizer):
         min_weight: float | None = None,
         max_weight: float | None = None,
         seed: int = 0,
+        distributed: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        debug: bool = False,
     ) -> None:
         # Kept, since a framework may run these methods on an object of a subclass that it makes up.
         self._name = type(self).__name__
@@ -123,6 +134,9 @@ class MultiLossOptimizer(Optimizer):
         self.min_weight = -math.inf if min_weight is None else self._number("min_weight", min_weight)
         self.max_weight = math.inf if max_weight is None else self._number("max_weight", max_weight)
         self.seed = self._count("seed", seed, least=0)
+        self.distributed = bool(distributed) or process_group is not None
+        self.process_group = process_group
+        self.debug = bool(debug)
         if self.min_weight > self.max_weight:
             raise ValueError(f"{self._name}: `min_weight` {min_weight!r} exceeds `max_weight` {max_weight!r}.")
         if preference is not None and self.preference_refused:
@@ -146,7 +160,13 @@ class MultiLossOptimizer(Optimizer):
             "rows": None,
             "part": None,
             "positions": {},
+            "pieces": {},
             "features": (),
+            "generator": None,
+            "kept": None,
+            "unbatched": False,
+            "call": None,
+            "residuals": None,
         }
 
     # ------------------------------------------------------------------------------ torch's contract
@@ -195,19 +215,32 @@ class MultiLossOptimizer(Optimizer):
 
         Returns:
             What the wrapped optimizer returns.
+
+        Raises:
+            RuntimeError: Gradients were accumulated that no call of ``backward`` has acted on.
         """
+        if self._run["kept"] is not None and closure is None:
+            raise RuntimeError(
+                f"{self._name}.step: gradients were accumulated that no call has acted on. Leave out "
+                "accumulate=True in the backward() before step(), or throw them away with zero_grad()."
+            )
         result = self.base.step(closure)
+        if self._run["kept"] is not None:
+            raise RuntimeError(
+                f"{self._name}.step: the closure accumulated gradients and did not act on them, so the step was made "
+                "without. Leave out accumulate=True in its last backward()."
+            )
         self._commit()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and discard what ``backward`` proposed but no step has committed.
+        """Clear the gradients, accumulated ones too, and discard what ``backward`` proposed but no step committed.
 
         Args:
             set_to_none: As in torch.
         """
         self.base.zero_grad(set_to_none)
-        self._run["pending"] = None
+        self._run.update(pending=None, kept=None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer.
@@ -241,11 +274,15 @@ class MultiLossOptimizer(Optimizer):
 
         Args:
             state_dict: What ``state_dict`` returned.
+
+        Raises:
+            ValueError: A part of what this class saved is missing. Nothing is loaded then.
         """
         bare = dict(state_dict)
         saved = bare.pop(_KEY, None)
         memory: dict[str, Any] = {"step": 0}
         if saved is not None:
+            self._require_whole(saved)
             if (saved["class"], saved["version"]) == (self._name, self.version):
                 memory = _copied(saved["memory"])
             else:
@@ -258,11 +295,30 @@ class MultiLossOptimizer(Optimizer):
             if saved["inner"] is not None and isinstance(self.base, MultiLossOptimizer):
                 bare[_KEY] = saved["inner"]
         self.base.load_state_dict(bare)
-        self._run.update(committed=memory, pending=None)
+        self._run.update(committed=memory, pending=None, kept=None)
+
+    def _require_whole(self, saved: Any) -> None:
+        missing = [key for key in ("class", "version", "memory", "inner") if key not in saved]
+        if not missing and "step" not in saved["memory"]:
+            missing = ["memory['step']"]
+        if missing:
+            raise ValueError(
+                f"{self._name}.load_state_dict: the entry {_KEY!r} of the state lacks {', '.join(missing)}: it was cut "
+                "off or changed. Nothing was loaded. Delete the entry to load the rest; the method then starts afresh."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # What pickle and deepcopy keep: all but a `step` that a scheduler has put on the instance.
         return {key: value for key, value in self.__dict__.items() if key != "step"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MultiLossOptimizer:
+        # The copy works with the same processes: a group is no part of the optimizer, and cannot be copied.
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # As they are; torch's version would patch `step` on this class.
@@ -280,10 +336,13 @@ class MultiLossOptimizer(Optimizer):
         self,
         losses: Losses,
         *,
+        accumulate: bool = False,
+        batch_size: float | Mapping[str, float] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         retain_graph: bool = False,
         others: Iterable[Optimizer] = (),
         features: Tensor | Sequence[Tensor] | None = None,
+        residuals: Mapping[str, Tensor] | Iterable[Tensor] | None = None,
     ) -> Report:
         """Turn the losses into gradients and add them to ``.grad``.
 
@@ -291,7 +350,13 @@ class MultiLossOptimizer(Optimizer):
 
         Args:
             losses: Scalar losses: a dict of names to tensors (best), a list, tuple, named tuple or 1-d tensor. ``None``
-                in place of a tensor marks a task that is absent from this batch.
+                in place of a tensor marks a task that is absent from this batch. A function without arguments in place
+                of a tensor is called, and returns one: with one forward pass a loss no graph is differentiated twice.
+            accumulate: This is one of several micro-batches, not the last: keep the gradients of each loss and write
+                nothing. It costs one row a loss, and for a moment two and one more while a micro-batch is added. The
+                next call without it acts once on the sum. Divide each loss by the number of micro-batches, as always.
+            batch_size: Number of samples on this process, for all losses or by name, where processes have parts of
+                different sizes. 0 is an absent task.
             scaler: The gradient scaler of mixed precision. The method sees unscaled gradients, ``.grad`` gets scaled
                 ones, and ``scaler.step(optimizer)`` follows as usual.
             retain_graph: Keep the graph, as in torch.
@@ -299,6 +364,7 @@ class MultiLossOptimizer(Optimizer):
             features: The shared representation, one tensor or several. Weights then come from the gradients there
                 (MGDA-UB and its like), and one backward pass through the trunk follows: cheaper, and another method.
                 Every loss must reach it.
+            residuals: What :class:`gradsurgery.NTKWeighter` asks for, here or below a surgery.
 
         Returns:
             What happened; also kept as `report`.
@@ -308,35 +374,57 @@ class MultiLossOptimizer(Optimizer):
             ValueError: There is no loss, or one is not a scalar, or was passed twice.
             RuntimeError: A loss has no graph, reaches no parameter, or is not finite under ``nonfinite="raise"``.
         """
-        tasks = losses_module.read(losses, self._name)
-        self._warn_of_ranks()
+        world = self._world()
+        if world is not None and self.debug:
+            world.require_replicas(parameters(self))
+        going_on = accumulate or self._run["kept"] is not None
+        tasks = losses_module.read(losses, self._name, may_be_empty=world is not None or going_on)
+        # With several processes this call may be the first to see a task, so the names are those of the whole list.
         with self._proposal(tasks):
-            if self.nonfinite == "drop":
-                finite = torch.isfinite(losses_module.values(tasks.tensors)).tolist()
-                # With nothing left a scaler is to see the values in .grad, and to skip the step.
-                seen = scaler is not None and scaler.is_enabled() and not any(finite)
-                if not all(finite) and not seen:
-                    self.flag("dropped")
-                    tasks = tasks.only([i for i, ok in enumerate(finite) if ok])
-                    self._run["tasks"] = tasks
-            if not tasks.present:
+            self._run["residuals"] = residuals
+            at = tuple([features] if isinstance(features, Tensor) else features or ())
+            # A micro-batch without any task adds nothing; the last one acts on what was kept all the same.
+            nothing = accumulate and world is None and not tasks.present
+            call = (
+                None
+                if nothing
+                else prepare(self, tasks, accumulate, batch_size, scaler, retain_graph, others, at, world)
+            )
+            if nothing:
+                report = Report((), np.zeros(0), flags=["accumulating"])
+            elif call is None:
                 report = Report((), np.zeros(0), flags=[*self._run["flags"], "skipped"])
                 self._run["draft"] = None
+            elif accumulate:
+                report = Report(call.tasks.present, call.values, flags=[*self._run["flags"], "accumulating"])
             else:
-                # A compiled backward that first ran without retain_graph refuses to run with it later. Where steps of
-                # both kinds follow each other all retain, and the references are dropped instead.
-                retain_graph = retain_graph or self.every > 1 or self.warmup > 0
-                report = self._act(
-                    Call(
-                        tasks,
-                        scaler,
-                        retain_graph,
-                        others=tuple(p for other in others for p in parameters(other)),
-                        features=(features,) if isinstance(features, Tensor) else tuple(features or ()),
-                    )
-                )
+                self._run["call"] = call
+                report = self._act(call)
+            if call is not None:
+                self._run["kept"] = call.kept if accumulate else None
             self._run["report"] = report
         return report
+
+    def _world(self) -> World | None:
+        """The processes to exchange with, in this call."""
+        if not dist.is_available() or not dist.is_initialized():
+            if self.distributed:
+                raise RuntimeError(
+                    f"{self._name}.backward: distributed=True needs torch.distributed.init_process_group() first."
+                )
+            return None
+        if any(getattr(p, "_is_flat_param", False) for p in parameters(self)):
+            raise RuntimeError(
+                f"{self._name}.backward: FullyShardedDataParallel flattens parameters, so that gradients of one loss "
+                "cannot be told from that of another. Use torch.distributed.fsdp.fully_shard, or "
+                "DistributedDataParallel with distributed=True."
+            )
+        group = self.process_group or dist.group.WORLD
+        assert group is not None
+        if self.distributed or shards.sharded(parameters(self)):
+            return World(group, self._name)
+        self._warn_of_ranks()
+        return None
 
     # --------------------------------------------------------------------- what methods are built on
 
@@ -362,10 +450,22 @@ class MultiLossOptimizer(Optimizer):
         """The random stream of this step: the same for the same seed and number of committed steps.
 
         Returns:
-            A fresh generator.
+            The generator, at the start of the stream. Another call puts it there again.
         """
         step = (self._run["draft"] or self._run["committed"])["step"]
-        return np.random.Generator(np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)))
+        # Made once: setting its state costs a tenth of making one.
+        generator: np.random.Generator | None = self._run["generator"]
+        if generator is None:
+            generator = self._run["generator"] = np.random.Generator(np.random.Philox(key=0))
+        generator.bit_generator.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": _ZEROS, "key": np.array([self.seed, step], dtype=np.uint64)},
+            "buffer": _ZEROS,
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return generator
 
     def flag(self, what: str) -> None:
         """Put a flag on the report of this call.
@@ -384,12 +484,53 @@ class MultiLossOptimizer(Optimizer):
         Raises:
             ValueError: A present task has none.
         """
-        if self.preference is None:
-            return np.ones(len(self.names))
-        missing = [name for name in self.names if name not in self.preference]
+        return (
+            np.ones(len(self.names)) if self.preference is None else np.array(self.each("preference", self.preference))
+        )
+
+    def by_name(self, argument: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Put the names of the losses of this call to what the user gave in their order.
+
+        Args:
+            argument: Name of the argument, for the error.
+            given: By name; `InOrder` if it was given in order.
+
+        Returns:
+            By name.
+
+        Raises:
+            ValueError: There are more or fewer entries than losses.
+        """
+        names = self._run["tasks"].names
+        if not isinstance(given, InOrder) or given.keys() >= set(names):
+            return given
+        if len(given) != len(names):
+            raise ValueError(
+                f"{self._name}: `{argument}` must have one entry for each of the losses {list(names)}, in this order, "
+                f"got {len(given)}. A dict gives entries by name."
+            )
+        return dict(zip(names, given.values(), strict=True))
+
+    def each(self, argument: str, given: Mapping[str, Any]) -> list[Any]:
+        """Look up what the user gave for each present task.
+
+        Args:
+            argument: Name of the argument, for the error.
+            given: By name; `InOrder` if it was given in order.
+
+        Returns:
+            One entry a present task.
+
+        Raises:
+            ValueError: A present task is missing, or there are more or fewer entries than losses.
+        """
+        known = self.by_name(argument, given)
+        missing = [name for name in self.names if name not in known]
         if missing:
-            raise ValueError(f"{self._name}: `preference` must name every loss, {missing} is missing.")
-        return np.array([self.preference[name] for name in self.names])
+            raise ValueError(
+                f"{self._name}: `{argument}` must name every loss, {missing} is missing. It has {list(known)}."
+            )
+        return [known[name] for name in self.names]
 
     def _settled(self, weights: np.ndarray) -> np.ndarray:
         """Smooth and bound what the method gave."""
@@ -397,6 +538,8 @@ class MultiLossOptimizer(Optimizer):
             last = self.recall("smoothed_weights", weights)
             weights = self.weight_momentum * last + (1 - self.weight_momentum) * weights
             self.keep("smoothed_weights", weights)
+        if (self.min_weight, self.max_weight) == (-math.inf, math.inf):
+            return weights
         return np.clip(weights, self.min_weight, self.max_weight)
 
     def recall(self, key: str, default: float | np.ndarray) -> np.ndarray:
@@ -433,7 +576,17 @@ class MultiLossOptimizer(Optimizer):
             if run["draft"] is not None:
                 run["pending"] = run["draft"]
         finally:
-            run.update(draft=None, tasks=None, rows=None, part=None, positions={}, features=())
+            run.update(
+                draft=None,
+                tasks=None,
+                rows=None,
+                part=None,
+                positions={},
+                pieces={},
+                features=(),
+                call=None,
+                residuals=None,
+            )
 
     def _check_names(self, tasks: Tasks) -> None:
         if not self.stateful:
@@ -455,16 +608,14 @@ class MultiLossOptimizer(Optimizer):
             run["pending"] = None
 
     def _warn_of_ranks(self) -> None:
-        """Nothing is exchanged between processes yet, and replicas that drift apart give no sign of it."""
-        group = torch.distributed
-        if self._run["warned_of_ranks"] or not (group.is_available() and group.is_initialized()):
-            return
-        if group.get_world_size() > 1:
+        """Replicas that drift apart give no sign of it."""
+        if not self._run["warned_of_ranks"] and dist.get_world_size() > 1:
             self._run["warned_of_ranks"] = True
             warnings.warn(
-                f"{self._name}.backward: {group.get_world_size()} processes run, and gradients and losses are not "
-                "exchanged between them. Replicas of one model that see different batches drift apart.",
-                stacklevel=3,
+                f"{self._name}.backward: {dist.get_world_size()} processes run, and nothing is exchanged between them. "
+                "Replicas of one model that see different batches drift apart. Pass distributed=True to the "
+                "constructor, or process_group=. Processes that train models of their own can ignore this.",
+                stacklevel=4,
             )
 
     def _due(self) -> Literal["act", "reuse", "warmup"]:
@@ -476,40 +627,6 @@ class MultiLossOptimizer(Optimizer):
         if since % self.every == 0 or last is None or set(last) != set(self.names):
             return "act"
         return "reuse"
-
-    def _reached(self, tasks: Tasks, others: Sequence[Tensor]) -> tuple[dict[Tensor, int], list[Tensor], list[Tensor]]:
-        """Which parameters the losses reach.
-
-        Returns:
-            Bit masks by leaf, the reached parameters of this optimizer, and those of the other ones.
-        """
-        masks = rows_module.reach(tasks.roots)
-        mine = [p for p in parameters(self) if p in masks]
-        own = set(mine)
-        theirs = list(dict.fromkeys(p for p in others if p in masks and p not in own))
-        covered = 0
-        for p in (*mine, *theirs):
-            covered |= masks[p]
-        for i, name in enumerate(tasks.present):
-            if not covered >> i & 1:
-                raise RuntimeError(
-                    f"{self._name}.backward: loss {name!r} reaches no parameter of the optimizer. Was the "
-                    "model run under torch.no_grad(), are its parameters frozen, or do they belong to another "
-                    "optimizer? Name that one in `others`."
-                )
-        if not self._run["warned"]:
-            own.update(theirs)
-            strangers = [p for p in masks if isinstance(p, torch.nn.Parameter) and p not in own]
-            if strangers:
-                self._run["warned"] = True
-                warnings.warn(
-                    f"{self._name}.backward: the losses reach {len(strangers)} parameter(s) outside the "
-                    f"optimizer (the first has shape {tuple(strangers[0].shape)}). They get no gradient. If another "
-                    "optimizer should step them, pass it in `others`; if they are not to be trained here, as the other "
-                    "network of a GAN, freeze them with requires_grad_(False) or ignore this.",
-                    stacklevel=4,
-                )
-        return masks, mine, theirs
 
     def _stops(self, finite: np.ndarray, what: str, scaler: torch.amp.GradScaler | None) -> bool:
         """Apply the policy for values that are not finite.
@@ -534,12 +651,17 @@ class MultiLossOptimizer(Optimizer):
             "not finite."
         )
 
-    def _spoiled(self, params: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> bool:
+    def _spoiled(
+        self, gradients: Sequence[Tensor | None], scaler: torch.amp.GradScaler | None, world: World | None
+    ) -> bool:
         """Under the policy "skip", look for inf and nan in new gradients after a single backward pass."""
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [g for g in gradients if g is not None]
         if self.nonfinite != "skip" or (scaler is not None and scaler.is_enabled()) or not grads:
             return False
-        if bool(torch.isfinite(rows_module.peak(grads, grads[0].device))):
+        worst = rows_module.peak([shards.local(g) for g in grads], grads[0].device)
+        if world is not None:
+            worst = world.total(worst.to(world.device(worst.device)))
+        if bool(torch.isfinite(worst)):
             return False
         self._run["draft"] = None
         self.flag("nonfinite")
@@ -587,24 +709,14 @@ class MultiLossOptimizer(Optimizer):
         return float(value)
 
     def _by_name(self, name: str, given: Mapping[str, float] | Sequence[float]) -> dict[str, float]:
-        """Positive numbers by loss name; entries of a sequence have the names "0", "1" and so on."""
+        """Positive numbers by loss name, or in order."""
         if isinstance(given, (str, bytes)) or not isinstance(given, (Mapping, Iterable)):
             raise ValueError(f"{self._name}: `{name}` must be numbers by name or in order, got {given!r}.")
-        named = given if isinstance(given, Mapping) else {str(i): value for i, value in enumerate(given)}
-        return {str(key): self._number(f"{name}[{key!r}]", float(value), above=0.0) for key, value in named.items()}
-
-
-def parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Trainable parameters in the order of the groups, each once. Read anew in every call: groups change.
-
-    Args:
-        optimizer: Any optimizer.
-
-    Returns:
-        Its parameters that require grad.
-    """
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    return list(dict.fromkeys(p for p in params if p.requires_grad))
+        named = given if isinstance(given, Mapping) else InOrder((str(i), value) for i, value in enumerate(given))
+        kind = InOrder if isinstance(named, InOrder) else dict
+        return kind(
+            (str(key), self._number(f"{name}[{key!r}]", float(value), above=0.0)) for key, value in named.items()
+        )
 
 
 def _copied(value: Any) -> Any:

@@ -25,11 +25,15 @@ class Report:
         gram: Inner products of the rows over the shared parameters, (m, m), or None.
         norms: Row norms, (m,), where a method measures them without a Gram matrix, or None.
         flags: What was unusual.
+        engine: How gradients were found.
 
     Attributes:
         names: Names of the tasks present in the call, (m,), in the order given.
         weights: The weight of each loss in the update, by name, after `reduction`. ``None`` for methods that do not
             work by weights.
+        engine: How gradients were found: "rows", "ghosts" (some gradients of single losses were never formed; see
+            `engine` of :class:`gradsurgery.surgery.base.Surgery`), "slices" (rows spread over processes), or
+            "one pass". None if nothing was differentiated.
         flags: What was unusual, for example "stationary", "rank-deficient", "nonfinite", "warmup", "reused".
     """
 
@@ -41,9 +45,11 @@ class Report:
         gram: np.ndarray | None = None,
         norms: np.ndarray | None = None,
         flags: Sequence[str] = (),
+        engine: str | None = None,
     ) -> None:
         self.names = tuple(names)
         self.flags = tuple(dict.fromkeys(flags))
+        self.engine = engine
         self.weights = None if weights is None else dict(zip(self.names, map(float, weights), strict=True))
         self._losses = losses
         self._gram = gram
@@ -103,7 +109,7 @@ class Report:
         Returns:
             Field names to values.
         """
-        fields = ("losses", "total", "objective", "weights", "norms", "cosines", "conflict_rate", "flags")
+        fields = ("losses", "total", "objective", "weights", "norms", "cosines", "conflict_rate", "engine", "flags")
         return {field: value for field in fields if (value := getattr(self, field)) is not None}
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Losses → rows → Gram, and the way back into ``.grad``. The only module that talks to autograd.
+"""Losses → rows, and the way back into ``.grad``. The only module that calls autograd.
 
 A *row* is the gradient of one loss. It is kept as autograd returns it: one tensor a parameter, never one flat copy.
 """
@@ -11,86 +11,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
-#: The gradient of one loss: one entry a parameter, ``None`` where the loss does not reach it.
-Row = list["Tensor | None"]
-
-# A float32 product over millions of columns loses three to four digits. Over 8k columns it loses none that float32 has;
-# the partial products are then added up in float64.
-_CHUNK = 8192
-# Entries that are copied side by side for one product: what fits a cache on the CPU, what fills a GPU elsewhere.
-_BUCKET_CPU, _BUCKET_GPU = 2**19, 2**24
-
-# The C++ stack of a main thread overflows at twice this depth and more.
-_DEEPEST = 20_000
-
-# Squares of float32 entries leave the range of normal numbers not far outside these bounds of the squared norm.
-_SAFE_SQUARES = (1e-24, 1e30)
-
-
-def reach(roots: Sequence[Tensor | GradientEdge]) -> dict[Tensor, int]:
-    """Find the leaves that each loss can reach, without differentiating anything.
-
-    Args:
-        roots: Where differentiation starts, (m,).
-
-    Returns:
-        For every leaf that requires grad a bit mask: bit i is set if loss i reaches it.
-
-    Raises:
-        RuntimeError: A part of the graph is hidden by reentrant activation checkpointing.
-    """
-    masks: dict[Node, int] = {}
-    leaves: dict[Tensor, int] = {}
-    starts: list[Node] = []
-    for i, root in enumerate(roots):
-        start = root.grad_fn if isinstance(root, Tensor) else root.node
-        if start is not None:
-            masks[start] = masks.get(start, 0) | 1 << i
-            starts.append(start)
-        elif isinstance(root, Tensor):  # the loss is a leaf itself
-            leaves[root] = leaves.get(root, 0) | 1 << i
-
-    # Depth first; a node is done when all below it are done, so the reverse of `order` has every node before its
-    # inputs.
-    order: list[Node] = []
-    seen: set[Node] = set()
-    for start in starts:
-        if start in seen:
-            continue
-        seen.add(start)
-        stack: list[tuple[Node, Iterator[tuple[Node | None, int]]]] = [(start, iter(start.next_functions))]
-        while stack:
-            node, below = stack[-1]
-            if len(stack) > _DEEPEST:
-                raise RuntimeError(
-                    f"The graph of the losses is more than {_DEEPEST} nodes deep. Freeing a graph that Python has "
-                    "walked recurses, and would crash the process. Cut it, for example by truncated backpropagation."
-                )
-            for child, _ in below:
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    stack.append((child, iter(child.next_functions)))
-                    break
-            else:
-                stack.pop()
-                order.append(node)
-    for node in reversed(order):
-        mask = masks[node]
-        for child, _ in node.next_functions:
-            if child is not None:
-                masks[child] = masks.get(child, 0) | mask
-        kind = type(node).__name__
-        if kind == "AccumulateGrad":
-            leaf = node.variable  # type: ignore[attr-defined]
-            leaves[leaf] = leaves.get(leaf, 0) | mask
-        elif kind == "CheckpointFunctionBackward":
-            raise RuntimeError(
-                "The losses go through torch.utils.checkpoint with use_reentrant=True, which hides the parameters of "
-                "the checkpointed block from torch.autograd.grad. Pass use_reentrant=False."
-            )
-    return leaves
+from gradsurgery.gram import Row as Row
 
 
 def gradient(root: Tensor | GradientEdge, params: Sequence[Tensor], seed: Tensor, retain_graph: bool) -> Row:
@@ -127,220 +50,98 @@ def _explained(error: RuntimeError) -> RuntimeError:
         return RuntimeError(
             "The model is compiled, and its compiled backward may run only once a forward. Set "
             "torch._functorch.config.donated_buffer = False before the first compilation; a warm compile cache needs "
-            f"torch._dynamo.reset() as well. ({text})"
+            "torch._dynamo.reset() as well. Or pass each loss as a function without arguments, which costs one forward "
+            f"pass a loss. ({text})"
         )
     return error
 
 
-class Parked:
-    """Tells :func:`parked` whether what was accumulated is to be kept."""
-
-    discard = False
-
-
 @contextmanager
-def parked(params: Sequence[Tensor]) -> Iterator[Parked]:
-    """Let autograd accumulate into empty ``.grad``, and add that to what was there only if nothing raises.
+def emptied(params: Sequence[Tensor]) -> Iterator[None]:
+    """Put ``.grad`` aside, and back at the end.
 
     Args:
-        params: The parameters whose ``.grad`` is written inside.
+        params: The parameters whose ``.grad`` is None inside.
 
     Yields:
-        An object whose attribute `discard` throws the new gradients away when set.
+        Nothing.
     """
     before = [p.grad for p in params]
     for p in params:
         p.grad = None
-    decision = Parked()
-    kept = False
-    after = before
     try:
-        yield decision
-        if not decision.discard:
-            after = _added(before, [p.grad for p in params])
-            kept = True
+        yield
     finally:
-        for p, g in zip(params, after if kept else before, strict=True):
+        for p, g in zip(params, before, strict=True):
             p.grad = g
 
 
-def one_pass(
-    roots: Sequence[Tensor | GradientEdge],
-    seeds: Sequence[Tensor],
-    weights: np.ndarray,
-    params: Sequence[Tensor],
-    retain_graph: bool,
-) -> None:
-    """Accumulate the gradient of Σ wᵢ lᵢ into ``.grad`` in one backward pass.
+def gradient_by_backward(
+    root: Tensor | GradientEdge, params: Sequence[Tensor], seed: Tensor, retain_graph: bool
+) -> Row:
+    """Differentiate one loss by an ordinary backward pass, for graphs that hide parameters from autograd.grad.
 
     Args:
-        roots: Where differentiation starts, (m,).
-        seeds: What each backward pass starts from, m scalars.
-        weights: w, (m,).
-        params: The only leaves that are written.
+        root: The loss, or its edge in the graph.
+        params: What to differentiate with respect to. Their ``.grad`` must be empty, and is empty afterwards.
+        seed: Gradient of the objective with respect to the loss, a scalar.
         retain_graph: Keep the graph for another pass.
+
+    Returns:
+        The row.
 
     Raises:
         RuntimeError: What autograd raises, with the cure where it is known.
     """
-    if not params:
-        return
-    starts = [seed if w == 1.0 else seed * w for seed, w in zip(seeds, weights.tolist(), strict=True)]
     try:
-        torch.autograd.backward(roots, starts, retain_graph=retain_graph, inputs=list(params))  # type: ignore[arg-type]
+        torch.autograd.backward(root, seed, retain_graph=retain_graph)
+        return [p.grad for p in params]
     except RuntimeError as error:
         raise _explained(error) from error
+    finally:
+        for p in params:
+            p.grad = None
 
 
-def gram(rows: Sequence[Row]) -> Tensor:
-    """Inner products of the rows.
-
-    Products run in float32 over chunks of 8k columns and are summed in float64; float64 rows stay float64. Complex
-    entries count as pairs of reals.
-
-    Args:
-        rows: m rows over the same parameters.
-
-    Returns:
-        J Jᵀ, (m, m), float64, on the device of the first parameter.
-    """
-    return _gram(rows, torch.float32)
-
-
-def gram_outside_float32(rows: Sequence[Row], found: np.ndarray) -> np.ndarray:
-    """Repair a Gram matrix whose rows are too short or too long for float32 products.
+def one_pass(
+    roots: Sequence[Tensor | GradientEdge],
+    starts: Sequence[Tensor],
+    params: Sequence[Tensor],
+    retain_graph: bool,
+    engine: str = "accumulate",
+) -> Row:
+    """Differentiate a weighted sum of the losses in one backward pass.
 
     Args:
-        rows: m rows.
-        found: What :func:`gram` gave, (m, m).
+        roots: Where differentiation starts, (m,).
+        starts: Gradients of the sum with respect to the losses, m scalars.
+        params: What to differentiate with respect to. Their ``.grad`` must be empty.
+        retain_graph: Keep the graph for another pass.
+        engine: "accumulate": autograd writes ``.grad``, as in a plain loop, so that hooks which wait for it run.
+            "grad": it returns the gradients, and DistributedDataParallel does not notice. "backward": an ordinary pass
+            through the whole graph.
 
     Returns:
-        ``found`` where it can be trusted, and a float64 product otherwise.
+        The gradients.
+
+    Raises:
+        RuntimeError: What autograd raises, with the cure where it is known.
     """
-    low, high = _SAFE_SQUARES
-    squares = np.diag(found)
-    doubtful = ~((squares >= low) & (squares <= high))
-    if not doubtful.any():
-        return found
-    # A row of exact zeros is common (an inactive hinge) and needs no second look.
-    doubtful &= [
-        bool(d) and any(g is not None and bool(g.any()) for g in row) for d, row in zip(doubtful, rows, strict=True)
-    ]
-    if not doubtful.any() or precision(rows) < 1e-12:
-        return found
-    return _gram(rows, torch.float64).cpu().numpy()
-
-
-def _gram(rows: Sequence[Row], least: torch.dtype) -> Tensor:
-    m = len(rows)
-    total: Tensor | None = None
-    for bucket in _buckets(rows, least):
-        width = bucket.shape[1]
-        whole = width - width % _CHUNK
-        part = torch.zeros(m, m, dtype=torch.float64, device=bucket.device)
-        with torch.autocast(bucket.device.type, enabled=False):  # it would multiply in half precision
-            if whole:
-                chunks = bucket[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1)
-                part += torch.bmm(chunks, chunks.transpose(1, 2)).sum(0, dtype=torch.float64)
-            if whole < width:
-                rest = bucket[:, whole:]
-                part += rest @ rest.T
-        total = part if total is None else total + part.to(total.device)
-    return torch.zeros(m, m, dtype=torch.float64) if total is None else total
-
-
-def _buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
-    """Cut the rows into matrices (m, k) of bounded width, small parameters together and large ones in slices."""
-    m = len(rows)
-    pieces: list[list[Tensor]] = []  # of one bucket: for each piece the m flat parts
-    held = 0
-    kind: tuple[torch.device, torch.dtype] | None = None
-    for column in zip(*rows, strict=True):
-        like = next((g for g in column if g is not None), None)
-        if like is None:
-            continue
-        dtype = torch.promote_types(torch.float64 if like.dtype == torch.complex128 else _real(like.dtype), least)
-        flats = [torch.zeros(like.numel() << like.is_complex(), dtype=_real(like.dtype), device=like.device)
-                 if g is None else _flat(g) for g in column]  # fmt: skip
-        if pieces and kind != (like.device, dtype):
-            yield _joined(pieces, kind)
-            pieces, held = [], 0
-        kind = (like.device, dtype)
-        entries = _BUCKET_CPU if like.device.type == "cpu" else _BUCKET_GPU
-        width = max(1, entries // m // _CHUNK) * _CHUNK
-        n, start = flats[0].numel(), 0
-        while start < n:
-            stop = min(n, start + width - held)
-            pieces.append(flats if stop - start == n else [f[start:stop] for f in flats])
-            held += stop - start
-            start = stop
-            if held == width:
-                yield _joined(pieces, kind)
-                pieces, held = [], 0
-    if pieces:
-        yield _joined(pieces, kind)
-
-
-def _joined(pieces: list[list[Tensor]], kind: tuple[torch.device, torch.dtype] | None) -> Tensor:
-    assert kind is not None
-    if len(pieces) == 1:
-        return torch.stack(pieces[0]).to(kind[1])
-    return torch.stack([torch.cat(flats) for flats in zip(*pieces, strict=True)]).to(kind[1])
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
-
-
-def _flat(g: Tensor) -> Tensor:
-    if g.is_sparse:
-        g = g.to_dense()
-    if g.is_complex():
-        g = torch.view_as_real(g.resolve_conj())
-    return g.reshape(-1)
-
-
-def triangle(rows: Sequence[Row]) -> np.ndarray:
-    """A square root of the Gram matrix that keeps the accuracy of the rows.
-
-    The Gram matrix squares the condition number; a QR factorisation of the rows does not. For rows in single precision
-    a Gram matrix in double precision is as good, and cheaper. Either costs more than :func:`gram` and is meant for the
-    rare inputs that need it.
-
-    Args:
-        rows: m rows.
-
-    Returns:
-        B, (m, k) with k ≤ m, float64, and B Bᵀ = J Jᵀ.
-    """
-    if not _any_double(rows):
-        exact = _gram(rows, torch.float64).cpu().numpy()
-        norms = np.sqrt(exact.diagonal())
-        inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-        values, vectors = np.linalg.eigh(inverse[:, None] * exact * inverse)
-        return np.asarray(norms[:, None] * vectors * np.sqrt(np.maximum(values, 0.0)))
-    m = len(rows)
-    held = np.zeros((0, m))
-    for bucket in _buckets(rows, torch.float64):
-        held = np.asarray(np.linalg.qr(np.concatenate([held, bucket.cpu().numpy().T]), mode="r"))
-    return np.ascontiguousarray(held.T)
-
-
-def precision(rows: Sequence[Row]) -> float:
-    """How far entries of :func:`gram` may be off, relative to the lengths of the two rows.
-
-    Args:
-        rows: m rows.
-
-    Returns:
-        Rounding of float64 if all rows are in double precision, else of a float32 product over one chunk.
-    """
-    single = any(g is not None and g.dtype not in (torch.float64, torch.complex128) for row in rows for g in row)
-    return 2e-7 if single else float(np.finfo(np.float64).eps)
-
-
-def _any_double(rows: Sequence[Row]) -> bool:
-    return any(g is not None and g.dtype in (torch.float64, torch.complex128) for row in rows for g in row)
+    if not params or not roots:
+        return [None] * len(params)
+    try:
+        if engine == "grad":
+            return list(
+                torch.autograd.grad(roots, params, starts, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
+            )
+        inputs = list(params) if engine == "accumulate" else None
+        torch.autograd.backward(roots, starts, retain_graph=retain_graph, inputs=inputs)  # type: ignore[arg-type]
+        return [p.grad for p in params]
+    except RuntimeError as error:
+        raise _explained(error) from error
+    finally:
+        for p in params:
+            p.grad = None
 
 
 def combine(column: Sequence[Tensor | None], weights: Sequence[float], like: Tensor) -> Tensor | None:
@@ -367,6 +168,23 @@ def combine(column: Sequence[Tensor | None], weights: Sequence[float], like: Ten
     for g, w in terms[1:]:
         out.add_(g, alpha=w)
     return out.to(like.dtype)
+
+
+def mixed(rows: Tensor, weights: np.ndarray) -> Tensor:
+    """Add up rows that lie in one matrix: Jᵀ w.
+
+    Args:
+        rows: J, (m, n).
+        weights: w, (m,), float64.
+
+    Returns:
+        A new tensor, (n,), of the dtype and on the device of the rows.
+    """
+    if rows.device.type == "cpu" and rows.dtype in (torch.float64, torch.float32):
+        j = rows.numpy()
+        return torch.from_numpy(weights.astype(j.dtype, copy=False) @ j)
+    w = torch.from_numpy(weights).to(rows.device, torch.promote_types(rows.dtype, torch.float32))
+    return (w @ rows.to(w.dtype)).to(rows.dtype)
 
 
 def plain(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor | None:
@@ -419,22 +237,6 @@ def peak(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         if (g._nnz() if g.is_sparse else g.numel())
     ]
     return torch.stack(peaks).max() if peaks else torch.zeros((), dtype=torch.float64, device=device)
-
-
-def length(row: Row, device: torch.device) -> Tensor:
-    """Euclidean norm of one row.
-
-    Args:
-        row: The row.
-        device: Where to put the result.
-
-    Returns:
-        A scalar, float64.
-    """
-    norms = [torch.linalg.vector_norm(_flat(g), dtype=torch.float64).to(device) for g in row if g is not None]
-    return (
-        torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64, device=device)
-    )
 
 
 def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -11,20 +12,31 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import losses as losses_module
+from gradsurgery import gram as gram_module
 from gradsurgery import rows as rows_module
+from gradsurgery import shards
+from gradsurgery.call import Call, parameters
+from gradsurgery.gram import Table
 from gradsurgery.losses import Tasks
-from gradsurgery.optimizer import Call, MultiLossOptimizer, Switches
+from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
+from gradsurgery.surgery.step import Step
 from gradsurgery.weighting.base import Weighter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _each_or_all(finite: np.ndarray, m: int) -> np.ndarray:
-    """Finiteness by task, where there is one row a task; otherwise of all together."""
-    return finite if len(finite) == m else np.full(m, finite.all())
+@cache
+def _numbers(m: int) -> tuple[str, ...]:
+    """Names of rows that have none."""
+    return tuple(map(str, range(m)))
+
+
+@cache
+def _others(m: int) -> np.ndarray:
+    """Every j ≠ i in row i, in order; not to be changed."""
+    return np.arange(m - 1) + (np.arange(m - 1) >= np.arange(m)[:, None])
 
 
 class SurgerySwitches(Switches, total=False):
@@ -34,6 +46,7 @@ class SurgerySwitches(Switches, total=False):
     normalize: Literal["none", "l2", "loss", "loss+"]
     log_losses: bool
     granularity: Literal["all", "group", "parameter"]
+    engine: Literal["auto", "rows", "ghosts"]
 
 
 class Surgery(MultiLossOptimizer):
@@ -55,6 +68,9 @@ class Surgery(MultiLossOptimizer):
             is divided by its loss (the ``LOG_`` variants of the FAMO repository).
         granularity: One surgery for "all" shared parameters together, one a parameter "group" of the optimizer, or one
             a "parameter".
+        engine: How methods that need no more than the inner products of the rows get them. "rows": from the rows.
+            "ghosts": without forming gradients of linear layers and embeddings, wherever that is exact. "auto":
+            likewise, where the shapes say that it is faster. The result is the same up to rounding.
         **switches: See :class:`gradsurgery.optimizer.MultiLossOptimizer`.
 
     Raises:
@@ -79,6 +95,7 @@ class Surgery(MultiLossOptimizer):
         normalize: Literal["none", "l2", "loss", "loss+"] = "none",
         log_losses: bool = False,
         granularity: Literal["all", "group", "parameter"] = "all",
+        engine: Literal["auto", "rows", "ghosts"] = "auto",
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
@@ -97,6 +114,7 @@ class Surgery(MultiLossOptimizer):
         self.normalize = self._choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
         self.log_losses = bool(log_losses)
         self.granularity = self._choice("granularity", granularity, ("all", "group", "parameter"))
+        self.engine = self._choice("engine", engine, ("auto", "rows", "ghosts"))
         self.needs_losses = self.needs_losses or self.log_losses or self.normalize in ("loss", "loss+")
         if self.granularity != "all" and self.every > 1:
             raise ValueError(
@@ -120,8 +138,8 @@ class Surgery(MultiLossOptimizer):
         raise TypeError(f"{self._name} does not define `weights`.")
 
     def observe(
-        self, rows: list[rows_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]
-    ) -> list[rows_module.Row]:
+        self, rows: list[gram_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> list[gram_module.Row]:
         """Replace the rows by what the method works on, such as their moving averages. Needs ``observes = True``.
 
         Args:
@@ -231,7 +249,10 @@ class Surgery(MultiLossOptimizer):
         step = (self._run["draft"] or self._run["committed"])["step"]
         entropy = np.random.SeedSequence([self.seed, step, self._run["positions"][like]])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        return torch.rand(like.shape, generator=generator, dtype=torch.float32).to(like.device)
+        whole = self._run["pieces"].get(like, like)
+        whole = whole if hasattr(whole, "device_mesh") else like
+        numbers = torch.rand(whole.shape, generator=generator, dtype=torch.float32, device="cpu").to(like.device)
+        return shards.drawn(numbers, whole)
 
     def factor(self) -> np.ndarray:
         """A square root B of the Gram matrix, B Bᵀ = J Jᵀ, as accurate as the rows themselves.
@@ -242,7 +263,7 @@ class Surgery(MultiLossOptimizer):
         Returns:
             B, (m, k), k ≤ m, float64.
         """
-        return self._run["row_scales"][:, None] * rows_module.triangle(self._run["rows"])
+        return self._run["row_scales"] * self._run["rows"].triangle()
 
     def primary_row(self, primary: str | None) -> int | None:
         """Find the task that comes first, for the methods that have one.
@@ -271,7 +292,8 @@ class Surgery(MultiLossOptimizer):
     @property
     def noise(self) -> float:
         """How far entries of the Gram matrix may be off, relative to the lengths of the two rows."""
-        return rows_module.precision(self._run["rows"])
+        noise: float = self._run["rows"].noise
+        return noise
 
     def visiting_orders(self, shuffle: bool) -> np.ndarray:
         """In which order each task meets the others, for the methods that go pair by pair.
@@ -283,7 +305,7 @@ class Surgery(MultiLossOptimizer):
             (m, m − 1) indices; row i has every j ≠ i once.
         """
         m = len(self.names)
-        orders = np.arange(m - 1) + (np.arange(m - 1) >= np.arange(m)[:, None])
+        orders = _others(m)
         return self.rng().permuted(orders, axis=1) if shuffle and m > 2 else orders
 
     def combine(self, rows: Tensor, losses: Sequence[float] | Tensor | None = None, update: bool = False) -> Tensor:
@@ -314,28 +336,24 @@ class Surgery(MultiLossOptimizer):
         values = np.full(m, np.nan) if given is None else np.asarray(given, dtype=np.float64)
         if values.shape != (m,):
             raise ValueError(f"{where}: `losses` must have shape ({m},), one value a row, got {values.shape}.")
-        if not torch.isfinite(rows).all():
-            raise ValueError(f"{where}: `rows` must be finite.")
         rows = rows.detach()
-        names = tuple(map(str, range(m)))
+        names = _numbers(m)
         share = 1.0 / m if self.reduction == "mean" else 1.0
         pending, self._run["pending"] = self._run["pending"], None
         try:
             with self._proposal(Tasks(names, names, (), ())):
-                like = rows[0]
-                self._run["positions"] = {like: 0}
-                coefficients = self._logarithmic(values)
-                table: list[rows_module.Row] = [[row] for row in rows]
-                if self.observes:
-                    table = [[rows_module.wide(row) * c] for row, c in zip(rows, coefficients.tolist(), strict=True)]
-                    table = self.observe(table, list(torch.from_numpy(values)), [like])
-                    coefficients = np.ones(m)
-                    if (numbers := self._run.pop("numbers", None)) is not None:
-                        self._run["measured"] = numbers.sum(dim=1).double().cpu().numpy()
-                gram = rows_module.gram_outside_float32(table, rows_module.gram(table).cpu().numpy())
-                weights = self._solve(table, gram, values, coefficients)
-                applied = share * weights * coefficients if len(weights) == m else share * weights
-                out = self.direct([row for (row,) in table[: len(applied)]], applied.tolist(), like, share)
+                coefficients = self._logarithmic(values) if self.log_losses else None
+                if self.needs_gram_only:
+                    gram = gram_module.gram_of_matrix(rows)
+                    if not gram_module.in_range(gram):
+                        self._require_finite(rows)
+                        gram = gram_module.gram_outside_float32(rows, gram)
+                    weights = self._solve(Table(rows), gram, values, coefficients)
+                    if coefficients is not None:
+                        weights = weights * coefficients
+                    out: Tensor | None = rows_module.mixed(rows, weights if share == 1.0 else share * weights)
+                else:
+                    out = self._combined(rows, values, coefficients, share)
             if update:
                 self._commit()
                 pending = None
@@ -343,6 +361,33 @@ class Surgery(MultiLossOptimizer):
             self._run["pending"] = pending
         assert out is not None
         return out
+
+    def _combined(
+        self, rows: Tensor, values: np.ndarray, coefficients: np.ndarray | None, share: float
+    ) -> Tensor | None:
+        """``combine`` for methods that keep rows or work coordinate by coordinate."""
+        self._require_finite(rows)
+        m, like = len(rows), rows[0]
+        self._run["positions"] = {like: 0}
+        table: list[gram_module.Row] = [[row] for row in rows]
+        if self.observes:
+            factors = [1.0] * m if coefficients is None else coefficients.tolist()
+            table = [[rows_module.wide(row) * c] for row, c in zip(rows, factors, strict=True)]
+            table = self.observe(table, list(torch.from_numpy(values)), [like])
+            coefficients = None
+            if (numbers := self._run.pop("numbers", None)) is not None:
+                self._run["measured"] = numbers.sum(dim=1).double().cpu().numpy()
+        whole = Table(table)
+        gram = whole.repaired(whole.products().cpu().numpy())
+        weights = self._solve(whole, gram, values, coefficients)
+        if coefficients is not None and len(weights) == m:
+            weights = weights * coefficients
+        applied = share * weights
+        return self.direct([row for (row,) in table[: len(applied)]], applied.tolist(), like, share)
+
+    def _require_finite(self, rows: Tensor) -> None:
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"{self._name}.combine: `rows` must be finite.")
 
     # ------------------------------------------------------------------------------------------- one step
 
@@ -352,30 +397,39 @@ class Surgery(MultiLossOptimizer):
                 f"{self._name}.backward: `features` needs a method that finds one weight a loss from this batch alone. "
                 "This one works on the gradients of the parameters."
             )
-        masks, mine, theirs = self._reached(call.tasks, call.others)
+        inner = self.base if isinstance(self.base, Weighter) else None
+        if self._run["residuals"] is not None and (inner is None or not inner.uses_residuals):
+            raise ValueError(f"{self._name}.backward: `residuals` has no effect here: NTKWeighter alone reads them.")
         # Positions count frozen parameters too, so that freezing one does not exchange the rows of the others.
         everything = dict.fromkeys(p for group in self.param_groups for p in group["params"])
         self._run["positions"] = {p: j for j, p in enumerate(everything)}
-        shared = self._shared(mine, masks)
-        is_shared = set(shared)
-        plain = [p for p in mine if p not in is_shared] + theirs
-        inner = self.base if isinstance(self.base, Weighter) else None
         with nullcontext() if inner is None else inner._proposal(call.tasks):
             if inner is not None:
-                inner._run["features"] = call.features
-            due = self._due()
-            if due == "act" and not call.features:
-                report = self._operate(call, masks, shared, plain)
-            else:
-                report = self._one_pass(call, due, shared, plain)
+                inner._run.update(features=call.features, residuals=self._run["residuals"])
+            report = Step(self, call).report()
             if inner is not None and self._run["draft"] is None:
                 inner._run["draft"] = None
         return report
 
-    def _shared(self, mine: list[Tensor], masks: dict[Tensor, int]) -> list[Tensor]:
+    @property
+    def needs_gram_only(self) -> bool:
+        """The method sees nothing of the rows but their inner products."""
+        return type(self).direct is Surgery.direct and not self.observes and self.granularity == "all"
+
+    def parameters(self) -> list[Tensor]:
+        """The trainable parameters of the optimizer, in the order of its groups.
+
+        Returns:
+            Each once.
+        """
+        return parameters(self)
+
+    def _shared(self, mine: list[Tensor], masks: dict[Tensor, int] | None) -> list[Tensor]:
         """The parameters that the surgery acts on: given by the user, or reached by two losses or more."""
         if self.shared_params is not None:
             return [p for p in mine if p in self.shared_params]
+        if masks is None:  # what is private shows when the gradients are there
+            return list(mine)
         if self.observes:
             reached = self._reached_ever()
             here = {p: {n for i, n in enumerate(self.names) if masks.get(p, 0) >> i & 1} for p in mine}
@@ -390,223 +444,28 @@ class Surgery(MultiLossOptimizer):
                 reached.setdefault(j, set()).add(name)
         return reached
 
-    def _remember_reached(self, rows: Sequence[rows_module.Row], shared: Sequence[Tensor]) -> None:
+    def _remember_reached(self, marks: Sequence[Sequence[int]], shared: Sequence[Tensor]) -> None:
         if self._run["draft"] is None:
             return
         known = self.memory.get("reached", {})
         places = [self._run["positions"][p] for p in shared]
-        for name, row in zip(self.names, rows, strict=True):
-            now = {j for j, g in zip(places, row, strict=True) if g is not None}
+        for name, row in zip(self.names, marks, strict=True):
+            now = {j for j, mark in zip(places, row, strict=True) if mark}
             if not now <= set(known.get(name, ())):
                 known = {**known, name: sorted(now.union(known.get(name, ())))}
         self.memory["reached"] = known
 
-    def _unscale(self, row: rows_module.Row, loss_scale: Tensor | None) -> None:
-        """Take the loss scale out of a row, in single precision or better."""
+    def _unscale(self, row: gram_module.Row, loss_scale: Tensor | None, factor: float = 1.0) -> None:
+        """Take the loss scale out of a row, in single precision or better, and multiply it."""
         for j, g in enumerate(row):
             if g is not None:
                 g = rows_module.wide(g)
-                row[j] = g if loss_scale is None else g / loss_scale.to(g.device)
+                g = g if loss_scale is None else g / loss_scale.to(g.device)
+                row[j] = g if factor == 1.0 else g * factor
 
     def _undecided(self) -> bool:
         """Whether the method does not know yet which parameters are private."""
         return False
-
-    def _operate(self, call: Call, masks: dict[Tensor, int], shared: list[Tensor], plain: list[Tensor]) -> Report:
-        """One surgery: m rows, their Gram matrix, one transfer to the host, weights, ``.grad``."""
-        tasks, scaler, m = call.tasks, call.scaler, len(call.tasks.present)
-        device = tasks.tensors[0].device
-        inner = self.base if isinstance(self.base, Weighter) else None
-        measured = None if inner is None else inner.measure(tasks, scaler)
-        seeds = rows_module.seeds(tasks.tensors, scaler)
-        loss_scale = seeds[0]
-        early = None  # what multiplies each loss, where it has to be known before the rows
-        if self.observes and (inner is not None or self.log_losses):
-            early = self._early_coefficients(tasks, measured)
-            if not np.isfinite(early).all() and self._stops(np.isfinite(early), "the value", scaler):
-                return Report(tasks.present, losses_module.values(tasks.tensors), flags=self._run["flags"])
-            seeds = [seed * c for seed, c in zip(seeds, early.tolist(), strict=True)]
-        keep_each = early is None and (inner is not None or self.log_losses)
-        rows, rest, peaks = self._gather(call, masks, shared, plain, seeds, keep_each)
-        if self.observes:
-            self._run.update(seeds=seeds, loss_scale=None if scaler is None else loss_scale, numbers=None)
-            for row in rows:
-                self._unscale(row, self._run["loss_scale"])
-            if self._run["draft"] is not None:
-                rows = self.observe(rows, [loss.detach() for loss in tasks.tensors], shared)
-
-        parts = self._parts(shared)
-        tables = [[[row[j] for j in part] for row in rows] for part in parts]
-        numbers = [losses_module.values(tasks.tensors), torch.stack(peaks), loss_scale]
-        numbers += [rows_module.gram(table).to(device) for table in tables]
-        numbers += [] if measured is None else [measured]
-        sent = self._run.pop("numbers", None)
-        numbers += [] if sent is None else [sent]
-        values, rest_peaks, scale, *flat = rows_module.host(numbers)
-        columns = None if sent is None else flat.pop().reshape(len(sent), -1)
-        if self.observes:
-            scale = np.ones(1)
-        grams = [
-            rows_module.gram_outside_float32(table, g.reshape(len(rows), -1)) / scale**2
-            for table, g in zip(tables, flat, strict=False)
-        ]
-        more = flat[len(parts) :]
-        gram = sum(grams, np.zeros((len(rows), len(rows))))
-        finite = np.isfinite(rest_peaks) & _each_or_all(np.isfinite(gram.diagonal()), m)
-        if more:
-            finite &= np.isfinite(more[0]).reshape(m, -1).all(axis=1)
-        if self._stops(np.isfinite(values), "the value", scaler) or self._stops(finite, "the gradient", scaler):
-            return Report(tasks.present, values, flags=self._run["flags"])
-
-        coefficients = np.ones(m)
-        weights = [np.ones(len(rows)) for _ in parts]
-        if self._run["draft"] is not None:  # else the scaler is to see inf and nan, and to skip this step
-            if early is None:
-                coefficients = self._coefficients(values, *more)
-            for k, table in enumerate(tables):
-                if columns is not None:
-                    self._run["measured"] = columns[:, parts[k]].sum(axis=1)
-                with self._part(k):
-                    weights[k] = self._solve_where_reached(table, grams[k], values, coefficients, 1 / scale)
-            if not shared and m > 1:
-                self.flag("nothing-shared")
-            if self.every > 1:
-                last = weights[0] if weights else np.ones(m)
-                self.memory["last_weights"] = dict(zip(tasks.present, map(float, last), strict=True))
-                position = self._run["positions"]
-                self.memory["last_private"] = [position[p] for p in plain if p in position]
-        del tables
-        share = 1.0 / m if self.reduction == "mean" else 1.0
-
-        gradients: list[Tensor | None] = [None] * len(shared)
-        for part, w in zip(parts, weights, strict=True):
-            applied = (share * w * coefficients if len(w) == m else share * w).tolist()
-            for j in part:
-                column = [row[j] for row in rows]
-                for row in rows:
-                    row[j] = None  # freed while consumed: never more than m rows and one parameter
-                column = column[: len(applied)]
-                if self._run["draft"] is None:
-                    gradients[j] = rows_module.combine(column, applied, shared[j])
-                    continue
-                gradients[j] = self.direct(column, applied, shared[j], share)
-                if self.observes and scaler is not None and (g := gradients[j]) is not None:
-                    gradients[j] = g * loss_scale.to(g.device, g.dtype)
-        for terms, p in zip(rest, plain, strict=True):
-            gradients.append(rows_module.plain([(share * float(coefficients[i]), g) for i, g in terms], p))
-            terms.clear()
-        rows_module.write([*shared, *plain], gradients)
-        uniform = weights[0] if len(weights) == 1 else np.ones(m) if not weights else None
-        if uniform is not None:
-            uniform = None if not self.has_weights or len(uniform) != m else share * uniform * coefficients
-        if uniform is not None and early is not None:
-            uniform = uniform * early
-        return Report(tasks.present, values, uniform, gram[:m, :m] if shared else None, flags=self._run["flags"])
-
-    def _gather(
-        self,
-        call: Call,
-        masks: dict[Tensor, int],
-        shared: list[Tensor],
-        plain: list[Tensor],
-        seeds: Sequence[Tensor],
-        keep_each: bool,
-    ) -> tuple[list[rows_module.Row], list[list[tuple[int, Tensor]]], list[Tensor]]:
-        """Differentiate the losses one by one. Moves parameters from `shared` to `plain` that turn out to be private.
-
-        Returns:
-            The rows over the shared parameters; of each plain parameter the gradients that reach it, by task, or their
-            sum under the first task; and the largest entry of each task's plain gradients.
-        """
-        m, device, already = len(seeds), call.tasks.tensors[0].device, len(plain)
-        rows: list[rows_module.Row] = []
-        rest: list[list[tuple[int, Tensor]]] = [[] for _ in plain]
-        peaks = []
-        for i, root in enumerate(call.tasks.roots):
-            wanted = [p for p in (*shared, *plain) if masks.get(p, 0) >> i & 1]
-            grads = rows_module.gradient(root, wanted, seeds[i], retain_graph=call.retain_graph or i < m - 1)
-            found = dict(zip(wanted, grads, strict=True))
-            rows.append([found.get(p) for p in shared])
-            peaks.append(rows_module.peak([g for p in plain if (g := found.get(p)) is not None], device))
-            for terms, p in zip(rest, plain, strict=True):
-                if (g := found.get(p)) is not None:
-                    if terms and not keep_each:
-                        g = rows_module.total(terms.pop()[1], g)
-                    terms.append((i, g))
-            del grads, found
-
-        # The walk over the graph sees what may be reached. A node with several outputs, such as the one that DDP puts
-        # behind a model, may pass nothing on: what only one loss really reaches is private after all.
-        if self.observes:
-            self._remember_reached(rows, shared)
-        if self.shared_params is None and not self._undecided():
-            reached = [[i for i, row in enumerate(rows) if row[j] is not None] for j in range(len(shared))]
-            ever = self._reached_ever() if self.observes else {}
-            for j in range(len(shared) - 1, -1, -1):
-                if max(len(reached[j]), len(ever.get(self._run["positions"][shared[j]], ()))) < 2:
-                    plain.append(shared.pop(j))
-                    rest.append([(i, g) for i in reached[j] if (g := rows[i][j]) is not None])
-                    for row in rows:
-                        del row[j]
-            for i in range(m):
-                found_late = [g for terms in rest[already:] for k, g in terms if k == i]
-                if found_late:
-                    peaks[i] = torch.maximum(peaks[i], rows_module.peak(found_late, device))
-        return rows, rest, peaks
-
-    def _one_pass(self, call: Call, due: str, shared: list[Tensor], plain: list[Tensor]) -> Report:
-        """A step whose weights are known before the backward pass; one more pass serves the private parameters."""
-        if due == "reuse":
-            private, position = set(self.memory["last_private"]), self._run["positions"]
-            plain = [*(p for p in shared if position[p] in private), *plain]
-            shared = [p for p in shared if position[p] not in private]
-        tasks, scaler, m = call.tasks, call.scaler, len(call.tasks.present)
-        inner = self.base if isinstance(self.base, Weighter) else None
-        measured = None if inner is None else inner.measure(tasks, scaler)
-        seeds = rows_module.seeds(tasks.tensors, scaler)
-        acts = due == "act"
-        if not acts:
-            self.flag("reused" if due == "reuse" else due)
-        rows = self._rows_at(call, seeds) if acts else [[] for _ in tasks.roots]
-        device = tasks.tensors[0].device
-        numbers = [losses_module.values(tasks.tensors), seeds[0], rows_module.gram(rows).to(device)]
-        values, scale, flat, *more = rows_module.host(numbers if measured is None else [*numbers, measured])
-        gram = rows_module.gram_outside_float32(rows, flat.reshape(m, m)) / scale**2
-        finite = np.isfinite(gram.diagonal())
-        if more:
-            finite = finite & np.isfinite(more[0]).reshape(m, -1).all(axis=1)
-        if self._stops(np.isfinite(values), "the value", scaler) or self._stops(finite, "the gradient", scaler):
-            return Report(tasks.present, values, flags=self._run["flags"])
-        coefficients = weights = np.ones(m)
-        if self._run["draft"] is not None:
-            coefficients = self._coefficients(values, *more)
-            if due == "reuse":
-                weights = np.array([self.memory["last_weights"][name] for name in tasks.present])
-            elif acts:
-                weights = self._solve(rows, gram, values, coefficients, 1 / scale)
-                if self.every > 1:
-                    self.memory["last_weights"] = dict(zip(tasks.present, map(float, weights), strict=True))
-                    self.memory["last_private"] = []
-        share = 1.0 / m if self.reduction == "mean" else 1.0
-        applied = share * weights * coefficients
-        with rows_module.parked([*shared, *plain]) as parked:
-            if (weights == 1.0).all():
-                rows_module.one_pass(tasks.roots, seeds, applied, [*shared, *plain], call.retain_graph)
-            else:
-                rows_module.one_pass(tasks.roots, seeds, applied, shared, call.retain_graph or bool(plain))
-                rows_module.one_pass(tasks.roots, seeds, share * coefficients, plain, call.retain_graph)
-            parked.discard = self._spoiled([*shared, *plain], scaler)
-        return Report(tasks.present, values, applied, gram if acts else None, flags=self._run["flags"])
-
-    def _rows_at(self, call: Call, seeds: Sequence[Tensor]) -> list[rows_module.Row]:
-        """Rows at the features instead of the parameters."""
-        rows = []
-        for name, root, seed in zip(call.tasks.present, call.tasks.roots, seeds, strict=True):
-            row = rows_module.gradient(root, call.features, seed, retain_graph=True)
-            if all(g is None for g in row):
-                raise RuntimeError(f"{self._name}.backward: loss {name!r} does not reach `features`.")
-            rows.append(row)
-        return rows
 
     def _coefficients(self, values: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
         """What each loss is multiplied by before the surgery: by a weighter inside, and by the logarithm."""
@@ -615,10 +474,9 @@ class Surgery(MultiLossOptimizer):
         )
         return inner * self._logarithmic(values)
 
-    def _early_coefficients(self, tasks: Tasks, measured: Tensor | None) -> np.ndarray:
-        """The same before the rows are found, at the price of one more transfer to the host."""
-        numbers = [losses_module.values(tasks.tensors)]
-        values, *more = rows_module.host(numbers if measured is None else [*numbers, measured])
+    def _early_coefficients(self, found: Tensor, measured: Tensor | None) -> np.ndarray:
+        """The same before the rows are looked at, at the price of one more transfer to the host."""
+        values, *more = rows_module.host([found] if measured is None else [found, measured])
         if not np.isfinite(values).all():
             return np.where(np.isfinite(values), 1.0, np.nan)
         return self._coefficients(values, *more)
@@ -631,15 +489,18 @@ class Surgery(MultiLossOptimizer):
 
     def _solve_where_reached(
         self,
-        rows: Sequence[rows_module.Row],
+        rows: Table,
         gram: np.ndarray,
         values: np.ndarray,
         coefficients: np.ndarray,
         unscale: np.ndarray | float,
+        reaching: Sequence[bool] | None,
     ) -> np.ndarray:
         """The same without the tasks that reach none of these parameters: they take no part, and have no zero row."""
         m = len(values)
-        keep = [i for i, row in enumerate(rows[:m]) if any(g is not None for g in row)]
+        if reaching is None and not isinstance(rows.rows, Tensor):
+            reaching = [any(g is not None for g in row) for row in rows.rows[:m]]
+        keep = [i for i in range(m) if reaching is None or reaching[i]]
         if len(keep) == m or (len(rows) != m and not self.rows_repeat_tasks):
             return self._solve(rows, gram, values, coefficients, unscale)
         weights = np.ones(m)
@@ -650,17 +511,17 @@ class Surgery(MultiLossOptimizer):
             every = [start + i for start in range(0, len(rows), m) for i in keep]
             try:
                 part = gram[np.ix_(every, every)]
-                weights[keep] = self._solve([rows[i] for i in every], part, values[keep], coefficients[keep], unscale)
+                weights[keep] = self._solve(rows.part(every), part, values[keep], coefficients[keep], unscale)
             finally:
                 self._run["tasks"] = tasks
         return weights
 
     def _solve(
         self,
-        rows: Sequence[rows_module.Row],
+        rows: Table,
         gram: np.ndarray,
         values: np.ndarray,
-        coefficients: np.ndarray,
+        coefficients: np.ndarray | None,
         unscale: np.ndarray | float = 1.0,
     ) -> np.ndarray:
         """Weights of the multiplied rows, with `normalize` and `preference` around the method.
@@ -669,13 +530,20 @@ class Surgery(MultiLossOptimizer):
             rows: The raw rows, still multiplied by the loss scale.
             gram: Their inner products without it, (m, m).
             values: Raw loss values, (m,).
-            coefficients: What multiplies each loss, (m,).
+            coefficients: What multiplies each loss, (m,). None: 1.
             unscale: Reciprocal of the loss scale.
 
         Returns:
             (m,).
         """
         m = len(values)
+        scaled = self.preference is not None and self.preference_scales_rows
+        if coefficients is None and self.normalize == "none" and not scaled:
+            self._run.update(rows=rows, row_scales=unscale)
+            weights = self._settled(self.weights(gram, values))
+            self._run["rows"] = None
+            return weights
+        coefficients = np.ones(m) if coefficients is None else coefficients
         seen = np.log(values) if self.log_losses else coefficients * values
 
         # A method may have added rows of its own behind those of the tasks, or have rows of absent tasks.
@@ -695,32 +563,31 @@ class Surgery(MultiLossOptimizer):
         if self.preference_scales_rows:
             around *= spread(self.preferences())
         scales = around * coefficients
-        self._run.update(rows=rows, row_scales=scales * unscale)
+        self._run.update(rows=rows, row_scales=(scales * unscale)[:, None])
         weights = self._settled(self.weights(scales[:, None] * gram * scales, seen))
         self._run["rows"] = None
         return around[: len(weights)] * weights
 
-    def _parts(self, shared: Sequence[Tensor]) -> list[list[int]]:
-        """Positions of the shared parameters that have a surgery of their own."""
+    def _parts(self, shared: Sequence[Tensor]) -> dict[str, list[int]]:
+        """Places of the shared parameters that have a surgery of their own, by a name that lasts."""
+        if self.granularity == "all":
+            return {"all": list(range(len(shared)))} if shared else {}
         if self.granularity == "parameter":
-            return [[j] for j in range(len(shared))]
-        if self.granularity == "group":
-            group = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
-            by_group: dict[int, list[int]] = {}
-            for j, p in enumerate(shared):
-                by_group.setdefault(group[p], []).append(j)
-            return list(by_group.values())
-        return [list(range(len(shared)))] if shared else []
+            return {f"parameter {self._run['positions'][p]}": [j] for j, p in enumerate(shared)}
+        group = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
+        by_group: dict[str, list[int]] = {}
+        for j, p in enumerate(shared):
+            by_group.setdefault(f"group {group[p]}", []).append(j)
+        return by_group
 
     @contextmanager
-    def _part(self, k: int) -> Iterator[None]:
-        """Give part k of the parameters a memory of its own while the method looks at it."""
+    def _part(self, name: str) -> Iterator[None]:
+        """Give one part of the parameters a memory of its own while the method looks at it."""
         if self.granularity == "all":
             yield
             return
-        key = f"part {k}"
-        self._run["draft"][key] = dict(self._run["draft"].get(key, {}))
-        self._run["part"] = key
+        self._run["draft"][name] = dict(self._run["draft"].get(name, {}))
+        self._run["part"] = name
         try:
             yield
         finally:

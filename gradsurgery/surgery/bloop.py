@@ -81,7 +81,7 @@ class Bloop(Surgery):
                 if e is None:
                     average[j] = None if g is None else g.clone()
                 else:
-                    average[j] = e * (1 - self.beta) if g is None else e.lerp(g, self.beta)
+                    average[j] = e * (1 - self.beta) if g is None else e.to(g.dtype).lerp(g, self.beta)
             self.keep_row("average", "main", average, params)
         return [*rows, average]
 

@@ -73,7 +73,7 @@ class ExcessMTL(Surgery):
                     continue
                 # √S is kept in place of S: squares of small gradients leave the range of single precision.
                 past = roots[j]
-                roots[j] = root = g.abs() if past is None else torch.hypot(past, g)
+                roots[j] = root = g.abs() if past is None else torch.hypot(past.to(g.dtype), g)
                 terms[j] = torch.where(root > 0, g * (g / root), 0.0).sum(dtype=torch.float64).to(device)
             self.keep_row("roots", name, roots, params)
             excess.append(torch.stack(terms) if terms else zero.expand(0))

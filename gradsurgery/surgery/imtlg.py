@@ -24,7 +24,8 @@ class IMTLG(Surgery):
 
     Departures: positive sign, as said. Zero rows get weight 0. Rows that are linearly dependent are solved by least
     squares and flagged "rank-deficient"; where no equal positive projections exist the direction is zero, with the flag
-    "stationary". The paper's loss balance (IMTL-L) is ``IMTLLWeighter``, which can be put inside.
+    "stationary", and where the weights sum to nothing but rounding it is zero too, with the flag "degenerate". The
+    paper's loss balance (IMTL-L) is ``IMTLLWeighter``, which can be put inside.
 
     Args:
         optimizer: The optimizer that makes the step.
@@ -41,10 +42,17 @@ class IMTLG(Surgery):
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         y, rank, degenerate = geometry.equal_projection(gram, self.factor, by_length=True, noise=self.noise)
         norms = np.sqrt(gram.diagonal())
-        if rank < np.count_nonzero(norms):
-            self.flag("rank-deficient")
-        weights = np.divide(y, norms, out=np.zeros_like(y), where=norms > 0)
+        if rank == len(gram):
+            weights = y / norms
+        else:
+            if rank < np.count_nonzero(norms):
+                self.flag("rank-deficient")
+            weights = np.divide(y, norms, out=np.zeros_like(y), where=norms > 0)
         if degenerate:
             self.flag("stationary")
             return np.zeros_like(y)
-        return weights * (len(gram) / abs(weights.sum()))
+        total = abs(float(weights.sum()))
+        if total <= len(gram) * geometry.EPS * float(np.abs(weights).sum()):
+            self.flag("degenerate")
+            return np.zeros_like(y)
+        return weights * (len(gram) / total)

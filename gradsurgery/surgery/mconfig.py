@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery import rows as rows_module
-from gradsurgery.optimizer import parameters
+from gradsurgery.call import parameters
 from gradsurgery.surgery.config import ConFIG
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class MConFIG(ConFIG):
         seen = {*self.memory.get("count", ()), *self.names}
         return not seen.issuperset(self._run["tasks"].names)
 
-    def _shared(self, mine: list[Tensor], masks: dict[Tensor, int]) -> list[Tensor]:
+    def _shared(self, mine: list[Tensor], masks: dict[Tensor, int] | None) -> list[Tensor]:
         # The momenta of absent losses move parameters that no present loss reaches.
         if not self._undecided():
             return super()._shared(parameters(self), masks)

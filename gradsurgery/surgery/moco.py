@@ -107,4 +107,4 @@ def _moved(y: Tensor | None, g: Tensor | None, beta: float) -> Tensor | None:
     """y − β (y − g), where a loss that does not reach the parameter has the gradient zero. Always a new tensor."""
     if y is None:
         return None if g is None else g.clone()
-    return y * (1 - beta) if g is None else y.lerp(g, beta)
+    return y * (1 - beta) if g is None else y.to(g.dtype).lerp(g, beta)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery import geometry
 from gradsurgery import losses as losses_module
 from gradsurgery import rows as rows_module
+from gradsurgery.call import Call
 from gradsurgery.losses import Losses
 from gradsurgery.report import Report
 from gradsurgery.surgery.base import Surgery, SurgerySwitches
@@ -41,38 +41,34 @@ class DoubleSampling(Surgery):
         super().__init__(optimizer, **switches)
         self._run["batches"] = []
 
-    def backward(
-        self,
-        losses: Losses,
-        *,
-        scaler: torch.amp.GradScaler | None = None,
-        retain_graph: bool = False,
-        others: Iterable[Optimizer] = (),
-        features: Tensor | Sequence[Tensor] | None = None,
-        independent: Iterable[Losses] = (),
-    ) -> Report:
+    def backward(self, losses: Losses, *, independent: Iterable[Losses] = (), **options: Any) -> Report:
         """Turn the losses into gradients and add them to ``.grad``.
 
         Args:
             losses: The losses of the batch that the direction is for, as for every method.
-            scaler: As for every method.
-            retain_graph: As for every method. Graphs of several batches are never freed by the call itself.
-            others: As for every method.
-            features: Refused: the method works on the gradients of the parameters.
             independent: The same losses on further batches, drawn independently: none, one (J₁; J₂ is `losses`), or two
-                (J₁ and J₂). Only the weights read them; they give no gradient to private parameters.
+                (J₁ and J₂). Only the weights read them; they give no gradient to private parameters. Their graphs are
+                not freed by the call itself. Not with micro-batches.
+            **options: The other arguments of :meth:`gradsurgery.optimizer.MultiLossOptimizer.backward`.
 
         Returns:
             What happened; also kept as `report`.
 
         Raises:
-            ValueError: There are more than two further batches, or one lacks a loss that is present.
+            ValueError: There are more than two further batches, one lacks a loss that is present, or micro-batches are
+                accumulated.
         """
-        self._run["batches"] = self._checked([losses_module.read(batch, self._name) for batch in independent])
-        # Batches may be parts of one forward pass: the graph is needed until the last of them.
-        retain_graph = retain_graph or bool(self._run["batches"])
+        batches = self._checked([losses_module.read(batch, self._name) for batch in independent])
+        if batches and (options.get("accumulate") or self._run["kept"] is not None):
+            raise ValueError(
+                f"{self._name}.backward: `independent` has no meaning for gradients that are accumulated over "
+                "micro-batches."
+            )
+        if batches:  # they may be parts of one forward pass: the graph is needed until the last of them
+            options["retain_graph"] = True
+        self._run["batches"] = batches
         try:
-            return super().backward(losses, scaler=scaler, retain_graph=retain_graph, others=others, features=features)
+            return super().backward(losses, **options)
         finally:
             self._run["batches"] = []
 
@@ -121,10 +117,15 @@ class DoubleSampling(Surgery):
             missing = [name for name in self.names if name not in batch.present]
             if missing:
                 raise ValueError(f"{self._name}.backward: a batch in `independent` lacks the losses {missing}.")
-            for name, seed in zip(self.names, self._run["seeds"], strict=True):
+            call: Call = self._run["call"]
+            if call.sharded or call.graph.hidden:
+                raise RuntimeError(f"{self._name}.backward: `independent` does not work with sharded parameters.")
+            for name, seed in zip(self.names, call.seeds, strict=True):
                 i = batch.present.index(name)
                 row = rows_module.gradient(batch.roots[i], params, seed.to(batch.tensors[i]), retain_graph=True)
-                self._unscale(row, self._run["loss_scale"])
+                row = row if call.world is None else call.world_total(row, params)
+                factor = 1.0 if self._run["factors"] is None else float(self._run["factors"][self.names.index(name)])
+                self._unscale(row, None if call.scaler is None else call.loss_scale, factor)
                 rows.append(row)
         return rows
 

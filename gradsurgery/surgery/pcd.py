@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.linalg import qr, solve_triangular
 from torch.optim import Optimizer
 
 from gradsurgery import geometry
@@ -33,8 +32,7 @@ class PCD(Surgery):
     Optimization, TMLR 2026, arXiv 2606.29521, with its reference implementation.
 
     Departures: ε is 0 by default. The paper's 10⁻⁸ matters for gradients shorter than 10⁻³ only, and there it makes τ
-    depend on the scale of the losses. Solved as a non-negative least squares problem, to rounding. Averages count the
-    steps of each task by itself, so that an absent task keeps its own.
+    depend on the scale of the losses. Solved to rounding. Averages count the steps of each task by itself.
 
     Args:
         optimizer: The optimizer that makes the step.
@@ -83,8 +81,7 @@ class PCD(Surgery):
         self.primary = primary
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        m = len(gram)
-        norms, cosines = geometry.unit(gram)
+        m, norms = len(gram), np.sqrt(gram.diagonal())
         count = self.recall("counts", 0.0) + 1
         squares = self.beta * self.recall("squares", 0.0) + (1 - self.beta) * norms * norms
         self.keep("counts", count)
@@ -96,32 +93,22 @@ class PCD(Surgery):
         if norms[first] == 0:
             self.flag("primary-zero")
             return weights
-        usual = np.sqrt(squares / (1 - self.beta**count) + self.eps)
+        usual = np.sqrt(squares / (1 - self.beta**count) + self.eps)  # definition 4.5
         lengths = np.divide(norms, usual, out=np.zeros(m), where=usual > 0)
-        demand = self._taus(first) * lengths / lengths[first]  # with ‖g̃₁‖ = 1
-        demand[first] = 0.0
-        bound = norms > 0
-        bound[first] = self.protect_primary
-        columns, pivot = geometry._half(cosines)
-        tolerance = (m * self.noise) ** 0.5
-        y, length = _closest(columns, demand, bound, first, tolerance)
-        if length <= tolerance * y.sum() or pivot * length * geometry._AMPLIFICATION < y.sum():
-            slack = columns.T @ (columns @ y) - demand
-            active = (y > 0) | (bound & (slack <= 100 * m * self.noise * y.sum()))
-            if geometry._doubtful(columns, active, length / max(float(y.sum()), 1.0), self.noise):
-                columns = geometry._rows(self.factor)[1]
-                tolerance = 16 * m * geometry.EPS if self.noise <= geometry.EPS else (m * geometry.EPS) ** 0.5
-                y, length = _closest(columns, demand, bound, first, tolerance)
+        demand = self._taus(first) * lengths / lengths[first]  # definition 4.1, with ‖g̃₁‖ = 1
+        demand[norms == 0] = -np.inf
+        demand[first] = 0.0 if self.protect_primary else -np.inf
+        y, length, along = geometry.closest_point(gram, first, demand, self.factor, noise=self.noise)
         if not y.any():
             self.flag("infeasible")
             weights[first] = 1.0
             return weights
-        if length <= tolerance * y.sum():
+        if length == 0:
             self.flag("stationary")
             return weights
-        if columns[:, first] @ (columns @ y) < -tolerance * length:
+        if along < 0:
             self.flag("primary-rises")
-        return np.divide(norms[first] / length * y, norms, out=weights, where=norms > 0)
+        return np.divide(norms[first] / length * y, norms, out=weights, where=norms > 0)  # algorithm 1
 
     def _taus(self, first: int) -> np.ndarray:
         if isinstance(self.tau, float):
@@ -130,37 +117,3 @@ class PCD(Surgery):
         if missing:
             raise ValueError(f"{self._name}: `tau` must name every secondary loss, {missing} is missing.")
         return np.array([self.tau.get(name, 0.0) for name in self.names])
-
-
-def _closest(
-    columns: np.ndarray, demand: np.ndarray, bound: np.ndarray, first: int, tolerance: float
-) -> tuple[np.ndarray, float]:
-    """Weights of the unit columns for the point closest to the first one with ⟨u_j, point⟩ ≥ demand_j for the bound j.
-
-    Returns:
-        (m,) weights and the length of the point; zeros if there is none, as far as rounding lets see.
-    """
-    y = np.zeros(columns.shape[1])
-    y[first] = 1.0
-    j = np.flatnonzero(bound)
-    h = demand[j] - columns[:, first] @ columns[:, j]
-    top = float(h.max(initial=0.0))
-    if top > 0:
-        h /= top
-        x = geometry._least_distance(columns[:, j], h)
-        gap = 1 - float(h @ x)  # 1 / (1 + ‖e‖²) for the shortest e with ⟨u_j, e⟩ ≥ h_j
-        if gap <= max(tolerance * tolerance, 16 * len(y) * geometry.EPS):
-            return np.zeros(len(y)), 0.0
-        x /= gap
-        support = np.flatnonzero(x)
-        if len(support) <= len(columns):
-            # Once more on the support, where the constraints are equations: the division by a small gap costs digits.
-            triangle = qr(columns[:, j[support]], mode="r")[0][: len(support)]
-            pivots = np.abs(triangle.diagonal())
-            if pivots.min() > 4 * len(y) * geometry.EPS * pivots.max():
-                exact = solve_triangular(triangle, solve_triangular(triangle, h[support], trans=1))
-                if exact.min() >= 0:
-                    x[support] = exact
-        y[j] += top * x
-    point = columns @ y
-    return y, float(np.sqrt(point @ point))

@@ -33,8 +33,8 @@ class PMGDA(Surgery):
     Departures: the tolerance is relative to ‖l‖, since losses come at any scale; the paper's is absolute. The paper's
     vector is λ itself; here a higher priority means a lower loss in every method. The paper's correction is at most 1
     long whatever the gradients are; by default it is multiplied by Σ ‖gᵢ‖, and MGDA's weights by m, so that a step
-    grows with the gradients. Zero rows are left out of the minimum; where g_h is zero, and nothing can be corrected,
-    MGDA follows (flag "no-correction").
+    grows with the gradients: m equal rows g give m·g, and −σ m·g where the way to the ray is up. Zero rows are left out
+    of the minimum; where g_h is zero, and nothing can be corrected, MGDA follows (flag "no-correction").
 
     Args:
         optimizer: The optimizer that makes the step.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import losses as losses_module
 from gradsurgery import rows as rows_module
-from gradsurgery.losses import Tasks
-from gradsurgery.optimizer import Call, MultiLossOptimizer, Switches
+from gradsurgery import shards
+from gradsurgery.call import Call, parameters
+from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Weighter(MultiLossOptimizer):
 
     #: The method measures gradients, and does so at `features` if they are given.
     uses_features = False
+    #: The method reads `residuals`.
+    uses_residuals = False
 
     def __init__(self, optimizer: Optimizer, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
@@ -72,12 +74,11 @@ class Weighter(MultiLossOptimizer):
         """
         raise TypeError(f"{self._name} defines neither `weights` nor `scalarize`.")
 
-    def measure(self, tasks: Tasks, scaler: torch.amp.GradScaler | None) -> Tensor | None:
+    def measure(self, call: Call) -> Tensor | None:
         """More numbers that the method needs, found before the backward pass and while the graph is whole.
 
         Args:
-            tasks: The losses.
-            scaler: The gradient scaler, or None.
+            call: The call of ``backward``.
 
         Returns:
             (m, …), one entry or row a task. It travels to the host together with the loss values. None by default.
@@ -143,28 +144,52 @@ class Weighter(MultiLossOptimizer):
         return weights
 
     def _act(self, call: Call) -> Report:
-        tasks, scaler, retain_graph = call.tasks, call.scaler, call.retain_graph
-        m = len(tasks.present)
         if call.features and not self.uses_features:
             raise ValueError(
                 f"{self._name}.backward: `features` has no effect here: the method reads loss values only."
             )
+        if self._run["residuals"] is not None and not self.uses_residuals:
+            raise ValueError(f"{self._name}.backward: `residuals` has no effect here: NTKWeighter alone reads them.")
+        names, scaler, m = call.tasks.present, call.scaler, len(call.tasks.present)
         self._run["features"] = call.features
-        _, mine, theirs = self._reached(tasks, call.others)
-        extra = self.measure(tasks, scaler)
-        numbers = [losses_module.values(tasks.tensors)]
-        values, *more = rows_module.host(numbers if extra is None else [*numbers, extra])
-        finite = np.isfinite(values)
-        if self._stops(finite, "the value", scaler):
-            return Report(tasks.present, values, flags=self._run["flags"])
-        if more and self._stops(np.isfinite(more[0]).reshape(m, -1).all(axis=1), "the gradient", scaler):
-            return Report(tasks.present, values, flags=self._run["flags"])
+        extra = self.measure(call)
+        values, *more = rows_module.host([call.values] if extra is None else [call.values, extra])
+        finite = np.ones(m, dtype=bool) if not more else np.isfinite(more[0]).reshape(m, -1).all(axis=1)
+        if self._stops(np.isfinite(values), "the value", scaler) or self._stops(finite, "the gradient", scaler):
+            return Report(names, values, flags=self._run["flags"])
 
         share = 1.0 / m if self.reduction == "mean" else 1.0
         weights = np.ones(m) if self._run["draft"] is None else self.coefficients(values, *more)
-        seeds = rows_module.seeds(tasks.tensors, scaler)
-        with rows_module.parked([*mine, *theirs]) as parked:
-            rows_module.one_pass(tasks.roots, seeds, share * weights, mine, retain_graph=retain_graph or bool(theirs))
-            rows_module.one_pass(tasks.roots, seeds, np.full(m, share), theirs, retain_graph)
-            parked.discard = self._spoiled([*mine, *theirs], scaler)
-        return Report(tasks.present, values, share * weights, flags=self._run["flags"])
+        if call.world is not None:
+            weights = call.world.first(weights, call.values.device)
+        if call.kept is not None:
+            gradients = self._combined(call, share * weights, share)
+        else:
+            found = call.one_pass(share * weights, call.mine, last=not call.theirs)
+            found += call.one_pass(np.full(m, share), call.theirs, last=True)
+            gradients = dict(zip([*call.mine, *call.theirs], found, strict=True))
+        if not self._spoiled(list(gradients.values()), scaler, call.world):
+            rows_module.write(list(gradients), list(gradients.values()))
+        engine = "one pass" if call.kept is None else "rows"
+        return Report(names, values, share * weights, flags=self._run["flags"], engine=engine)
+
+    def _combined(self, call: Call, weights: np.ndarray, share: float) -> dict[Tensor, Tensor | None]:
+        """Σ wᵢ gᵢ of gradients that were kept; other optimizers get the plain sum."""
+        assert call.kept is not None
+        mine = parameters(self)
+        masks = {p: 1 for row in call.kept.rows for p in row}
+        if call.world is not None:
+            masks = call.world.united(masks, [*mine, *call.theirs], 1)
+        targets = [p for p in (*mine, *call.theirs) if p in masks]
+        own = set(mine)
+        sums: list[Tensor | None] = []
+        for p in targets:
+            terms = [
+                (float(w) if p in own else share, shards.local(shards.placed(g, p)))
+                for w, row in zip(weights, call.kept.rows, strict=True)
+                if (g := row.get(p)) is not None
+            ]
+            sums.append(rows_module.plain(terms, shards.empty(p)))
+        if call.world is not None and not call.sharded:
+            sums = call.world_total(sums, targets)
+        return {p: shards.like(g, p) for p, g in zip(targets, sums, strict=True)}

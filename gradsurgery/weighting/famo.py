@@ -72,7 +72,9 @@ class FAMOWeighter(RecordingWeighter):
         self.min_losses: float | dict[str, float]
         if isinstance(min_losses, (Mapping, Sequence)):
             named = numbered(min_losses)
-            self.min_losses = {str(k): self._number(f"min_losses[{k!r}]", float(v)) for k, v in named.items()}
+            self.min_losses = type(named)(
+                (str(k), self._number(f"min_losses[{k!r}]", float(v))) for k, v in named.items()
+            )
         else:
             self.min_losses = self._number("min_losses", min_losses)
 

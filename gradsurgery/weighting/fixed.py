@@ -49,7 +49,9 @@ class FixedWeighter(Weighter):
         self.fixed: dict[str, float] | None = None
         if weights is not None:
             named = numbered(weights)
-            self.fixed = {str(k): self._number(f"weights[{k!r}]", float(v), least=0.0) for k, v in named.items()}
+            self.fixed = type(named)(
+                (str(k), self._number(f"weights[{k!r}]", float(v), least=0.0)) for k, v in named.items()
+            )
             if not any(self.fixed.values()):
                 raise ValueError(f"{self._name}: `weights` must not all be 0, got {weights!r}.")
 
@@ -57,5 +59,6 @@ class FixedWeighter(Weighter):
         if self.fixed is None:
             return np.ones(len(losses))
         weights = np.array(picked(self, "weights", self.fixed))
-        usual = [self.fixed[name] for name in self._run["tasks"].names if name in self.fixed]
+        known = self.by_name("weights", self.fixed)
+        usual = [known[name] for name in self._run["tasks"].names if name in known]
         return weights if len(usual) == len(weights) else shared_out(weights, len(weights) * float(np.mean(usual)))

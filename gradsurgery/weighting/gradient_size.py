@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
-from gradsurgery.losses import Tasks
-from gradsurgery.optimizer import Switches, parameters
-from gradsurgery.weighting.recording import RecordingWeighter
+from gradsurgery.call import Call, parameters
+from gradsurgery.gram import Row
+from gradsurgery.optimizer import Switches
+from gradsurgery.weighting.base import Weighter
+from gradsurgery.weighting.recording import RecordingWeighter, picked, ratio, require_nonnegative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,29 +52,54 @@ class GradientSizeWeighter(RecordingWeighter):
                     "parameters, such as model.trunk[-1].parameters()."
                 )
 
-    def _where(self, tasks: Tasks) -> list[Tensor]:
-        if self._run.get("features"):
-            return list(self._run["features"])
+    def _where(self, call: Call) -> list[Tensor]:
+        if call.features:
+            return list(call.features)
         if self.shared_params is not None:
             return self.shared_params
-        masks = rows_module.reach(tasks.roots)
-        mine = [p for p in parameters(self) if p in masks]
-        return [p for p in mine if masks[p] & (masks[p] - 1)] or mine
+        masks = call.graph.masks if call.kept is None else call.kept.masks()
+        mine = [p for p in parameters(self) if masks is None or p in masks]
+        return [p for p in mine if masks is not None and masks[p] & (masks[p] - 1)] or mine
 
-    def _sizes(
-        self,
-        tasks: Tasks,
-        scaler: torch.amp.GradScaler | None,
-        measure: Callable[[rows_module.Row, torch.device], Tensor],
-    ) -> Tensor | None:
+    def _sizes(self, call: Call, measure: Callable[[Row, torch.device], Tensor]) -> Tensor | None:
         """Apply a function, homogeneous of degree 1, to the gradient of each loss; None in steps that reuse weights."""
         if self._due() != "act":
             return None
-        where, device = self._where(tasks), tasks.tensors[0].device
         sizes = []
-        for name, root, seed in zip(tasks.present, tasks.roots, rows_module.seeds(tasks.tensors, scaler), strict=True):
-            row = rows_module.gradient(root, where, seed, retain_graph=True)
-            if self._run.get("features") and all(g is None for g in row):
+        for name, row in zip(call.tasks.present, call.rows_at(self._where(call)), strict=True):
+            if call.features and all(g is None for g in row):
                 raise RuntimeError(f"{self._name}.backward: loss {name!r} does not reach `features`.")
-            sizes.append(measure(row, device) / seed.to(device, torch.float64))
-        return torch.stack(sizes)
+            sizes.append(measure(row, call.values.device))
+        return torch.stack(sizes) / call.loss_scale.to(call.values.device, torch.float64)
+
+
+def training_rates(
+    owner: Weighter, losses: np.ndarray, given: Mapping[str, float] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Relative inverse training rates, (lᵢ/lᵢ(0)) / meanⱼ (lⱼ/lⱼ(0)).
+
+    Args:
+        owner: The method; its memory may have "initial_losses".
+        losses: Values of the present losses, (m,).
+        given: Initial losses from the user, by name, or None.
+
+    Returns:
+        The initial losses, (m,), and the rates, (m,), of mean 1. If all losses are 0 all rates are 1.
+
+    Raises:
+        ValueError: A loss is negative, or not positive the first time, or has no entry in `given`.
+    """
+    if given is None:
+        first = owner.recall("initial_losses", losses)
+        bad = {name: float(x) for name, x in zip(owner.names, first, strict=True) if not x > 0}
+        if bad:
+            raise ValueError(
+                f"{owner._name}: every loss must be > 0 the first time, since later values are compared with it; got "
+                f"{bad}. Nothing was written. `initial_losses` takes values from theory instead."
+            )
+    else:
+        first = np.array(picked(owner, "initial_losses", given))
+    require_nonnegative(owner, losses, "it is compared with its initial value")
+    rates = np.minimum(ratio(losses, first), 1e300 / len(losses))
+    mean = rates.mean()
+    return first, rates / mean if mean > 0 else np.ones(len(rates))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
-from gradsurgery.losses import Tasks
+from gradsurgery.call import Call
+from gradsurgery.gram import length
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.base import Weighter
+from gradsurgery.weighting.gradient_size import training_rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,7 +36,8 @@ class GradNormWeighter(Weighter):
 
     Departures: the weights' own optimizer is Adam, which does not feel the scale of the gradients; "sgd" with lr 0.025
     is the paper's form. No step takes away more than half of a weight, so that small ones stay positive and come back.
-    With absent tasks the present ones share their usual total, and only they learn.
+    With absent tasks the present ones share their usual total, and only they learn. A loss of 0 has the rate 0, and for
+    α > 0 the target 0; if all are 0 their rates are equal.
 
     Args:
         optimizer: The torch optimizer that makes the step.
@@ -52,7 +54,7 @@ class GradNormWeighter(Weighter):
 
     Raises:
         TypeError: `shared_params` holds something that is not a tensor.
-        ValueError: An argument is out of range, or a loss is not positive.
+        ValueError: An argument is out of range, a loss is negative, or it is 0 where it has no initial value yet.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -90,33 +92,22 @@ class GradNormWeighter(Weighter):
         given: Any = initial_losses
         self.initial_losses = None if first else self._by_name("initial_losses", given)
 
-    def measure(self, tasks: Tasks, scaler: torch.amp.GradScaler | None) -> Tensor | None:
+    def measure(self, call: Call) -> Tensor | None:
         # Gradient norms at `shared_params`, (m,).
         if self._due() != "act":
             return None
-        device = tasks.tensors[0].device
-        norms = []
-        for root, seed in zip(tasks.roots, rows_module.seeds(tasks.tensors, scaler), strict=True):
-            row = rows_module.gradient(root, self.shared_params, seed, retain_graph=True)
-            norms.append(rows_module.length(row, device) / seed.to(device, torch.float64))
-        return torch.stack(norms)
+        device, scale = call.values.device, call.loss_scale.to(torch.float64)
+        return torch.stack([length(row, device) for row in call.rows_at(self.shared_params)]) / scale
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
-        self._require_positive(losses, "GradNorm compares it with its initial value")
         weights = self.recall("weights", 1.0)
         total = weights.sum()
         norms = self.measured
-        first = self.recall("initial_losses", losses)
-        if self.initial_losses is not None:
-            missing = [name for name in self.names if name not in self.initial_losses]
-            if missing:
-                raise ValueError(f"{self._name}: `initial_losses` must name every loss, {missing} is missing.")
-            first = np.array([self.initial_losses[name] for name in self.names])
+        first, rates = training_rates(self, losses, self.initial_losses)
         self.keep("initial_losses", first)
 
         lengths = weights * norms
-        rates = losses / first
-        target = lengths.mean() * (rates / rates.mean()) ** self.alpha
+        target = lengths.mean() * rates**self.alpha
         factor = 1.0 if self.schedule is None else float(self.schedule(self.memory["step"]))
         moved = self.descend(
             "weights", weights, np.sign(lengths - target) * norms, self.lr * factor, self.weight_optimizer

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery import rows as rows_module
-from gradsurgery.losses import Tasks
+from gradsurgery.call import Call
+from gradsurgery.gram import Row, length
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.gradient_size import GradientSizeWeighter
 from gradsurgery.weighting.recording import ratio
@@ -78,8 +79,8 @@ class LRAnnealingWeighter(GradientSizeWeighter):
         if reference is not None and self.statistic == "norm":
             raise ValueError(f'{self._name}: `reference` has no meaning with statistic="norm".')
 
-    def measure(self, tasks: Tasks, scaler: torch.amp.GradScaler | None) -> Tensor | None:
-        return self._sizes(tasks, scaler, rows_module.length if self.statistic == "norm" else _peak_and_mean)
+    def measure(self, call: Call) -> Tensor | None:
+        return self._sizes(call, length if self.statistic == "norm" else _peak_and_mean)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         weights = self.recall("weights", 1.0)
@@ -106,13 +107,13 @@ class LRAnnealingWeighter(GradientSizeWeighter):
         return weights
 
 
-def _peak_and_mean(row: rows_module.Row, device: torch.device) -> Tensor:
+def _peak_and_mean(row: Row, device: torch.device) -> Tensor:
     """Largest and mean absolute entry of a gradient, over the parameters that the loss reaches."""
     there = [g for g in row if g is not None]
     entries = [g.coalesce().values() if g.is_sparse else g for g in there]
-    count = sum(g.numel() for g in there)
+    entries = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in entries]
+    count = sum(g.numel() << g.is_complex() for g in there)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for g in entries:
-        wide = torch.complex128 if g.is_complex() else torch.float64
-        total = total + torch.linalg.vector_norm(g, 1, dtype=wide).to(device)
-    return torch.stack([rows_module.peak(there, device), total / max(count, 1)])
+        total = total + torch.linalg.vector_norm(g, 1, dtype=torch.float64).to(device)
+    return torch.stack([rows_module.peak(entries, device), total / max(count, 1)])

@@ -6,15 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
-from gradsurgery.losses import Tasks
+from gradsurgery.call import Call
+from gradsurgery.gram import length
 from gradsurgery.optimizer import Switches
-from gradsurgery.weighting.gradient_size import GradientSizeWeighter
-from gradsurgery.weighting.recording import picked, ratio
+from gradsurgery.weighting.gradient_size import GradientSizeWeighter, training_rates
+from gradsurgery.weighting.recording import ratio
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,7 +46,7 @@ class NormalizedGradientWeighter(GradientSizeWeighter):
 
     Raises:
         TypeError: `shared_params` holds something that is not a tensor.
-        ValueError: An argument is out of range, or a loss is not positive where α > 0.
+        ValueError: An argument is out of range; where α > 0, a loss is negative, or is 0 the first time.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2))
@@ -78,8 +77,8 @@ class NormalizedGradientWeighter(GradientSizeWeighter):
         if self.length == "unit":
             self.scale = "paper"
 
-    def measure(self, tasks: Tasks, scaler: torch.amp.GradScaler | None) -> Tensor | None:
-        return self._sizes(tasks, scaler, rows_module.length)
+    def measure(self, call: Call) -> Tensor | None:
+        return self._sizes(call, length)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         norms = self.measured
@@ -102,12 +101,7 @@ class NormalizedGradientWeighter(GradientSizeWeighter):
         }[self.length]
         weights = np.where(there, ratio(common, np.where(there, norms, 1.0)), 0.0)
         if self.alpha:
-            self._require_positive(losses, "it is compared with its initial value")
-            first = self.recall("initial_losses", losses)
-            if self.initial_losses is not None:
-                first = np.array(picked(self, "initial_losses", self.initial_losses))
-            rates = np.minimum(ratio(losses, first), 1e300 / len(losses))
-            weights = weights * (rates / rates.mean()) ** self.alpha
+            weights = weights * training_rates(self, losses, self.initial_losses)[1] ** self.alpha
         return weights
 
     def observe(self, losses: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery import rows as rows_module
-from gradsurgery.losses import Losses, Tasks
-from gradsurgery.optimizer import Switches, parameters
-from gradsurgery.report import Report
+from gradsurgery.call import Call, parameters
+from gradsurgery.gram import length
+from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.recording import RecordingWeighter, numbered, ratio
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class NTKWeighter(RecordingWeighter):
     """
 
     scale = "paper"
+    uses_residuals = True
 
     def __init__(
         self, optimizer: Optimizer, *, probes: int = 32, decay: float = 0.0, **switches: Unpack[Switches]
@@ -63,56 +64,41 @@ class NTKWeighter(RecordingWeighter):
         self.probes = self._count("probes", probes, least=1)
         self.decay = self._number("decay", decay, least=0.0, below=1.0)
 
-    def backward(
-        self, losses: Losses, *, residuals: Mapping[str, Tensor] | Iterable[Tensor] | None = None, **options: Any
-    ) -> Report:
-        """Turn the losses into gradients and add them to ``.grad``.
-
-        Args:
-            losses: As in :meth:`gradsurgery.optimizer.MultiLossOptimizer.backward`.
-            residuals: The residuals of each loss before they are squared and averaged, tensors of any shape with a
-                graph, named or ordered as the losses. Given, the weights are found anew. In a step that `every` or
-                `warmup` excludes they are not looked at.
-            **options: The other arguments of :meth:`gradsurgery.optimizer.MultiLossOptimizer.backward`.
-
-        Returns:
-            What happened; also kept as `report`.
-
-        Raises:
-            TypeError: A residual is not a floating point tensor with a graph.
-            ValueError: Residuals and losses have different names.
-        """
-        where = f"{self._name}.backward"
-        named: dict[str, Any] | None = None
-        if residuals is not None:
-            named = numbered(residuals if isinstance(residuals, Mapping) else list(residuals))
-            for name, r in named.items():
-                if not isinstance(r, Tensor) or not r.is_floating_point() or not r.requires_grad or not r.numel():
-                    raise TypeError(
-                        f"{where}: `residuals[{name!r}]` must be a floating point tensor with a graph, not detached "
-                        "and not empty."
-                    )
-        self._run["residuals"] = named
-        try:
-            return super().backward(losses, **options)
-        finally:
-            self._run["residuals"] = None
-
-    def measure(self, tasks: Tasks, scaler: torch.amp.GradScaler | None) -> Tensor | None:
-        residuals = self._run.get("residuals")
+    def measure(self, call: Call) -> Tensor | None:
+        residuals = self._run["residuals"]
         if residuals is None or self._due() != "act":
             return None
-        missing = [name for name in tasks.present if name not in residuals]
-        unknown = [name for name in residuals if name not in tasks.names]
+        if call.graph.hidden or call.sharded:
+            raise RuntimeError(
+                f"{self._name}.backward: gradients of residuals cannot be found under reentrant activation "
+                "checkpointing, where use_reentrant=False helps, or with sharded parameters."
+            )
+        named = self._checked(residuals)
+        here = [name for name, root in zip(call.tasks.present, call.tasks.roots, strict=True) if root is not None]
+        missing = [name for name in here if name not in named]
+        unknown = [name for name in named if name not in call.tasks.names]
         if missing or unknown:
             raise ValueError(
                 f"{self._name}.backward: `residuals` must have the names of the losses: {missing} missing, "
                 f"{unknown} unknown."
             )
-        params, device, rng = parameters(self), tasks.tensors[0].device, self.rng()
+        params, device, rng = parameters(self), call.values.device, self.rng()
         # By sorted names, so that every rank draws the same, whatever the order of its dict.
-        traces = {name: self._trace(residuals[name], params, rng, device) for name in sorted(tasks.present)}
-        return torch.stack([traces[name] for name in tasks.present])
+        traces = {name: self._trace(named[name], params, rng, device) for name in sorted(here)}
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        found = torch.stack([traces.get(name, zero) for name in call.tasks.present])
+        # The residuals of the whole batch are those of all processes.
+        return found if call.world is None else call.world.total(found.to(call.world.device(device)))
+
+    def _checked(self, residuals: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
+        named = numbered(residuals if isinstance(residuals, Mapping) else list(residuals))
+        for name, r in named.items():
+            if not isinstance(r, Tensor) or not r.is_floating_point() or not r.requires_grad or not r.numel():
+                raise TypeError(
+                    f"{self._name}.backward: `residuals[{name!r}]` must be a floating point tensor with a graph, not "
+                    "detached and not empty."
+                )
+        return named
 
     def _trace(self, r: Tensor, params: list[Tensor], rng: np.random.Generator, device: torch.device) -> Tensor:
         n = r.numel()
@@ -124,7 +110,7 @@ class NTKWeighter(RecordingWeighter):
             if exact:
                 v[k] = 1
             row = rows_module.gradient(r, params, v.reshape(r.shape).to(r.device), retain_graph=True)
-            total = total + rows_module.length(row, device).square()
+            total = total + length(row, device).square()
         return total if exact else total / count
 
     def weights(self, losses: np.ndarray) -> np.ndarray:

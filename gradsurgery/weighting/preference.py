@@ -38,7 +38,9 @@ class PreferenceWeighter(Weighter):
         self.reference: float | dict[str, float]
         if isinstance(reference, (Mapping, Sequence)):
             named = numbered(reference)
-            self.reference = {str(k): self._number(f"reference[{k!r}]", float(v)) for k, v in named.items()}
+            self.reference = type(named)(
+                (str(k), self._number(f"reference[{k!r}]", float(v))) for k, v in named.items()
+            )
         else:
             self.reference = self._number("reference", reference)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gradsurgery.optimizer import InOrder
 from gradsurgery.weighting.base import Weighter
 
 #: Bounds of learnt logarithms of weights: e to their power is still an ordinary number.
@@ -156,32 +157,24 @@ def picked(owner: Weighter, argument: str, given: Mapping[str, Any]) -> list[Any
     Args:
         owner: The method.
         argument: Name of the argument, for the error.
-        given: By name.
+        given: By name, or in order.
 
     Returns:
         One entry a present task.
-
-    Raises:
-        ValueError: A present task is missing.
     """
-    missing = [name for name in owner.names if name not in given]
-    if missing:
-        raise ValueError(
-            f"{owner._name}: `{argument}` must name every loss, {missing} is missing. It has {list(given)}."
-        )
-    return [given[name] for name in owner.names]
+    return owner.each(argument, given)
 
 
 def numbered(given: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    """Give the entries of a sequence the names that losses without names have.
+    """Give the entries of a sequence stand-ins for the names of the losses.
 
     Args:
         given: By name, or in order.
 
     Returns:
-        By name.
+        By name, with `InOrder` for what was in order.
     """
-    return dict(given) if isinstance(given, Mapping) else {str(i): value for i, value in enumerate(given)}
+    return dict(given) if isinstance(given, Mapping) else InOrder((str(i), value) for i, value in enumerate(given))
 
 
 def require_nonnegative(owner: Weighter, losses: np.ndarray, why: str) -> None:

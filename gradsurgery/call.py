@@ -1,0 +1,362 @@
+"""What one call of ``backward`` knows before anything is differentiated."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurgery import losses as losses_module
+from gradsurgery import rows as rows_module
+from gradsurgery import shards
+from gradsurgery.graph import Graph, walk
+from gradsurgery.kept import Kept, collect
+from gradsurgery.losses import Tasks
+from gradsurgery.world import World
+
+if TYPE_CHECKING:
+    from gradsurgery.optimizer import MultiLossOptimizer
+
+
+@dataclass
+class Call:
+    """One call of ``backward``, as the methods' steps see it.
+
+    Attributes:
+        owner: The class that errors should name.
+        tasks: The losses.
+        values: Their values, (m,), float64; over the whole batch, where it is spread over processes.
+        graph: What the walk over their graph has found.
+        mine: The parameters of this optimizer that the losses may reach.
+        theirs: Those of the other optimizers.
+        scaler: The gradient scaler, or None.
+        loss_scale: What autograd's gradients are multiplied by, a scalar.
+        seeds: What each backward pass starts from, m scalars: the loss scale times the share of this process.
+        retain: For each loss, whether its graph has to outlive its own backward pass, (m,).
+        retain_graph: Whether the graph has to outlive the last pass.
+        features: The shared representation; empty if the rows are those of the parameters.
+        kept: Gradients of earlier micro-batches and of this one; None if nothing is accumulated.
+        world: The processes that share the work; None for one alone.
+        sharded: Parameters are DTensors, whose gradients come added up over the processes.
+        accumulate: More micro-batches follow.
+    """
+
+    owner: str
+    tasks: Tasks
+    values: Tensor
+    graph: Graph
+    mine: list[Tensor]
+    theirs: list[Tensor]
+    scaler: torch.amp.GradScaler | None
+    loss_scale: Tensor
+    seeds: list[Tensor]
+    retain: list[bool]
+    retain_graph: bool
+    features: tuple[Tensor, ...]
+    kept: Kept | None
+    world: World | None
+    sharded: bool
+    accumulate: bool
+
+    def rows_at(self, params: Sequence[Tensor], whole: bool = True) -> Iterator[list[Tensor | None]]:
+        """Find the gradient of each loss at some parameters, and keep the graph.
+
+        Args:
+            params: The parameters, or `features`.
+            whole: Exchange with the other processes.
+
+        Yields:
+            One row a loss, multiplied by the loss scale. Over the whole batch, if so wanted: parameters have a sum over
+            the processes then, and features a row for each of them, one behind the other.
+
+        Raises:
+            RuntimeError: A graph hides its parameters.
+        """
+        if self.kept is not None:
+            for found in self.kept.rows:
+                mine = [found.get(p) for p in params]  # of this process
+                yield mine if self.world is None or self.sharded else self.world_total(mine, params)
+            return
+        if self.graph.hidden or self.sharded:
+            raise RuntimeError(
+                f"{self.owner}.backward: gradients at some parameters only cannot be found under reentrant activation "
+                "checkpointing or fully_shard. Use use_reentrant=False, or a method that measures no gradients."
+            )
+        for root, seed in zip(self.tasks.roots, self.seeds, strict=True):
+            row: list[Tensor | None] = [None] * len(params)
+            if root is not None:
+                row = rows_module.gradient(root, params, seed, retain_graph=True)
+            if self.world is None or not whole:
+                yield row
+            elif self.features:
+                yield self.world.joined(row, params)
+            else:
+                yield self.world_total(row, params)
+
+    def one_pass(self, weights: np.ndarray, params: Sequence[Tensor], last: bool) -> list[Tensor | None]:
+        """Differentiate Σ wᵢ lᵢ in one backward pass.
+
+        Args:
+            weights: w, (m,).
+            params: What to differentiate with respect to.
+            last: No other pass follows.
+
+        Returns:
+            The gradients, multiplied by the loss scale, over the whole batch.
+        """
+        if not params:
+            return []
+        used = [i for i, root in enumerate(self.tasks.roots) if root is not None]
+        roots = [self.tasks.roots[i] for i in used]
+        starts = [self.seeds[i] if weights[i] == 1.0 else self.seeds[i] * float(weights[i]) for i in used]
+        engine = "backward" if self.graph.hidden else "accumulate" if self.world is None else "grad"
+        leaves = list(dict.fromkeys([*params, *self.leaves])) if engine == "backward" else list(params)
+        # All of them: DistributedDataParallel may write to parameters that this pass does not reach.
+        with rows_module.emptied(list(dict.fromkeys([*leaves, *self.mine, *self.theirs]))):
+            found = rows_module.one_pass(
+                [root for root in roots if root is not None], starts, leaves, self.retain_graph or not last, engine
+            )[: len(params)]
+        if self.world is None or self.sharded:
+            return found
+        return self.world_total(found, params)
+
+    def world_total(self, found: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+        """Add up gradients over the processes. What no process has stays None.
+
+        Args:
+            found: One gradient a parameter.
+            params: The parameters.
+
+        Returns:
+            The sums.
+        """
+        assert self.world is not None
+        there = self.world.any_of(torch.tensor([g is not None for g in found], dtype=torch.uint8)).tolist()
+        kept = [j for j, mark in enumerate(there) if mark]
+        sums = self.world.total_each([found[j] for j in kept], [params[j] for j in kept])
+        result: list[Tensor | None] = [None] * len(params)
+        for j, g in zip(kept, sums, strict=True):
+            result[j] = g
+        return result
+
+    @cached_property
+    def leaves(self) -> list[Tensor]:
+        """Everything that an ordinary backward pass may write to, as far as it is known.
+
+        Returns:
+            Leaves.
+        """
+        return list(dict.fromkeys([*self.mine, *self.theirs, *self.graph.leaves]))
+
+
+def prepare(
+    method: MultiLossOptimizer,
+    tasks: Tasks,
+    accumulate: bool,
+    batch_size: float | Mapping[str, float] | None,
+    scaler: torch.amp.GradScaler | None,
+    retain_graph: bool,
+    others: Iterable[Optimizer],
+    features: tuple[Tensor, ...],
+    world: World | None,
+) -> Call | None:
+    """Look at the losses and their graph, and add what was accumulated.
+
+    Args:
+        method: The optimizer whose ``backward`` was called.
+        tasks: The losses.
+        accumulate: The call is one of several micro-batches, not the last.
+        batch_size: Number of samples on this process.
+        scaler: The gradient scaler, or None.
+        retain_graph: Keep the graph.
+        others: Optimizers of other parameters.
+        features: The shared representation; empty if there is none.
+        world: The processes that share the work, or None.
+
+    Returns:
+        The call; None if no loss is left.
+
+    Raises:
+        ValueError: The arguments exclude each other.
+    """
+    others = list(others)
+    device = tasks.tensors[0].device if tasks.tensors else parameters(method)[0].device
+    values = losses_module.values(tasks.tensors, device)
+    shares = None
+    if world is not None:
+        kind = f"{method._name} accumulate={accumulate} features={bool(features)} step={method.memory['step']}"
+        trainable = [*parameters(method), *(p for other in others for p in parameters(other))]
+        kind += f" parameters={len(trainable)}:{zlib.crc32(str([tuple(p.shape) for p in trainable]).encode()):08x}"
+        may_be_empty = method._run["kept"] is not None
+        tasks, shares, found = world.agree(tasks, values, batch_size, kind, may_be_empty)
+        values = torch.from_numpy(found)
+        method._run["tasks"] = tasks
+    if method.nonfinite == "drop":
+        finite = torch.isfinite(values).tolist()
+        # With nothing left a scaler is to see the values in .grad, and to skip the step.
+        seen = scaler is not None and scaler.is_enabled() and not any(finite)
+        if not all(finite) and not seen:
+            method.flag("dropped")
+            keep = [i for i, ok in enumerate(finite) if ok]
+            tasks, values = tasks.only(keep), values[keep]
+            shares = None if shares is None else shares[keep]
+            method._run["tasks"] = tasks
+            if not keep and (accumulate or method._run["kept"] is None):
+                return None
+    graph, mine, theirs = _reached(method, tasks, [p for other in others for p in parameters(other)], world)
+    spread = bool(shards.sharded(mine))
+    if spread and world is not None:
+        _require_everywhere(method, tasks, world)
+    seeds = rows_module.seeds(tasks.tensors, scaler)
+    loss_scale = seeds[0] if seeds else method._run["kept"].loss_scale
+    if shares is not None:
+        # Gradients of sharded parameters come back as means over the processes, all others as parts of a sum.
+        factor = world.size if world is not None and spread else 1
+        seeds = [seed * float(share * factor) for seed, share in zip(seeds, shares, strict=True)]
+    # A compiled backward that first ran without retain_graph refuses to run with it later. Where steps of both
+    # kinds follow each other all retain, and the references are dropped instead.
+    cadence = method.every > 1 or method.warmup > 0
+    retain = [
+        retain_graph or (both if cadence else later)
+        for both, later in zip(graph.overlaps, graph.overlaps_later, strict=True)
+    ]
+    call = Call(
+        owner=method._name,
+        tasks=tasks,
+        values=values,
+        graph=graph,
+        mine=mine,
+        theirs=theirs,
+        scaler=scaler,
+        loss_scale=loss_scale,
+        seeds=seeds,
+        retain=retain,
+        retain_graph=retain_graph or (cadence and any(graph.overlaps)),
+        features=features,
+        kept=None,
+        world=world,
+        sharded=spread,
+        accumulate=accumulate,
+    )
+    kept: Kept | None = method._run["kept"]
+    if accumulate or kept is not None:
+        if features or method._run["residuals"] is not None:
+            raise ValueError(
+                f"{method._name}.backward: `features` and `residuals` have no meaning for gradients that are "
+                "accumulated over micro-batches."
+            )
+        new = collect(call)
+        if graph.masks is None and world is None:
+            require_reached(method, [bool(row) for row in new.rows])
+        call.kept = new if kept is None else kept.plus(new)
+        call.theirs = list(call.kept.theirs)
+        if not accumulate:
+            call.kept = call.kept.in_order([*tasks.names, *call.kept.present])
+            call.values = call.kept.values
+            call.tasks = Tasks(tasks.names, call.kept.present, tuple(call.values.unbind()), ())
+            method._run["tasks"] = call.tasks
+    return call
+
+
+def _reached(
+    method: MultiLossOptimizer, tasks: Tasks, others: Sequence[Tensor], world: World | None
+) -> tuple[Graph, list[Tensor], list[Tensor]]:
+    """Walk over the graph of the losses.
+
+    Returns:
+        What was found, the parameters of this optimizer that may be reached, and those of the other ones.
+    """
+    graph = walk(tasks.roots)
+    params = parameters(method)
+    own = set(params)
+    # fully_shard differentiates with respect to tensors of its own.
+    if graph.masks is not None and any(p not in graph.masks for p in shards.sharded(params)):
+        graph = graph._replace(hidden=True, masks=None, nodes=())
+    if world is not None:  # all processes take the same road
+        marks = torch.tensor([graph.hidden, graph.masks is None], dtype=torch.uint8, device="cpu")
+        hidden, unknown = map(bool, world.any_of(marks).tolist())
+        if hidden and not shards.sharded(params):
+            raise RuntimeError(
+                f"{method._name}.backward: the losses go through torch.utils.checkpoint with use_reentrant=True, which "
+                "takes ordinary backward passes, and DistributedDataParallel reduces the first of them only. Pass "
+                "use_reentrant=False."
+            )
+        if unknown:
+            graph = graph._replace(hidden=hidden, masks=None, nodes=())
+    if graph.masks is None:
+        return graph, params, [p for p in dict.fromkeys(others) if p not in own]
+    masks = graph.masks
+    if world is not None:
+        masks = world.united(masks, [*params, *others], len(tasks.present))
+        graph = graph._replace(masks=masks)
+    mine = [p for p in params if p in masks]
+    theirs = [p for p in dict.fromkeys(others) if p in masks and p not in own]
+    covered = 0
+    for p in (*mine, *theirs):
+        covered |= masks[p]
+    require_reached(method, [bool(covered >> i & 1) for i in range(len(tasks.present))])
+    if not method._run["warned"]:
+        own.update(theirs)
+        strangers = [p for p in masks if isinstance(p, torch.nn.Parameter) and p not in own]
+        if strangers:
+            method._run["warned"] = True
+            warnings.warn(
+                f"{method._name}.backward: the losses reach {len(strangers)} parameter(s) outside the "
+                f"optimizer (the first has shape {tuple(strangers[0].shape)}). They get no gradient. If another "
+                "optimizer should step them, pass it in `others`; if they are not to be trained here, as the other "
+                "network of a GAN, freeze them with requires_grad_(False) or ignore this.",
+                stacklevel=4,
+            )
+    return graph, mine, theirs
+
+
+def _require_everywhere(method: MultiLossOptimizer, tasks: Tasks, world: World) -> None:
+    """Every backward pass of sharded parameters is a collective, which all processes have to join."""
+    absent = world.any_of(torch.tensor([root is None for root in tasks.roots], dtype=torch.uint8)).tolist()
+    missing = [name for name, mark in zip(tasks.present, absent, strict=True) if mark]
+    if missing:
+        raise RuntimeError(
+            f"{method._name}.backward: with sharded parameters every process must have every loss, and {missing} "
+            "is absent on one process. Give it a loss of no samples, such as 0.0 * output.sum(), and its "
+            "`batch_size`, or use DistributedDataParallel."
+        )
+
+
+def require_reached(method: MultiLossOptimizer, reached: Sequence[bool]) -> None:
+    """Refuse losses that reach nothing.
+
+    Args:
+        method: The optimizer.
+        reached: Whether each present loss reaches a parameter, (m,).
+
+    Raises:
+        RuntimeError: One does not.
+    """
+    for name, ok in zip(method.names, reached, strict=True):
+        if not ok:
+            raise RuntimeError(
+                f"{method._name}.backward: loss {name!r} reaches no parameter of the optimizer. Was the "
+                "model run under torch.no_grad(), are its parameters frozen, or do they belong to another "
+                "optimizer? Name that one in `others`."
+            )
+
+
+def parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Trainable parameters in the order of the groups, each once. Read anew in every call: groups change.
+
+    Args:
+        optimizer: Any optimizer.
+
+    Returns:
+        Its parameters that require grad.
+    """
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    return list(dict.fromkeys(p for p in params if p.requires_grad))

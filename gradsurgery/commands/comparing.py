@@ -1,0 +1,236 @@
+"""Let methods walk on a toy problem with a known Pareto set, and compare where they get.
+
+A toy says how a method moves, not which one trains your model best; `gradsurgery diagnose` looks at that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradsurgery import catalogue, problems
+from gradsurgery.commands import complain, no_pictures, say, say_json
+from gradsurgery.optimizer import MultiLossOptimizer
+from gradsurgery.problems import Problem
+from gradsurgery.text import grid, number
+
+NAME = "compare"
+HELP = "let methods walk on a toy problem, and compare where they get"
+
+SUM = "plain sum"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A problem, and how to walk on it.
+
+    Args:
+        build: Makes the problem.
+        base: The torch optimizer.
+        lr: Its learning rate.
+        steps: Number of steps.
+        says: What the problem is, in a line.
+    """
+
+    build: Callable[[], Problem]
+    base: type[Optimizer]
+    lr: float
+    steps: int
+    says: str
+
+
+PROBLEMS = {
+    "quadratics": Setting(problems.quadratics, torch.optim.SGD, 0.1, 400, "two tilted bowls"),
+    "concave": Setting(problems.fonseca_fleming, torch.optim.SGD, 0.05, 400, "Fonseca-Fleming: a concave front"),
+    "basin": Setting(problems.cagrad_basin, torch.optim.Adam, 0.05, 600, "CAGrad's landscape: valleys above a basin"),
+    "valleys": Setting(problems.pcgrad_valleys, torch.optim.Adam, 0.02, 1500, "PCGrad's landscape: two steep valleys"),
+}
+#: Losses that could be this much lower at once, relative to their spread along the front, count as Pareto optimal.
+NEAR = 0.01
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How one method went from all starts.
+
+    Args:
+        method: Its name.
+        ends: Where it got, a point a start.
+        losses: Mean of each loss there.
+        gap: Mean of how much lower all losses could be at once.
+        near: Number of ends that are Pareto optimal, but for one hundredth of the losses' range along the front.
+        milliseconds: Time of a step.
+        error: Why it did not get there, or empty.
+    """
+
+    method: str
+    ends: list[list[float]]
+    losses: list[float]
+    gap: float | None
+    near: int
+    milliseconds: float | None
+    error: str = ""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments.
+
+    Args:
+        parser: Where to.
+    """
+    about = "; ".join(f"{name}: {setting.says}" for name, setting in PROBLEMS.items())
+    parser.add_argument("problem", metavar="PROBLEM", choices=tuple(PROBLEMS), help=about)
+    parser.add_argument(
+        "--methods",
+        default="PCGrad,MGDA,CAGrad",
+        metavar="A,B",
+        help="names with commas between (%(default)s); the plain sum always comes first",
+    )
+    parser.add_argument("--steps", type=int, help="number of steps (depends on the problem)")
+    parser.add_argument("--lr", type=float, help="learning rate (depends on the problem)")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the paths into this file")
+    parser.add_argument("--dark", action="store_true", help="draw on dark paper")
+    parser.add_argument("--json", action="store_true", help="the numbers as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Args:
+        args: As :func:`arguments` declares them.
+
+    Returns:
+        The exit code: 1 if a method failed.
+    """
+    setting = PROBLEMS[args.problem]
+    steps = setting.steps if args.steps is None else args.steps
+    lr = setting.lr if args.lr is None else args.lr
+    if steps < 1 or not (0 < lr < math.inf):
+        return complain(NAME, f"--steps and --lr must be positive, got {steps} and {lr}.")
+    names = []
+    try:
+        names = [catalogue.find(name.strip()).name for name in args.methods.split(",") if name.strip()]
+    except ValueError as error:
+        return complain(NAME, str(error))
+    if args.plot is not None:
+        try:
+            from gradsurgery import method_pictures
+        except ModuleNotFoundError as error:
+            return no_pictures(NAME, error)
+    problem = setting.build()
+    walks, paths = [], {}
+    for name in dict.fromkeys([SUM, *names]):
+        walk, path = walk_from_all(problem, name, setting.base, lr, steps)
+        walks.append(walk)
+        if path:
+            paths[name] = path
+    if args.plot is not None:
+        try:
+            method_pictures.draw_paths(problem, paths, args.plot, dark=args.dark)
+        except (OSError, ValueError) as error:
+            return complain(NAME, f"cannot draw into {args.plot}: {error}.")
+    if args.json:
+        say_json({"problem": args.problem, "steps": steps, "lr": lr, "methods": [asdict(walk) for walk in walks]})
+    else:
+        _show(problem, setting, walks, steps, lr)
+        if args.plot is not None:
+            say(f"The paths are in {args.plot}.\n")
+    return 1 if any(walk.error for walk in walks) else 0
+
+
+def walk_from_all(
+    problem: Problem, name: str, base: type[Optimizer], lr: float, steps: int
+) -> tuple[Walk, list[Tensor]]:
+    """Let one method walk from every start.
+
+    Args:
+        problem: The problem.
+        name: The method, or "plain sum".
+        base: The torch optimizer.
+        lr: Its learning rate.
+        steps: Number of steps.
+
+    Returns:
+        The outcome, and the paths, (steps + 1, n) each; none if it failed.
+    """
+
+    def build(parameters: list[torch.nn.Parameter]) -> Optimizer:
+        optimizer = base(parameters, lr=lr)  # type: ignore[call-arg]
+        return optimizer if name == SUM else built(name, optimizer)
+
+    began = time.perf_counter()
+    try:
+        paths = [problem.trajectory(start, build, steps) for start in problem.starts]
+    except (RuntimeError, ValueError, TypeError) as error:
+        return Walk(name, [], [], None, 0, None, str(error)), []
+    seconds = time.perf_counter() - began
+    ends = [path[-1] for path in paths]
+    gaps = [problem.gap(end) for end in ends]
+    values = torch.stack([torch.stack(problem.losses(end)) for end in ends]).mean(dim=0)
+    front = torch.stack(problem.losses(problem.pareto_set()))
+    spread = float((front.amax(dim=1) - front.amin(dim=1)).max()) or float(front.abs().max())
+    walk = Walk(
+        name,
+        [end.tolist() for end in ends],
+        values.tolist(),
+        sum(gaps) / len(gaps),
+        sum(gap <= NEAR * spread for gap in gaps),
+        1e3 * seconds / (steps * len(ends)),
+    )
+    return walk, paths
+
+
+def built(name: str, optimizer: Optimizer, tasks: int = 2) -> MultiLossOptimizer:
+    """Wrap an optimizer in a method with its defaults, and with the least of what its constructor asks for besides.
+
+    Args:
+        name: The method.
+        optimizer: The torch optimizer.
+        tasks: Number of losses.
+
+    Returns:
+        The method.
+    """
+    extra: dict[str, dict[str, Any]] = {
+        "GradNormWeighter": {"shared_params": optimizer.param_groups[0]["params"]},
+        "Krum": {"n_byzantine": 0},
+        "PriorLossWeighter": {"priors": [1.0] * tasks},
+    }
+    found = catalogue.find(name).method(optimizer, **extra.get(name, {}))
+    assert isinstance(found, MultiLossOptimizer)
+    return found
+
+
+def _show(problem: Problem, setting: Setting, walks: Sequence[Walk], steps: int, lr: float) -> None:
+    count = len(problem.starts)
+    rows = [
+        (
+            walk.method,
+            *(number(value) for value in walk.losses),
+            number(walk.gap),
+            f"{walk.near}/{count}",
+            number(walk.milliseconds),
+        )
+        for walk in walks
+        if walk.gap is not None and walk.milliseconds is not None
+    ]
+    tasks = len(problem.losses(problem.starts[0]))
+    starts = f"{count} start{'s' if count > 1 else ''}"
+    say(f"{problem.name}: {starts}, {steps} steps of {setting.base.__name__} at {lr:g}\n\n")
+    say(grid(("method", *(f"loss {i + 1}" for i in range(tasks)), "gap", "optimal", "ms a step"), rows))
+    for walk in walks:
+        if walk.error:
+            say(f"{walk.method} cannot walk here: {walk.error}\n")
+    say(
+        "\nLosses and gap at the ends, means over the starts. Gap: by how much all losses could be lower at once.\n"
+        "Optimal: the gap is below one hundredth of the losses' range along the Pareto front.\n"
+    )

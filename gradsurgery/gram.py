@@ -1,0 +1,314 @@
+"""Inner products of rows, and what else the mathematics of the methods needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gradsurgery.world import World
+
+#: The gradient of one loss: one entry a parameter, ``None`` where the loss does not reach it.
+Row = list["Tensor | None"]
+
+# A float32 product over millions of columns loses three to four digits. Over 8k columns it loses none that float32 has;
+# the partial products are then added up in float64.
+_CHUNK = 8192
+# Entries that are copied side by side for one product: what fits a cache on the CPU, what fills a GPU elsewhere.
+_BUCKET_CPU, _BUCKET_GPU = 2**19, 2**24
+
+# Squares of float32 entries leave the range of normal numbers not far outside these bounds of the squared norm.
+_SAFE_SQUARES = (1e-24, 1e30)
+
+
+class Table:
+    """m rows over the same parameters, as the mathematics of the methods sees them.
+
+    Args:
+        rows: The rows, or a matrix (m, n). Spread over processes, the part of them that this one has.
+        world: The processes that they are spread over.
+        noise: How far products may be off, if the rows at hand do not tell; see :func:`precision`.
+    """
+
+    def __init__(self, rows: Sequence[Row] | Tensor, world: World | None = None, noise: float | None = None) -> None:
+        self.rows = rows
+        self.world = world
+        self._noise = noise
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, keep: Sequence[int]) -> Table:
+        """Some of the rows.
+
+        Args:
+            keep: Their places.
+
+        Returns:
+            The same rows, not copied.
+        """
+        rows = as_rows(self.rows)
+        return Table([rows[i] for i in keep], self.world, self.noise)
+
+    def products(self) -> Tensor:
+        """Inner products of what this process has.
+
+        Returns:
+            (m, m), float64. To be added up over the processes.
+        """
+        return gram_in(as_rows(self.rows), torch.float32 if self.world is None else torch.float64)
+
+    def repaired(self, found: np.ndarray) -> np.ndarray:
+        """Replace products that float32 could not hold.
+
+        Args:
+            found: The products, added up, (m, m).
+
+        Returns:
+            (m, m).
+        """
+        return gram_outside_float32(self.rows, found) if self.world is None else found
+
+    def triangle(self) -> np.ndarray:
+        """A square root of the Gram matrix; see :func:`triangle`.
+
+        Returns:
+            (m, k), k ≤ m.
+        """
+        found = triangle(self.rows)
+        return found if self.world is None else self.world.stacked(found)
+
+    @property
+    def noise(self) -> float:
+        """How far products may be off, relative to the lengths of the two rows."""
+        return precision(self.rows) if self._noise is None else self._noise
+
+
+def as_rows(rows: Sequence[Row] | Tensor) -> Sequence[Row]:
+    """Rows that lie in one matrix, as a list of rows over one parameter.
+
+    Args:
+        rows: m rows, or a matrix (m, n).
+
+    Returns:
+        m rows.
+    """
+    return [[row] for row in rows] if isinstance(rows, Tensor) else rows
+
+
+def gram(rows: Sequence[Row]) -> Tensor:
+    """Inner products of the rows.
+
+    Products run in float32 over chunks of 8k columns and are summed in float64; float64 rows stay float64. Complex
+    entries count as pairs of reals.
+
+    Args:
+        rows: m rows over the same parameters.
+
+    Returns:
+        J Jᵀ, (m, m), float64, on the device of the first parameter.
+    """
+    return gram_in(rows, torch.float32)
+
+
+def gram_of_matrix(rows: Tensor) -> np.ndarray:
+    """Inner products of rows that lie in one matrix, as :func:`gram` would find them.
+
+    Args:
+        rows: J, (m, n), without a graph.
+
+    Returns:
+        J Jᵀ, (m, m), float64.
+    """
+    # For small matrices on the host numpy costs less per call.
+    if rows.device.type == "cpu":
+        if rows.dtype is torch.float64:
+            j = rows.numpy()
+            return j @ j.T
+        if rows.dtype is torch.float32 and rows.shape[1] <= _CHUNK:
+            j = rows.numpy()
+            return (j @ j.T).astype(np.float64)
+    return gram(as_rows(rows)).cpu().numpy()
+
+
+def in_range(gram: np.ndarray) -> bool:
+    """Whether all rows are finite, and neither too short nor too long for float32 products.
+
+    Args:
+        gram: What :func:`gram` gave, (m, m).
+
+    Returns:
+        False for zero rows too.
+    """
+    low, high = _SAFE_SQUARES
+    return all(low <= square <= high for square in gram.diagonal().tolist())
+
+
+def gram_outside_float32(rows: Sequence[Row] | Tensor, found: np.ndarray) -> np.ndarray:
+    """Repair a Gram matrix whose rows are too short or too long for float32 products.
+
+    Args:
+        rows: m rows.
+        found: What :func:`gram` gave, (m, m).
+
+    Returns:
+        ``found`` where it can be trusted, and a float64 product otherwise.
+    """
+    if in_range(found):
+        return found
+    low, high = _SAFE_SQUARES
+    squares = found.diagonal()
+    doubtful = ~((squares >= low) & (squares <= high))
+    rows = as_rows(rows)
+    # A row of exact zeros is common (an inactive hinge) and needs no second look.
+    doubtful &= [
+        bool(d) and any(g is not None and bool(g.any()) for g in row) for d, row in zip(doubtful, rows, strict=True)
+    ]
+    if not doubtful.any() or precision(rows) < 1e-12:
+        return found
+    return gram_in(rows, torch.float64).cpu().numpy()
+
+
+def gram_in(rows: Sequence[Row], least: torch.dtype) -> Tensor:
+    """Inner products in a precision.
+
+    Args:
+        rows: m rows over the same parameters.
+        least: Half and single precision are multiplied in this one.
+
+    Returns:
+        J Jᵀ, (m, m), float64, on the device of the first parameter.
+    """
+    m = len(rows)
+    total: Tensor | None = None
+    for bucket in _buckets(rows, least):
+        width = bucket.shape[1]
+        whole = width - width % _CHUNK
+        part = torch.zeros(m, m, dtype=torch.float64, device=bucket.device)
+        with torch.autocast(bucket.device.type, enabled=False):  # it would multiply in half precision
+            if whole:
+                chunks = bucket[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1)
+                part += torch.bmm(chunks, chunks.transpose(1, 2)).sum(0, dtype=torch.float64)
+            if whole < width:
+                rest = bucket[:, whole:]
+                part += rest @ rest.T
+        total = part if total is None else total + part.to(total.device)
+    return torch.zeros(m, m, dtype=torch.float64) if total is None else total
+
+
+def _buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
+    """Cut the rows into matrices (m, k) of bounded width, small parameters together and large ones in slices."""
+    m = len(rows)
+    pieces: list[list[Tensor]] = []  # of one bucket: for each piece the m flat parts
+    held = 0
+    kind: tuple[torch.device, torch.dtype] | None = None
+    for column in zip(*rows, strict=True):
+        like = next((g for g in column if g is not None), None)
+        if like is None:
+            continue
+        dtype = torch.promote_types(torch.float64 if like.dtype == torch.complex128 else _real(like.dtype), least)
+        flats = [torch.zeros(like.numel() << like.is_complex(), dtype=_real(like.dtype), device=like.device)
+                 if g is None else _flat(g) for g in column]  # fmt: skip
+        if pieces and kind != (like.device, dtype):
+            yield _joined(pieces, kind)
+            pieces, held = [], 0
+        kind = (like.device, dtype)
+        entries = _BUCKET_CPU if like.device.type == "cpu" else _BUCKET_GPU
+        width = max(1, entries // m // _CHUNK) * _CHUNK
+        n, start = flats[0].numel(), 0
+        while start < n:
+            stop = min(n, start + width - held)
+            pieces.append(flats if stop - start == n else [f[start:stop] for f in flats])
+            held += stop - start
+            start = stop
+            if held == width:
+                yield _joined(pieces, kind)
+                pieces, held = [], 0
+    if pieces:
+        yield _joined(pieces, kind)
+
+
+def _joined(pieces: list[list[Tensor]], kind: tuple[torch.device, torch.dtype] | None) -> Tensor:
+    assert kind is not None
+    if len(pieces) == 1:
+        return torch.stack(pieces[0]).to(kind[1])
+    return torch.stack([torch.cat(flats) for flats in zip(*pieces, strict=True)]).to(kind[1])
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _flat(g: Tensor) -> Tensor:
+    if g.is_sparse:
+        g = g.to_dense()
+    if g.is_complex():
+        g = torch.view_as_real(g.resolve_conj())
+    return g.reshape(-1)
+
+
+def triangle(rows: Sequence[Row] | Tensor) -> np.ndarray:
+    """A square root of the Gram matrix that keeps the accuracy of the rows.
+
+    The Gram matrix squares the condition number; a QR factorisation of the rows does not. For rows in single precision
+    a Gram matrix in double precision is as good, and cheaper. Either costs more than :func:`gram` and is meant for the
+    rare inputs that need it.
+
+    Args:
+        rows: m rows.
+
+    Returns:
+        B, (m, k) with k ≤ m, float64, and B Bᵀ = J Jᵀ.
+    """
+    rows = as_rows(rows)
+    if not _any_double(rows):
+        exact = gram_in(rows, torch.float64).cpu().numpy()
+        norms = np.sqrt(exact.diagonal())
+        inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+        values, vectors = np.linalg.eigh(inverse[:, None] * exact * inverse)
+        return np.asarray(norms[:, None] * vectors * np.sqrt(np.maximum(values, 0.0)))
+    m = len(rows)
+    held = np.zeros((0, m))
+    for bucket in _buckets(rows, torch.float64):
+        held = np.asarray(np.linalg.qr(np.concatenate([held, bucket.cpu().numpy().T]), mode="r"))
+    return np.ascontiguousarray(held.T)
+
+
+def precision(rows: Sequence[Row] | Tensor) -> float:
+    """How far entries of :func:`gram` may be off, relative to the lengths of the two rows.
+
+    Args:
+        rows: m rows.
+
+    Returns:
+        Rounding of float64 if all rows are in double precision, else of a float32 product over one chunk.
+    """
+    if isinstance(rows, Tensor):
+        single = rows.dtype != torch.float64
+    else:
+        single = any(g is not None and g.dtype not in (torch.float64, torch.complex128) for row in rows for g in row)
+    return 2e-7 if single else float(np.finfo(np.float64).eps)
+
+
+def _any_double(rows: Sequence[Row]) -> bool:
+    return any(g is not None and g.dtype in (torch.float64, torch.complex128) for row in rows for g in row)
+
+
+def length(row: Row, device: torch.device) -> Tensor:
+    """Euclidean norm of one row.
+
+    Args:
+        row: The row.
+        device: Where to put the result.
+
+    Returns:
+        A scalar, float64.
+    """
+    norms = [torch.linalg.vector_norm(_flat(g), dtype=torch.float64).to(device) for g in row if g is not None]
+    return (
+        torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64, device=device)
+    )

@@ -1,0 +1,149 @@
+"""Gradients that are kept from one micro-batch to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsurgery import rows as rows_module
+
+if TYPE_CHECKING:
+    from gradsurgery.call import Call
+
+
+class Kept(NamedTuple):
+    """The gradients of each loss, over one micro-batch or several.
+
+    Attributes:
+        present: Names of the tasks, (m,).
+        values: Sums of their losses, (m,), float64.
+        rows: For each task the gradient of every parameter that it reaches, (m,).
+        loss_scale: What the gradients are multiplied by, a scalar.
+        scaled: A gradient scaler gave it.
+        theirs: Parameters of other optimizers that any micro-batch may have reached.
+    """
+
+    present: tuple[str, ...]
+    values: Tensor
+    rows: tuple[dict[Tensor, Tensor], ...]
+    loss_scale: Tensor
+    scaled: bool
+    theirs: tuple[Tensor, ...]
+
+    def masks(self) -> dict[Tensor, int]:
+        """Which losses reach each parameter.
+
+        Returns:
+            Bit masks by parameter.
+        """
+        found: dict[Tensor, int] = {}
+        for i, row in enumerate(self.rows):
+            for p in row:
+                found[p] = found.get(p, 0) | 1 << i
+        return found
+
+    def plus(self, new: Kept) -> Kept:
+        """Add the next micro-batch. What was kept so far is not changed.
+
+        Args:
+            new: Its gradients.
+
+        Returns:
+            The sums, with the tasks of both.
+        """
+        values = dict(zip(self.present, self.values.unbind(), strict=True))
+        # The scale may have been updated in between, or the scaler passed to one call only.
+        change = new.loss_scale.float() / self.loss_scale.float() if self.scaled or new.scaled else None
+        rows = {name: dict(row) for name, row in zip(self.present, self.rows, strict=True)}
+        fresh: set[tuple[str, Tensor]] = set()
+        for name, value, row in zip(new.present, new.values.unbind(), new.rows, strict=True):
+            values[name] = values[name] + value if name in values else value
+            into = rows.setdefault(name, {})
+            for p in list(row):
+                g = row.pop(p)
+                into[p] = rows_module.total(_times(into[p], change), g) if p in into else g
+                fresh.add((name, p))
+        if change is not None:
+            for name, into in rows.items():
+                into.update({p: _times(g, change) for p, g in into.items() if (name, p) not in fresh})
+        return Kept(
+            tuple(values),
+            torch.stack(list(values.values())),
+            tuple(rows.values()),
+            new.loss_scale,
+            self.scaled or new.scaled,
+            tuple(dict.fromkeys([*self.theirs, *new.theirs])),
+        )
+
+    def in_order(self, names: Sequence[str]) -> Kept:
+        """Put the tasks into the order of the user's list.
+
+        Args:
+            names: All names, absent tasks included.
+
+        Returns:
+            The same gradients.
+        """
+        order = sorted(range(len(self.present)), key=lambda i: names.index(self.present[i]))
+        return Kept(
+            tuple(self.present[i] for i in order),
+            self.values[order],
+            tuple(self.rows[i] for i in order),
+            self.loss_scale,
+            self.scaled,
+            self.theirs,
+        )
+
+
+def _times(g: Tensor, factor: Tensor | None) -> Tensor:
+    return g if factor is None else g * factor.to(g.device, g.dtype)
+
+
+def collect(call: Call) -> Kept:
+    """Differentiate the losses of one micro-batch with respect to every parameter that they reach.
+
+    Args:
+        call: The call of ``backward``.
+
+    Returns:
+        The gradients.
+    """
+    rows = []
+    everything = [*call.mine, *call.theirs]
+    for i in range(len(call.tasks.present)):
+        wanted, row = differentiate(call, i, everything)
+        found = {p: g for p, g in zip(wanted, row, strict=True) if g is not None}
+        del row
+        if call.accumulate:  # autograd may hand out the same memory again in the next micro-batch
+            found = {p: found.pop(p).clone() for p in list(found)}
+        rows.append(found)
+    return Kept(
+        call.tasks.present, call.values, tuple(rows), call.loss_scale, call.scaler is not None, tuple(call.theirs)
+    )
+
+
+def differentiate(call: Call, i: int, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Differentiate one loss.
+
+    Args:
+        call: The call of ``backward``.
+        i: Which loss.
+        params: What to differentiate with respect to.
+
+    Returns:
+        Those of the parameters that the loss may reach, and their gradients.
+    """
+    root, masks = call.tasks.roots[i], call.graph.masks
+    if call.graph.hidden:
+        assert root is not None
+        with rows_module.emptied(call.leaves):
+            row = rows_module.gradient_by_backward(root, call.leaves, call.seeds[i], call.retain[i])
+        found = dict(zip(call.leaves, row, strict=True))
+        return list(params), [found[p] for p in params]
+    wanted = list(params) if masks is None else [p for p in params if masks.get(p, 0) >> i & 1]
+    if root is None:
+        return wanted, [None] * len(wanted)
+    return wanted, rows_module.gradient(root, wanted, call.seeds[i], call.retain[i])

@@ -1,0 +1,171 @@
+"""Drawings of what methods do: their direction between conflicting gradients, and their paths on toy problems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Wedge
+from torch import Tensor
+
+from gradsurgery.commands.comparing import SUM, built
+from gradsurgery.pictures import DARK, LIGHT, Palette, style
+from gradsurgery.problems import Problem
+
+#: What every method is drawn on: two gradients of different length that oppose each other, and three of which one does.
+EXAMPLES = (
+    np.array([[2.0, 0.35], [-0.85, 0.5]]),
+    np.array([[1.9, -0.1], [1.1, 0.9], [-0.95, 0.6]]),
+)
+#: Values of the losses, for the methods that read them.
+LOSSES = (1.0, 2.0, 1.5)
+#: Half the width of the frame; longer arrows are shortened, and say by how much.
+REACH = 2.6
+
+
+def direction(name: str, rows: np.ndarray) -> np.ndarray | None:
+    """What a method gives for some gradients in its first step: minus the update of SGD at a learning rate of 1.
+
+    The gradients are those of linear losses of one parameter, so that every method sees what it asks for.
+
+    Args:
+        name: The method, or "plain sum".
+        rows: Gradients, (m, n).
+
+    Returns:
+        (n,), or None if the method needs something that linear losses do not have.
+    """
+    theta = torch.nn.Parameter(torch.zeros(rows.shape[1], dtype=torch.float64))
+    losses = {
+        f"l{i + 1}": (torch.from_numpy(row) * theta).sum() + value
+        for i, (row, value) in enumerate(zip(rows, LOSSES, strict=False))
+    }
+    if name == SUM:
+        return rows.sum(axis=0)
+    base = torch.optim.SGD([theta], lr=1.0)
+    try:
+        optimizer = built(name, base, len(rows))
+        optimizer.backward(losses)
+        optimizer.step()
+    except (ValueError, TypeError, RuntimeError):
+        return None
+    return -theta.detach().numpy()
+
+
+def draw(name: str, path: str | Path | None = None, *, dark: bool = False) -> Figure:
+    """Draw a method's direction for two and for three gradients, in the same frame for every method.
+
+    Args:
+        name: The method.
+        path: A file to save to, or None.
+        dark: Light lines on dark paper.
+
+    Returns:
+        The figure.
+    """
+    with style(DARK if dark else LIGHT) as palette:
+        figure = Figure(figsize=(6.4, 2.5), layout="constrained")
+        for axes, rows in zip(figure.subplots(1, 2), EXAMPLES, strict=True):
+            _fan(axes, name, rows, palette)
+        if path is not None:
+            figure.savefig(path)
+    return figure
+
+
+def _fan(axes: Axes, name: str, rows: np.ndarray, palette: Palette) -> None:
+    axes.set(xlim=(-REACH, REACH), ylim=(-0.6, 2.45), aspect="equal")
+    axes.set_axis_off()
+    axes.set_title(f"{('two', 'three')[len(rows) - 2]} gradients", fontweight="normal", color=palette.grey)
+    # Descent along d lowers all losses where ⟨gᵢ, d⟩ ≥ 0 for all i: between the perpendiculars of the outermost rows.
+    angles = np.degrees(np.arctan2(rows[:, 1], rows[:, 0]))
+    low, high = angles.max() - 90, angles.min() + 90
+    axes.add_patch(Wedge((0, 0), 2.15, low, high, color=palette.diverging[2], alpha=0.16, lw=0))
+    middle = math.radians((low + high) / 2)
+    axes.text(
+        2.28 * math.cos(middle), 2.28 * math.sin(middle), "all losses fall", color=palette.diverging[2], fontsize=7,
+        ha="center", va="center",
+    )  # fmt: skip
+    for i, row in enumerate(rows):
+        _arrow(axes, row, palette.grey, 1.6, f"g{'₁₂₃'[i]}")
+    total = rows.sum(axis=0)
+    axes.plot([0, total[0]], [0, total[1]], color=palette.ink, lw=1.0, ls=(0, (2, 2)))
+    axes.plot(*total, "o", color=palette.paper, mec=palette.ink, ms=4, mew=1.0)
+    axes.text(total[0] + 0.12, total[1] + 0.05, "sum", color=palette.ink, fontsize=7.5, va="bottom")
+    found = direction(name, rows)
+    if found is None:
+        axes.text(0, -0.42, f"{name} needs more than these gradients", color=palette.grey, ha="center", fontsize=8)
+        return
+    length = float(np.linalg.norm(found))
+    if length < 1e-9:
+        axes.plot(0, 0, "o", color=palette.lines[0], ms=8)
+        axes.text(0, -0.35, f"{name}: zero", color=palette.lines[0], ha="center", fontweight="bold", fontsize=8.5)
+        return
+    shown, label = found, name
+    if length > 2.0:
+        shown, label = found * (2.0 / length), f"{name}, {length / 2.0:.2g} times as long"
+    _arrow(axes, shown, palette.lines[0], 2.6, "")
+    axes.text(0, -0.42, label, color=palette.lines[0], ha="center", fontweight="bold", fontsize=8.5)
+
+
+def _arrow(axes: Axes, tip: np.ndarray, colour: str, width: float, label: str) -> None:
+    axes.annotate(
+        "", tuple(tip.tolist()), (0, 0), annotation_clip=False,
+        arrowprops={"arrowstyle": "-|>", "color": colour, "lw": width, "shrinkA": 0, "shrinkB": 0},
+    )  # fmt: skip
+    if label:
+        x, y = tip * (1 + 0.2 / np.linalg.norm(tip))
+        axes.text(x, y, label, color=colour, ha="center", va="center", fontsize=9)
+
+
+def draw_paths(problem: Problem, paths: Mapping[str, Sequence[Tensor]], path: Path, *, dark: bool = False) -> Figure:
+    """Draw where methods walk on a problem in the plane, and where that is among the losses.
+
+    Args:
+        problem: The problem; of more than two coordinates the first two are drawn.
+        paths: For each method its paths, (steps + 1, n).
+        path: A file to save to.
+        dark: Light lines on dark paper.
+
+    Returns:
+        The figure.
+    """
+    with style(DARK if dark else LIGHT) as palette:
+        across = min(3, len(paths) + 1)
+        down = -(-(len(paths) + 1) // across)
+        figure = Figure(figsize=(0.3 + 2.75 * across, 2.8 * down), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False).ravel()
+        frame = problem.frame or (-1.5, 1.5, -1.5, 1.5)
+        front = torch.stack(problem.losses(problem.pareto_set()), dim=-1).numpy()
+        last = panels[len(paths)]
+        last.plot(*front.T, color=palette.grey, alpha=0.45, lw=5, solid_capstyle="round")
+        for panel, (name, own), colour in zip(panels, paths.items(), palette.lines, strict=False):
+            _landscape(panel, problem, frame, palette)
+            for walk in own:
+                panel.plot(*walk[:, :2].numpy().T, color=colour, lw=1.3)
+                panel.plot(*walk[0, :2].numpy(), "o", color=palette.paper, mec=palette.ink, mew=1.0, ms=4.5)
+                panel.plot(*walk[-1, :2].numpy(), "o", color=colour, mec=palette.paper, mew=0.7, ms=6, zorder=5)
+                values = torch.stack(problem.losses(walk[-1])).numpy()
+                last.plot(*values, "o", color=colour, mec=palette.paper, mew=0.7, ms=6, zorder=3, alpha=0.9)
+            panel.set(xlim=frame[:2], ylim=frame[2:])
+            panel.set_title(name, color=colour)
+        last.set_title("losses at the ends")
+        last.set_xlabel("loss 1 (grey: Pareto front)", labelpad=1)
+        last.set_ylabel("loss 2", labelpad=1)
+        for panel in panels[len(paths) + 1 :]:
+            panel.set_visible(False)
+        figure.savefig(path)
+    return figure
+
+
+def _landscape(axes: Axes, problem: Problem, frame: Sequence[float], palette: Palette) -> None:
+    x, y = np.meshgrid(np.linspace(frame[0], frame[1], 241), np.linspace(frame[2], frame[3], 241))
+    if problem.frame is not None:
+        values = sum(problem.losses(torch.from_numpy(np.stack([x, y], axis=-1)))).numpy()  # type: ignore[union-attr]
+        axes.contour(x, y, values, levels=14, colors=palette.faint, linewidths=0.7, linestyles="solid")
+    points = problem.pareto_set()[:, :2].numpy()
+    axes.plot(*points.T, color=palette.grey, alpha=0.45, lw=5, solid_capstyle="round")

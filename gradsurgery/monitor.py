@@ -1,0 +1,472 @@
+"""Watch a run: losses, weights, norms, cosines and conflicts by step, and a word where something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradsurgery.optimizer import MultiLossOptimizer
+from gradsurgery.report import Report
+from gradsurgery.weighting.fixed import FixedWeighter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+#: Steps in which the update was the plain sum, before a word is said.
+INACTIVE_STEPS = 500
+#: Weights closer to each other than this, relative to their mean, are equal: float64 arithmetic is finer by far.
+EQUAL = 1e-9
+#: Recorded steps in a row that something has to last, before a word is said.
+LASTING = 100
+#: A weight has collapsed below this share of the mean, and run away above its reciprocal times the first mean.
+COLLAPSED = 1e-3
+#: A task drives the update above this share of the weighted norms.
+DRIVES = 0.95
+
+
+class Monitor:
+    """Collect the reports of an optimizer, one for each committed step, without any more backward passes.
+
+    It hears of a step by a hook behind the step of the wrapped optimizer, and reads the report that is there anyway. It
+    keeps numbers only, about 8 bytes each: no graph, no tensor. A step that a gradient scaler skipped is not seen. One
+    that committed nothing, such as a batch passed over under ``nonfinite="skip"``, is counted in `skipped`.
+
+    It warns, once for each task and reason, when
+
+    * all weights have been those of the plain sum in 500 steps in a row, so that the method only costs time (outside of
+      sum scale: equal, and the same in every step);
+    * a weight has been below 0.001 of the mean weight in 100 recorded steps in a row (collapsed), or above 1000 times
+      the mean weight of the first recorded step (run away);
+    * one task's share of the weighted gradient norms has been above 0.95 in 100 recorded steps in a row.
+
+    Steps of warm-up and steps with one task do not count. Methods with a primary task follow it on purpose, and are not
+    looked at.
+
+    Args:
+        optimizer: The optimizer to watch.
+        every: Record every k-th committed step.
+        callback: Called as ``callback(step, report)`` for every recorded step, behind the parameters' update. What it
+            raises comes out of ``optimizer.step()``.
+        writer: Anything with ``add_scalar(tag, value, step)``, such as a TensorBoard ``SummaryWriter``.
+
+    Attributes:
+        steps: The numbers of the recorded steps; the first step is 1. A resumed run goes on counting.
+        flags: The flags of each recorded step.
+        skipped: Number of steps that committed nothing.
+        advice: The warnings so far.
+
+    Raises:
+        TypeError: `optimizer` is not one of this library, or `callback` or `writer` cannot be called.
+        ValueError: `every` is not a positive integer.
+
+    Example:
+        >>> optimizer = gradsurgery.PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> with gradsurgery.Monitor(optimizer) as monitor:
+        ...     for _ in range(3):
+        ...         first, second = model(inputs).unbind(dim=1)
+        ...         optimizer.zero_grad()
+        ...         _ = optimizer.backward({"low": first.square().mean(), "high": (second - 1).square().mean()})
+        ...         optimizer.step()
+        >>> monitor.steps
+        [1, 2, 3]
+        >>> sorted(monitor.history)[:3]
+        ['conflict_rate', 'cosine/low/high', 'loss/high']
+    """
+
+    def __init__(
+        self,
+        optimizer: MultiLossOptimizer,
+        every: int = 1,
+        callback: Callable[[int, Report], object] | None = None,
+        writer: Any = None,
+    ) -> None:
+        if not isinstance(optimizer, MultiLossOptimizer):
+            raise TypeError(
+                f"Monitor: `optimizer` must be a method of this library, got {type(optimizer).__name__}. To watch the "
+                "plain sum, wrap the optimizer in FixedWeighter."
+            )
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"Monitor: `every` must be an integer >= 1, got {every!r}.")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"Monitor: `callback` must be callable, got {type(callback).__name__}.")
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(f"Monitor: `writer` must have add_scalar(tag, value, step), got {type(writer).__name__}.")
+        self.optimizer = optimizer
+        self.every = every
+        self.callback = callback
+        self.writer = writer
+        self.steps: list[int] = []
+        self.flags: list[tuple[str, ...]] = []
+        self.skipped = 0
+        self.advice: list[str] = []
+        self._columns: dict[str, array[float]] = {}
+        self._names: list[str] = []
+        self._last_report: Report | None = optimizer.report
+        self._watch = _Watch(optimizer, self.advice)
+        # Torch drops hooks when an optimizer is pickled or copied, so the copy is not watched and this monitor stays.
+        self._handle: Any = optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: object) -> None:
+        # The method commits behind this hook: what is pending is the step being made.
+        run = self.optimizer._run
+        report: Report | None = run["report"]
+        if report is None or report is self._last_report:
+            return
+        self._last_report = report
+        if run["pending"] is None:
+            self.skipped += 1
+            return
+        step = run["pending"]["step"] + 1
+        if (step - 1) % self.every == 0:
+            self._record(step, report)
+
+    def _record(self, step: int, report: Report) -> None:
+        values = scalars(report)
+        for name in report.names:
+            if name not in self._names:
+                self._names.append(name)
+        count = len(self.steps)
+        for key in values:
+            if key not in self._columns:
+                self._columns[key] = array("d", [math.nan]) * count
+        for key, column in self._columns.items():
+            column.append(values.get(key, math.nan))
+        self.steps.append(step)
+        self.flags.append(report.flags)
+        if self.writer is not None:
+            for key, value in values.items():
+                self.writer.add_scalar(f"gradsurgery/{key}", value, step)
+        self._watch.see(step, report)
+        if self.callback is not None:
+            self.callback(step, report)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks, in the order in which they were first seen."""
+        return tuple(self._names)
+
+    @property
+    def history(self) -> dict[str, np.ndarray]:
+        """The numbers of all recorded steps, (steps,) each, nan where there was none.
+
+        Keys: "total", "loss/NAME", "weight/NAME", "norm/NAME", "cosine/NAME/NAME", "conflict_rate".
+        """
+        return {key: np.array(column) for key, column in self._columns.items()}
+
+    def column(self, kind: str, *names: str) -> np.ndarray:
+        """One column of the history.
+
+        Args:
+            kind: "loss", "weight", "norm", "cosine", "total" or "conflict_rate".
+            *names: The task, or two for a cosine, in any order.
+
+        Returns:
+            (steps,), nan where there was no such number.
+        """
+        for key in ("/".join((kind, *names)), "/".join((kind, *reversed(names)))):
+            if key in self._columns:
+                return np.array(self._columns[key])
+        return np.full(len(self.steps), math.nan)
+
+    @property
+    def cosines(self) -> np.ndarray:
+        """Mean cosine between every two tasks, (m, m), nan for two that were never seen together."""
+        m = len(self._names)
+        found = np.eye(m)
+        for i in range(m):
+            for j in range(i):
+                found[i, j] = found[j, i] = _mean(self.column("cosine", self._names[i], self._names[j]))
+        return found
+
+    @property
+    def conflict_rates(self) -> np.ndarray:
+        """Share of the recorded steps in which two tasks were in conflict, (m, m), nan for two never seen together."""
+        m = len(self._names)
+        found = np.zeros((m, m))
+        for i in range(m):
+            for j in range(i):
+                cosine = self.column("cosine", self._names[i], self._names[j])
+                found[i, j] = found[j, i] = _mean(np.where(np.isnan(cosine), math.nan, cosine < 0))
+        return found
+
+    @property
+    def shares(self) -> dict[str, np.ndarray]:
+        """Each task's share of the weighted gradient norms ``|wᵢ| ‖gᵢ‖``, (steps,), by name; nan where unknown."""
+        parts = {name: np.abs(self.column("weight", name)) * self.column("norm", name) for name in self._names}
+        total = np.nansum(list(parts.values()), axis=0) if parts else np.zeros(0)
+        return {name: np.divide(p, total, out=np.full(len(p), math.nan), where=total > 0) for name, p in parts.items()}
+
+    def close(self) -> None:
+        """Stop watching. What was recorded stays."""
+        self._handle.remove()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __repr__(self) -> str:
+        rate = _mean(self.column("conflict_rate"))
+        conflict = "" if math.isnan(rate) else f", conflict rate {rate:.2f}"
+        return f"Monitor({self.optimizer._name}, {len(self)} steps of {', '.join(self._names) or 'no task'}{conflict})"
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write all numbers into a file: a line a recorded step, empty cells where there was no number.
+
+        Args:
+            path: Where to. Flags are in the last column, with blanks between them.
+        """
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file)
+            lines.writerow(["step", *self._columns, "flags"])
+            for row, (step, flags) in enumerate(zip(self.steps, self.flags, strict=True)):
+                numbers = (column[row] for column in self._columns.values())
+                lines.writerow([step, *("" if math.isnan(x) else repr(x) for x in numbers), " ".join(flags)])
+
+    def table(self) -> Table:
+        """Sum the run up: a row a task.
+
+        Returns:
+            A table to print with rich. It has the losses at both ends of the run, the mean weight with its extremes,
+            the median gradient norm, the mean share of the update, the task that it disagrees with most, and how often
+            it did.
+
+        Raises:
+            RuntimeError: Rich is not installed.
+        """
+        try:
+            from rich import box
+            from rich.table import Table
+        except ModuleNotFoundError:
+            raise RuntimeError(needs("table", "rich")) from None
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left")
+        table.title = f"{self.optimizer._name}: {_counted(len(self), 'recorded step')}"
+        for heading in (
+            "task",
+            "loss\nfirst",
+            "loss\nlast",
+            "weight\nmean (range)",
+            "gradient\nnorm",
+            "share of\nupdate",
+        ):
+            table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=True)
+        table.add_column("most opposed\ncosine", justify="right", no_wrap=True)
+        table.add_column("conflict", justify="right", no_wrap=True)
+        shares = self.shares
+        for name in self._names:
+            losses = _known(self.column("loss", name))
+            weights, norms = _known(self.column("weight", name)), _known(self.column("norm", name))
+            other, cosine, rate = self._opposed(name)
+            table.add_row(
+                name,
+                f"{losses[0]:.4g}" if len(losses) else "",
+                f"{losses[-1]:.4g}" if len(losses) else "",
+                f"{weights.mean():.3g} ({weights.min():.3g}–{weights.max():.3g})" if len(weights) else "–",
+                f"{np.median(norms):.3g}" if len(norms) else "–",
+                "–" if math.isnan(share := _mean(shares[name])) else f"{share:.0%}",
+                "–" if other is None else f"{other} {cosine:+.2f}",
+                "–" if other is None else f"{rate:.0%}",
+            )
+        counts = Counter(flag for flags in self.flags for flag in flags)
+        lines = [f"flags: {', '.join(f'{flag} {n}' for flag, n in counts.most_common())}"] if counts else []
+        lines += [f"{_counted(self.skipped, 'step')} committed nothing"] if self.skipped else []
+        table.caption = "\n".join([*lines, *self.advice]) or None
+        return table
+
+    def _opposed(self, name: str) -> tuple[str | None, float, float]:
+        """The task that another disagrees with most, their mean cosine, and how often they conflict."""
+        i = self._names.index(name)
+        others = [j for j in range(len(self._names)) if j != i and not math.isnan(self.cosines[i, j])]
+        if not others:
+            return None, math.nan, math.nan
+        j = min(others, key=lambda j: self.cosines[i, j])
+        return self._names[j], float(self.cosines[i, j]), float(self.conflict_rates[i, j])
+
+    def plot(self, path: str | Path | None = None, *, dark: bool = False) -> Figure:
+        """Draw the run: losses, weights, mean cosines and gradient norms.
+
+        Args:
+            path: A file to save it to; the ending says in which format.
+            dark: Light lines on dark paper.
+
+        Returns:
+            The figure, of matplotlib.
+
+        Raises:
+            RuntimeError: Nothing was recorded, or matplotlib is not installed.
+        """
+        if not self.steps:
+            raise RuntimeError("Monitor.plot: nothing was recorded yet. Call it after some steps of the optimizer.")
+        try:
+            from gradsurgery import monitor_pictures
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise RuntimeError(needs("plot", "matplotlib")) from None
+        return monitor_pictures.draw(self, path, dark)
+
+
+class _Watch:
+    """Looks for what goes wrong slowly.
+
+    Args:
+        optimizer: The optimizer.
+        advice: Where the warnings go, too.
+    """
+
+    def __init__(self, optimizer: MultiLossOptimizer, advice: list[str]) -> None:
+        self.name = optimizer._name
+        self.by_priority = optimizer.scale == "priority"
+        # Constant weights are meant to stay as they are.
+        self.may_rest = isinstance(optimizer, FixedWeighter)
+        self.sum_scale = optimizer.scale == "sum"
+        self.mean = optimizer.reduction == "mean"
+        self.last_mean = math.nan
+        self.advice = advice
+        self.last_step: int | None = None
+        self.equal = 0
+        self.first_mean = 0.0
+        self.since: Counter[tuple[str, str]] = Counter()
+        self.said: set[tuple[str, str]] = set()
+
+    def see(self, step: int, report: Report) -> None:
+        """Look at one step.
+
+        Args:
+            step: Its number.
+            report: What happened in it.
+        """
+        passed = step - self.last_step if self.last_step is not None and step > self.last_step else 1
+        self.last_step = step
+        if report.weights is None or len(report.names) < 2 or "warmup" in report.flags or self.by_priority:
+            return
+        sizes = {name: abs(weight) for name, weight in report.weights.items()}
+        mean = sum(sizes.values()) / len(sizes)
+        if not mean > 0:
+            return
+        self._see_rest(list(report.weights.values()), mean, passed)
+        self.last_mean = mean
+        self.first_mean = self.first_mean or mean
+        for name, size in sizes.items():
+            if self._lasts("collapsed", name, size < COLLAPSED * mean):
+                self._say(
+                    f"the weight of {name!r} has been below {COLLAPSED:g} of the mean weight for {LASTING} recorded "
+                    "steps: the loss is hardly trained. Set min_weight=0.1 (or another floor), or divide the losses by "
+                    "their size first."
+                )
+            if self._lasts("run away", name, size > self.first_mean / COLLAPSED):
+                self._say(
+                    f"the weight of {name!r} has run away, to {size:.3g}, where the mean weight was "
+                    f"{self.first_mean:.3g} at the start. Set max_weight=10 (or another ceiling), or lower the "
+                    "learning rate."
+                )
+        norms = report.norms
+        if norms is not None and (total := sum(sizes[name] * norms[name] for name in sizes)) > 0:
+            for name, size in sizes.items():
+                share = size * norms[name] / total
+                if self._lasts("drives", name, share > DRIVES):
+                    self._say(
+                        f"{name!r} drives the update: {share:.1%} of the weighted gradient norms are its own, for "
+                        f"{LASTING} recorded steps. Give it a smaller constant factor, or take a method that does not "
+                        "feel the size of a loss (ConFIG, NashMTL, IMTLG), or put a weighter inside: "
+                        "PCGrad(GradNormWeighter(...)). gradsurgery.diagnose suggests constants."
+                    )
+
+    def _see_rest(self, weights: list[float], mean: float, passed: int) -> None:
+        if self.may_rest:
+            return
+        # In sum scale the weights of the plain sum are known. Others rest if they are equal and stay what they are.
+        rest = (1.0 / len(weights) if self.mean else 1.0) if self.sum_scale else self.last_mean
+        self.equal = self.equal + passed if max(abs(weight - rest) for weight in weights) <= EQUAL * mean else 0
+        if self.equal >= INACTIVE_STEPS and ("inactive", "") not in self.said:
+            self.said.add(("inactive", ""))
+            self._say(
+                f"all weights have been equal for {self.equal} steps: every update was that of the plain sum, at the "
+                "method's price. Train the plain sum, or let gradsurgery.diagnose say what the losses need."
+            )
+
+    def _lasts(self, what: str, name: str, holds: bool) -> bool:
+        """Whether something is to be said now: it has lasted, and was not said yet."""
+        key = (what, name)
+        self.since[key] = self.since[key] + 1 if holds else 0
+        if self.since[key] < LASTING or key in self.said:
+            return False
+        self.said.add(key)
+        return True
+
+    def _say(self, what: str) -> None:
+        message = f"{self.name}: {what}"
+        self.advice.append(message)
+        warnings.warn(message, stacklevel=2)
+
+
+def scalars(report: Report) -> dict[str, float]:
+    """Take a report apart into named numbers, for a logger.
+
+    Args:
+        report: The report.
+
+    Returns:
+        "total", "loss/NAME", and where the method has them "weight/NAME", "norm/NAME", "cosine/NAME/NAME" for each pair
+        and "conflict_rate".
+    """
+    return dict(_scalars(report))
+
+
+def _scalars(report: Report) -> Iterator[tuple[str, float]]:
+    losses = report.losses
+    yield "total", float(sum(losses.values()))
+    for kind, values in (("loss", losses), ("weight", report.weights), ("norm", report.norms)):
+        for name, value in (values or {}).items():
+            yield f"{kind}/{name}", value
+    cosines = report.cosines
+    if cosines is not None and len(report.names) > 1:
+        table = cosines.tolist()
+        for i, first in enumerate(report.names):
+            for j in range(i + 1, len(report.names)):
+                yield f"cosine/{first}/{report.names[j]}", table[i][j]
+        rate = report.conflict_rate
+        assert rate is not None
+        yield "conflict_rate", rate
+
+
+def needs(what: str, package: str) -> str:
+    """The error where a package is missing.
+
+    Args:
+        what: What was asked for.
+        package: What it needs.
+
+    Returns:
+        A sentence, and what to do.
+    """
+    return f'Monitor.{what}: {package} is not installed. Install it: pip install "gradsurgery[monitor]"'
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    return values[~np.isnan(values)]
+
+
+def _mean(values: np.ndarray) -> float:
+    known = _known(values)
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,503 @@
+"""The step of every surgery method: losses → rows → inner products → weights → ``.grad``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsurgery import ghost, shards
+from gradsurgery import rows as rows_module
+from gradsurgery.call import Call, require_reached
+from gradsurgery.gram import Row, Table, precision
+from gradsurgery.kept import differentiate
+from gradsurgery.report import Report
+from gradsurgery.weighting.base import Weighter
+from gradsurgery.world import Slices, alike
+
+if TYPE_CHECKING:
+    from gradsurgery.surgery.base import Surgery
+
+# Shared entries below which rows are always formed.
+_FEW = 30_000
+
+
+@dataclass
+class Found:
+    """What the backward passes have found.
+
+    Attributes:
+        shared: The shared parameters.
+        rows: The gradients over them, (m,). Empty if the processes have slices of them instead.
+        terms: Of every other parameter the gradients that reach it, by task; or their sum under the first task.
+        peaks: The largest entry of those for each task, m scalars.
+        slices: The rows as they are spread over the processes, if they are.
+        ghosts: The rows as what they follow from, if that is cheaper than forming them.
+        silent: Parameters in the slices that no loss has really reached.
+        reaching: Which losses reach a shared parameter, where the rows at hand do not tell, (m,).
+        late: The part of the slices that turned out to be private, by task.
+    """
+
+    shared: list[Tensor]
+    rows: list[Row]
+    terms: dict[Tensor, list[tuple[int, Tensor]]]
+    peaks: list[Tensor]
+    slices: Slices | None = None
+    ghosts: ghost.Found | None = None
+    late: Tensor | None = None
+    silent: set[Tensor] = field(default_factory=set)
+    reaching: list[bool] | None = None
+
+
+class Step:
+    """One call of ``backward``.
+
+    Args:
+        method: The surgery.
+        call: The call.
+    """
+
+    def __init__(self, method: Surgery, call: Call) -> None:
+        self.method = method
+        self.call = call
+        self.names = call.tasks.present
+        self.m = len(self.names)
+        self.share = 1.0 / self.m if method.reduction == "mean" else 1.0
+        self.inner = method.base if isinstance(method.base, Weighter) else None
+        self.due = method._due()
+        self.observes = method.observes and self.due == "act"
+
+    def report(self) -> Report:
+        """Take the step.
+
+        Returns:
+            What happened.
+        """
+        if self.due != "act":
+            self.method.flag("reused" if self.due == "reuse" else self.due)
+        measured = None if self.inner is None else self.inner.measure(self.call)
+        # Where every loss has a graph of its own one pass a loss does: two passes over all would need them twice.
+        apart = (
+            self.due == "reuse"
+            and self.call.world is None
+            and not any(self.call.graph.overlaps)
+            and bool(self.method.memory["last_private"])
+        )
+        if self.call.kept is None and (self.due != "act" or self.call.features) and not apart:
+            return self._in_one_pass(measured)
+        return self._row_by_row(measured)
+
+    def _stopped(self, values: np.ndarray, finite: np.ndarray) -> Report | None:
+        method, scaler = self.method, self.call.scaler
+        if method._stops(np.isfinite(values), "the value", scaler) or method._stops(finite, "the gradient", scaler):
+            return Report(self.names, values, flags=method._run["flags"])
+        return None
+
+    # --------------------------------------------------------------------------------------- m backward passes
+
+    def _row_by_row(self, measured: Tensor | None) -> Report:
+        method, call, m = self.method, self.call, self.m
+        found = self._gather()
+        early = None  # what multiplies each loss, where it has to be known before the method sees the rows
+        if self.observes:
+            if self.inner is not None or method.log_losses:
+                early = method._early_coefficients(call.values, measured)
+                if (stopped := self._stopped(early, np.ones(m))) is not None:
+                    return stopped
+            self._observe(found, early)
+
+        # Inner products; one transfer to the host.
+        named_parts = method._parts(found.shared)
+        parts = list(named_parts.values())
+        tables = [self._table(found, part) for part in parts]
+        alone = [call.values, call.loss_scale, *([] if measured is None else [measured])]
+        together = [torch.stack(found.peaks), *map(self._products, tables)]
+        if (sent := method._run.pop("numbers", None)) is not None:
+            together.append(self._counted(sent, found.shared))
+        (values, scale, *more), (peaks, *flat) = self._to_the_host(alone, together)
+        columns = None if sent is None else flat.pop().reshape(len(sent), -1)
+        if self.observes:
+            scale = np.ones(1)
+        grams = [table.repaired(g.reshape(len(table), -1)) / scale**2 for table, g in zip(tables, flat, strict=True)]
+        count = len(tables[0]) if tables else m
+        gram = sum(grams, np.zeros((count, count)))
+        finite = np.isfinite(peaks) & _each_or_all(np.isfinite(gram.diagonal()), m)
+        for numbers in more:
+            finite &= np.isfinite(numbers).reshape(m, -1).all(axis=1)
+        if (stopped := self._stopped(values, finite)) is not None:
+            return stopped
+
+        # Weights. Without a draft of the memory the scaler is to see inf and nan, and to skip this step.
+        coefficients = np.ones(m)
+        weights = [np.ones(count) for _ in parts]
+        if method._run["draft"] is not None:
+            if early is None:
+                coefficients = method._coefficients(values, *more)
+            for k, (name, table) in enumerate(zip(named_parts, tables, strict=True)):
+                if columns is not None:
+                    method._run["measured"] = columns[:, parts[k]].sum(axis=1)
+                if self.due == "act":
+                    with method._part(name):
+                        reaching = found.reaching
+                        if call.sharded:
+                            reaching = [any(row[j] is not None for j in parts[k]) for row in found.rows[:m]]
+                        weights[k] = method._solve_where_reached(
+                            table, grams[k], values, coefficients, 1 / scale, reaching
+                        )
+                elif self.due == "reuse":
+                    weights[k] = np.array([method.memory["last_weights"][name] for name in self.names])
+            if not found.shared and m > 1:
+                method.flag("nothing-shared")
+            if method.every > 1 and self.due == "act":
+                self._remember(weights[0] if weights else np.ones(m), list(found.terms))
+        del tables
+        return self._write(found, parts, weights, coefficients, early, values, gram)
+
+    def _write(
+        self,
+        found: Found,
+        parts: list[list[int]],
+        weights: list[np.ndarray],
+        coefficients: np.ndarray,
+        early: np.ndarray | None,
+        values: np.ndarray,
+        gram: np.ndarray,
+    ) -> Report:
+        """Combine the rows, and add the result to ``.grad``."""
+        method, call, share, m = self.method, self.call, self.share, self.m
+        if call.world is not None:
+            weights = [call.world.first(w, call.values.device) for w in weights]
+        applied = [share * (w * coefficients if len(w) == m else w) for w in weights]
+        if found.slices is not None:
+            gradients: list[Tensor | None] = list(found.slices.direction(applied[0], found.late, share * coefficients))
+            gradients = [None if p in found.silent else g for p, g in zip(found.shared, gradients, strict=True)]
+        elif found.ghosts is not None and applied:
+            combined = dict(zip(found.ghosts.shared, found.ghosts.combine(applied[0].tolist()), strict=True))
+            gradients = [combined[p] for p in found.shared]
+        else:
+            gradients = [None] * len(found.shared)
+            for part, w in zip(parts, applied, strict=True):
+                for j in part:
+                    column = [row[j] for row in found.rows]
+                    for row in found.rows:
+                        row[j] = None  # freed while consumed: never more than m rows and one parameter
+                    gradients[j] = self._direction(column[: len(w)], w.tolist(), found.shared[j])
+        total = coefficients if early is None else early
+        plain = []
+        for p, terms in found.terms.items():
+            plain.append(rows_module.plain([(share * float(total[i]), g) for i, g in terms], shards.empty(p)))
+            terms.clear()
+        if call.world is not None and not call.sharded:
+            plain = call.world_total(plain, list(found.terms))
+        targets = [*found.shared, *found.terms]
+        rows_module.write(targets, [shards.like(g, p) for g, p in zip([*gradients, *plain], targets, strict=True)])
+
+        uniform = applied[0] if len(applied) == 1 else None if applied else share * total
+        if uniform is not None and (not method.has_weights or len(uniform) != m):
+            uniform = None
+        if uniform is not None and applied and early is not None:
+            uniform = uniform * early
+        engine = "slices" if found.slices is not None else "rows" if found.ghosts is None else "ghosts"
+        shown = gram[:m, :m] if found.shared else None
+        return Report(self.names, values, uniform, shown, flags=method._run["flags"], engine=engine)
+
+    def _direction(self, column: list[Tensor | None], applied: list[float], p: Tensor) -> Tensor | None:
+        method, call = self.method, self.call
+        if method._run["draft"] is None or self.due != "act":
+            return rows_module.combine(list(map(_complex, column, [p] * len(column))), applied, shards.empty(p))
+        g = method.direct(column, applied, self._like(p), self.share)
+        if g is not None and p.is_complex() and not method.needs_gram_only:
+            g = torch.view_as_complex(g)
+        if g is not None and self.observes and call.scaler is not None:
+            g = g * call.loss_scale.to(g.device, g.dtype)
+        return g
+
+    def _like(self, p: Tensor) -> Tensor:
+        """What stands for a parameter before the method: the local piece, and pairs of reals for complex entries."""
+        pairs = p.is_complex() and not self.method.needs_gram_only
+        if not hasattr(p, "device_mesh") and not pairs:
+            return p
+        known: dict[Tensor, Tensor] = self.method._run["pieces"]
+        if p not in known:
+            known[p] = piece = torch.view_as_real(shards.empty(p).detach()) if pairs else shards.empty(p)
+            known[piece] = p
+            self.method._run["positions"][piece] = self.method._run["positions"][p]
+        return known[p]
+
+    def _gather(self) -> Found:
+        """Differentiate the losses one by one, or take what micro-batches have left."""
+        method, call, m = self.method, self.call, self.m
+        kept = call.kept
+        masks, mine, theirs = call.graph.masks, call.mine, call.theirs
+        if kept is not None:
+            masks = kept.masks()
+            if call.world is not None:
+                masks = call.world.united(masks, [*method.parameters(), *theirs], m)
+            mine = [p for p in method.parameters() if p in masks]
+            theirs = [p for p in theirs if p in masks]
+        shared = method._shared(mine, masks)
+        is_shared = set(shared)
+        found = Found(shared, [], {p: [] for p in (*mine, *theirs) if p not in is_shared}, [])
+        if (plan := self._plan(shared)) is not None:
+            self._gather_ghosts(found, plan)
+            return found
+        everything = [*shared, *found.terms]
+        found.slices = self._slices(shared)
+        # Losses that are multiplied later keep their gradients apart.
+        apart = self.inner is not None or method.log_losses
+        marks = torch.zeros(m, len(shared), dtype=torch.uint8, device="cpu")
+        for i in range(m):
+            if kept is None:
+                wanted, gradients = differentiate(call, i, everything)
+                row = {p: g for p, g in zip(wanted, gradients, strict=True) if g is not None}
+                del gradients
+            else:
+                row = dict(kept.rows[i])
+            row = {p: shards.local(shards.placed(row.pop(p), p)) for p in list(row)} if call.sharded else row
+            over_shared = [row.pop(p, None) for p in shared]
+            marks[i] = torch.tensor([g is not None for g in over_shared], dtype=torch.uint8, device="cpu")
+            found.peaks.append(rows_module.peak(list(row.values()), call.values.device))
+            for p in list(row):
+                g = row.pop(p)
+                if p not in found.terms:  # frozen between two micro-batches
+                    continue
+                terms = found.terms[p]
+                if terms and not apart:
+                    g = rows_module.total(terms.pop()[1], g)
+                terms.append((i, g))
+                del g
+            if found.slices is None:
+                found.rows.append(over_shared if method.needs_gram_only else list(map(_real, over_shared)))
+            else:
+                found.slices.send(i, over_shared)
+            del over_shared
+        if masks is None:
+            reached = marks.any(dim=1)
+            require_reached(
+                method,
+                [bool(reached[i]) or any(i == k for terms in found.terms.values() for k, _ in terms) for i in range(m)],
+            )
+        if call.world is not None and not call.sharded:
+            marks = call.world.any_of(marks)
+        if method.observes:
+            method._remember_reached(marks.tolist(), shared)
+        self._find_private(found, marks)
+        if call.world is not None and not call.sharded and found.slices is None:
+            like = [self._like(p) for p in found.shared]
+            for i in range(m):
+                found.rows[i] = call.world_total(found.rows[i], like)
+        return found
+
+    def _plan(self, shared: list[Tensor]) -> ghost.Plan | None:
+        """How to do without rows, where the method needs no more than their inner products."""
+        method, call = self.method, self.call
+        if method.engine == "rows" or not method.needs_gram_only or call.kept is not None or call.world is not None:
+            return None
+        if call.sharded or call.graph.masks is None:
+            return None
+        force = method.engine == "ghosts"
+        # For so few numbers it takes longer to look than to make the rows.
+        if not force and sum(p.numel() for p in shared) < _FEW:
+            return None
+        roots = [root for root in call.tasks.roots if root is not None]
+        return ghost.plan(roots, shared, call.graph.nodes, force)
+
+    def _gather_ghosts(self, found: Found, plan: ghost.Plan) -> None:
+        """Differentiate the losses down to the outputs of layers, whose weights need no gradient of a single loss."""
+        method, call, plain = self.method, self.call, list(found.terms)
+        roots = [root for root in call.tasks.roots if root is not None]
+        # The last loss goes alone, so that it takes three to have two side by side.
+        batched = self.m > 2 and plan.is_mostly_ghosts and not method._run["unbatched"]
+        ghosts = plan.differentiate(roots, call.seeds, call.retain[-1], plain, batched)
+        if batched and plan.trunk is not None and not ghosts.batched:
+            method._run["unbatched"] = True
+        for i, row in enumerate(ghosts.others):
+            there = [g for g in row if g is not None]
+            found.peaks.append(rows_module.peak(there, call.values.device))
+            for p, g in zip(plain, row, strict=True):
+                if g is not None:
+                    found.terms[p].append((i, g))
+        ghosts.others = []
+        found.ghosts = ghosts
+        if method.shared_params is not None:
+            return
+        private = [place for place, mask in enumerate(ghosts.reached()) if not mask & (mask - 1)]
+        for place in private:  # after all; see :meth:`_find_private`
+            terms = [(i, g) for i in range(self.m) if (g := ghosts.row(i, place)) is not None]
+            for i, g in terms:
+                found.peaks[i] = torch.maximum(found.peaks[i], rows_module.peak([g], call.values.device))
+            found.terms[plan.shared[place]] = terms
+        ghosts.drop(private)
+        found.shared = [p for p in found.shared if p not in found.terms]
+
+    def _find_private(self, found: Found, marks: Tensor) -> None:
+        """Take out of the rows what only one loss really reaches.
+
+        The walk over the graph sees what may be reached. A node with several outputs may pass nothing on.
+        """
+        method = self.method
+        there = marks.sum(dim=0).tolist()
+        found.silent = {p for p, n in zip(found.shared, there, strict=True) if not n}
+        if method.shared_params is not None or method._undecided():
+            found.reaching = None if found.slices is None else marks.any(dim=1).tolist()
+            if found.slices is not None:
+                found.slices.wait()
+            return
+        if method.observes:
+            ever = method._reached_ever()
+            positions = method._run["positions"]
+            there = [max(n, len(ever.get(positions[p], ()))) for p, n in zip(found.shared, there, strict=True)]
+        private = [j for j, n in enumerate(there) if n < 2]
+        if found.slices is not None:
+            left = [j for j in range(len(found.shared)) if j not in set(private)]
+            found.reaching = marks[:, left].any(dim=1).tolist()
+            found.slices.wait()
+            found.late = found.slices.take_out(private) if private else None
+            return
+        device = self.call.values.device
+        for j in reversed(private):
+            p = found.shared[j]
+            terms = [(i, g) for i, row in enumerate(found.rows) if (g := _complex(row.pop(j), p)) is not None]
+            for i, g in terms:
+                found.peaks[i] = torch.maximum(found.peaks[i], rows_module.peak([g], device))
+            found.terms[found.shared.pop(j)] = terms
+
+    def _slices(self, shared: list[Tensor]) -> Slices | None:
+        """Spread the rows over the processes, if the method needs no more than their inner products."""
+        world, method = self.call.world, self.method
+        if world is None or self.call.sharded or not shared or not alike(shared) or not method.needs_gram_only:
+            return None
+        return Slices(world, shared, self.m)
+
+    def _observe(self, found: Found, early: np.ndarray | None) -> None:
+        """Let the method replace the rows."""
+        method, call = self.method, self.call
+        loss_scale = None if call.scaler is None else call.loss_scale
+        method._run["factors"] = early
+        for i, row in enumerate(found.rows):
+            method._unscale(row, loss_scale, 1.0 if early is None else float(early[i]))
+        if method._run["draft"] is not None:
+            like = [self._like(p) for p in found.shared]
+            found.rows = method.observe(found.rows, list(call.values.unbind()), like)
+
+    def _table(self, found: Found, part: list[int]) -> Table:
+        call = self.call
+        if found.ghosts is not None:
+            return found.ghosts
+        if found.slices is not None:
+            assert call.world is not None
+            return Table(found.slices.rows, call.world)
+        rows = [[row[j] for j in part] for row in found.rows]
+        if not call.sharded:
+            return Table(rows)
+        assert call.world is not None
+        params = [found.shared[j] for j in part]
+        return Table(
+            [shards.pieces(row, params, call.world.rank, call.world.first_rank) for row in rows],
+            call.world,
+            precision([[shards.empty(p) for p in params]]),
+        )
+
+    def _counted(self, numbers: Tensor, shared: list[Tensor]) -> Tensor:
+        """Numbers of a parameter's columns, without those that another process counts."""
+        if self.call.world is None:
+            return numbers
+        rank, first = self.call.world.rank, self.call.world.first_rank
+        counts = [shards.counts_here(p, rank, first) if self.call.sharded else rank == 0 for p in shared]
+        return torch.where(torch.tensor(counts, device=numbers.device), numbers, 0)
+
+    def _products(self, table: Table) -> Tensor:
+        """What this process adds to the inner products: of rows that all have whole, only the first one's count."""
+        if self.call.world is not None and self.call.world.rank and table.world is None:
+            return torch.zeros(len(table), len(table), dtype=torch.float64)
+        return table.products()
+
+    def _to_the_host(self, alone: list[Tensor], together: list[Tensor]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Bring numbers to the host at once; those in the second list are added up over the processes before."""
+        world, device = self.call.world, self.call.values.device
+        if world is not None and together:
+            sizes = [x.numel() for x in together]
+            flat = torch.cat([x.reshape(-1).to(device, torch.float64) for x in together])
+            together = list(world.total(flat.to(world.device(device))).to(device).split(sizes))
+        numbers = rows_module.host([*alone, *together])
+        return numbers[: len(alone)], numbers[len(alone) :]
+
+    # ------------------------------------------------------------------------------------- one backward pass
+
+    def _in_one_pass(self, measured: Tensor | None) -> Report:
+        """A step whose weights are known before the parameters are reached.
+
+        One more pass serves the private ones.
+        """
+        method, call, m, acts = self.method, self.call, self.m, self.due == "act"
+        mine, masks, position = call.mine, call.graph.masks, method._run["positions"]
+        if self.due == "reuse":
+            private = set(method.memory["last_private"])
+            shared = [p for p in mine if position[p] not in private]
+        else:
+            shared = method._shared(mine, masks)
+        is_shared = set(shared)
+        plain = [*(p for p in mine if p not in is_shared), *call.theirs]
+        # Rows at the features instead of the parameters.
+        rows = list(call.rows_at(call.features, whole=False)) if acts else []
+        for name, row in zip(self.names, rows, strict=False):
+            if all(g is None for g in row) and call.world is None:
+                raise RuntimeError(f"{method._name}.backward: loss {name!r} does not reach `features`.")
+        table = Table(rows, call.world)
+        alone = [call.values, call.loss_scale, *([] if measured is None else [measured])]
+        (values, scale, *more), flat = self._to_the_host(alone, [table.products()] if acts else [])
+        gram = table.repaired(flat[0].reshape(m, m)) / scale**2 if acts else np.ones((m, m))
+        finite = np.isfinite(gram.diagonal())
+        for numbers in more:
+            finite = finite & np.isfinite(numbers).reshape(m, -1).all(axis=1)
+        if (stopped := self._stopped(values, finite)) is not None:
+            return stopped
+        coefficients = weights = np.ones(m)
+        if method._run["draft"] is not None:
+            coefficients = method._coefficients(values, *more)
+            if self.due == "reuse":
+                weights = np.array([method.memory["last_weights"][name] for name in self.names])
+            elif acts:
+                weights = method._solve(table, gram, values, coefficients, 1 / scale)
+                if method.every > 1:
+                    self._remember(weights, [])
+        if call.world is not None:
+            weights = call.world.first(weights, call.values.device)
+        applied = self.share * weights * coefficients
+        if (weights == 1.0).all():
+            gradients = call.one_pass(applied, [*shared, *plain], last=True)
+        else:
+            gradients = call.one_pass(applied, shared, last=not plain)
+            gradients += call.one_pass(self.share * coefficients, plain, last=True)
+        if not method._spoiled(gradients, call.scaler, call.world):
+            rows_module.write([*shared, *plain], gradients)
+        return Report(
+            self.names, values, applied, gram if acts else None, flags=method._run["flags"], engine="one pass"
+        )
+
+    def _remember(self, weights: np.ndarray, plain: list[Tensor]) -> None:
+        """Keep the weights, and what they do not apply to, for the steps that reuse them."""
+        memory, position = self.method.memory, self.method._run["positions"]
+        memory["last_weights"] = dict(zip(self.names, map(float, weights), strict=True))
+        memory["last_private"] = [position[p] for p in plain if p in position]
+
+
+def _real(g: Tensor | None) -> Tensor | None:
+    """Complex entries as pairs of reals, for the methods that look at entries."""
+    return (
+        torch.view_as_real((g.to_dense() if g.is_sparse else g).resolve_conj())
+        if g is not None and g.is_complex()
+        else g
+    )
+
+
+def _complex(g: Tensor | None, p: Tensor) -> Tensor | None:
+    return torch.view_as_complex(g) if g is not None and p.is_complex() and not g.is_complex() else g
+
+
+def _each_or_all(finite: np.ndarray, m: int) -> np.ndarray:
+    """Finiteness by task, where there is one row a task; otherwise of all together."""
+    return finite if len(finite) == m else np.full(m, finite.all())
