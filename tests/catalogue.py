@@ -315,6 +315,20 @@ CATALOGUE = [
         reference={"PCD first call tau=0.02": "sum"},
     ),
     Row(
+        "MetaBalance",
+        gradsurgery.MetaBalance,
+        "gram",
+        golden=([[3, 4], [0, 10]], None, [3, 10.5]),  # 0.7 · 5/10 + 0.3
+        equivariant=False,  # the first row is the primary one
+    ),
+    Row(
+        "MetaBalance, r = 1",
+        lambda base, **switches: gradsurgery.MetaBalance(base, relax=1.0, **switches),
+        "gram",
+        golden=([[3, 4], [0, 10]], None, [3, 9]),
+        equivariant=False,
+    ),
+    Row(
         "AGEM",
         gradsurgery.AGEM,
         "gram",
@@ -347,16 +361,20 @@ CATALOGUE = [
         equivariant=False,  # the losses would have to be reordered too
         needs_losses=True,
     ),
-    Row(
-        "PMGDA",
-        gradsurgery.PMGDA,
-        "gram",
-        # μ_h = (σ − √½) / (1 − √½), the rest of the simplex on the first row, times the sum of the row lengths
-        golden=([[2, 0], [0, 2]], [4, 1], [3.028427125, -2.345584412]),
-        scale="paper",
-        equivariant=False,
-        needs_losses=True,
-    ),
+    *[
+        Row(
+            name,
+            lambda base, scale=scale, **switches: gradsurgery.PMGDA(base, scale=scale, **switches),
+            "gram",
+            # μ_h = (σ − √½) / (1 − √½), the rest of the simplex on the first row; in sum scale times the row lengths
+            golden=([[2, 0], [0, 2]], [4, 1], [0.7571067811 * times, -0.5863961031 * times]),
+            scale=scale,
+            homogeneous=1 if scale == "sum" else None,
+            equivariant=False,
+            needs_losses=True,
+        )
+        for name, scale, times in (("PMGDA", "sum", 4), ("PMGDA, paper", "paper", 1))
+    ],
     Row(
         "MoCo",
         gradsurgery.MoCo,
@@ -433,6 +451,15 @@ CATALOGUE = [
         golden=([[2, 0], [-3, 1]], None, [2, 0.1]),
         scale="priority",
         equivariant=False,  # the first row is the primary one
+    ),
+    Row(
+        "GCond",
+        gradsurgery.GCond,
+        "rows",
+        # c = −3/√10 is critical, and equally strong tasks let the first one win
+        golden=([[2, 0], [-3, 1]], None, [2, 1]),
+        equivariant=False,  # a tie goes to the first
+        keeps_the_sum=True,
     ),
     Row(
         "GradDrop",

@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import gradsurgery
-from gradsurgery import demo, demo_pictures
+from gradsurgery import demo, demo_pictures, pictures
 from gradsurgery.__main__ import main
 from gradsurgery.demo import Method, Row, Run, Score, Settings
 from gradsurgery.problems import digits
@@ -248,7 +248,7 @@ def test_summary_is_plain_and_complete():
 
 @pytest.mark.parametrize("places", [[0.5], [0.5, 0.5, 0.5], [0.0, 0.0, 1.0, 1.0], [0.9, 0.1, 0.11, 0.12], [0.0] * 30])
 def test_labels_are_moved_apart(places):
-    moved = demo_pictures._spread_out(places, gap=0.1, low=0.0, high=1.0)
+    moved = pictures.spread_out(places, gap=0.1, low=0.0, high=1.0)
     order = np.argsort(moved)
     assert (np.diff(moved[order]) >= 0.1 - 1e-9).all()
     assert (np.diff(np.asarray(places)[order]) >= 0).all()  # in the same order
@@ -258,13 +258,13 @@ def test_labels_are_moved_apart(places):
 
 
 def test_labels_with_room_stay():
-    assert demo_pictures._spread_out([0.8, 0.2], gap=0.1, low=0.0, high=1.0).tolist() == pytest.approx([0.8, 0.2])
+    assert pictures.spread_out([0.8, 0.2], gap=0.1, low=0.0, high=1.0).tolist() == pytest.approx([0.8, 0.2])
 
 
 def test_running_mean():
     values = np.array([1.0, 3.0, 5.0, 7.0])
-    assert demo_pictures._smooth(values, 2).tolist() == [1.0, 2.0, 4.0, 6.0]
-    assert demo_pictures._smooth(values[:, None], 1).tolist() == values[:, None].tolist()
+    assert pictures.smooth(values, 2).tolist() == [1.0, 2.0, 4.0, 6.0]
+    assert pictures.smooth(values[:, None], 1).tolist() == values[:, None].tolist()
 
 
 def test_pictures_of_many_methods(tmp_path):

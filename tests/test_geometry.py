@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import samplers
+from hypothesis import assume, settings
 from hypothesis import given as hypothesis_given
-from hypothesis import settings
 from hypothesis import strategies as st
 from samplers import Matrix
-from scipy.optimize import minimize
+from scipy.optimize import linprog, minimize
 
 from gradsurgery import geometry
 
@@ -307,6 +307,27 @@ def assert_orthogonal_rows(solve: Callable[[Matrix], tuple[Matrix, int]], j: Mat
     # Among all such rows the paper wants the closest ones: those for which the overlap with J is symmetric.
     overlap = rows @ j.T
     np.testing.assert_allclose(overlap, overlap.T, atol=1e-9 * np.linalg.norm(j) * sigma)
+
+
+def assert_closest_point(solve: Callable[..., tuple[Matrix, float, float]], j: Matrix, demand: Matrix) -> None:
+    """The Karush-Kuhn-Tucker conditions, which suffice here; where there is no point, a linear program finds none."""
+    y, length, along = solve(j, demand)
+    u, bound = unit_rows(j), (demand > -np.inf) & (lengths(j) > 0)
+    start, wanted = u[0], demand[bound]
+    if not y.any():
+        limits = {"A_ub": -u[bound], "b_ub": -wanted, "bounds": [(-1e6, 1e6)] * len(start)}
+        assert linprog(np.zeros(len(start)), **limits).status == 2
+        return
+    multipliers = y - np.eye(len(j))[0]
+    point, rounding = u.T @ y, 1e-10 * np.abs(y).sum()
+    slack = u[bound] @ point - wanted
+    assert (multipliers[~bound] == 0).all()
+    assert (multipliers >= -rounding).all()
+    assert (slack >= -rounding).all()
+    assert (np.minimum(multipliers[bound], slack) <= rounding).all()
+    assert length == pytest.approx(np.linalg.norm(point), rel=1e-9, abs=rounding)
+    if length > 1e3 * rounding:
+        assert along == pytest.approx(start @ point / length, abs=1e-7)
 
 
 def assert_simplex_projection(project: Callable[[Matrix], Matrix], v: Matrix) -> None:
@@ -754,6 +775,84 @@ def test_cagrad_of_many_tasks() -> None:
     assert_cagrad_optimal(cagrad(0.4), j, 0.4)
 
 
+# --- the closest point with given products ---
+
+
+def closest(j: Matrix, demand: Matrix, power: int = 0) -> tuple[Matrix, float, float]:
+    j = 10.0**power * j
+    return geometry.closest_point(j @ j.T, 0, demand, lambda: j)
+
+
+demands = st.lists(st.sampled_from([-np.inf, -0.5, 0.0, 0.02, 0.4, 0.9]), min_size=8, max_size=8)
+
+
+@given(samplers.badly_scaled(samplers.integer_matrices(), 4), demands)
+def test_closest_point(j: Matrix, demand: list[float]) -> None:
+    assume(j[0].any())
+    assert_closest_point(closest, j, np.array(demand[: len(j)]))
+
+
+@given(samplers.badly_scaled(samplers.of_rank(), 4), demands, st.integers(-12, 12))
+def test_closest_point_knows_unit_rows_only(j: Matrix, demand: list[float], power: int) -> None:
+    wanted = np.array(demand[: len(j)])
+    y, length, along = closest(j, wanted, power)
+    expected, its_length, its_along = closest(unit_rows(j), wanted)
+    assert y.any() == expected.any()
+    u, rounding = unit_rows(j), 1e-9 * np.abs(expected).sum()
+    assert np.linalg.norm(u.T @ (y - expected)) <= rounding
+    assert length == pytest.approx(its_length, abs=rounding)
+    assert length <= 1e3 * rounding or along == pytest.approx(its_along, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("j", "demand", "expected", "length", "along"),
+    [
+        ([[1, 0], [1, 3]], [-np.inf, 0.1], [1, 0], 1.0, 1.0),  # no conflict: the row itself
+        ([[5, 0], [-1, 0]], [-np.inf, 0.0], [1, 1], 0.0, 0.0),  # nothing is left
+        ([[5, 0], [-1, 0]], [-np.inf, 0.5], [1, 1.5], 0.5, -1.0),  # the demand turns it round
+        ([[5, 0], [-1, 0]], [0.0, 0.5], [0, 0], 0.0, 0.0),  # no point has both
+        ([[2, 0], [-3, 4]], [0.0, 0.8], [1, 1.4], 1.28**0.5, 0.16 / 1.28**0.5),  # (0.16, 1.12)
+        ([[2, 0], [-3, 4]], [0.5, 0.8], [1.53125, 1.71875], 2.140625**0.5, 0.5 / 2.140625**0.5),  # (0.5, 1.375)
+        ([[1, 0], [0, 0]], [-np.inf, 0.5], [1, 0], 1.0, 1.0),  # a zero row demands nothing
+    ],
+)
+def test_closest_point_known_weights(
+    j: list[list[float]], demand: list[float], expected: list[float], length: float, along: float
+) -> None:
+    found = closest(np.array(j, dtype=float), np.array(demand))
+    np.testing.assert_allclose(found[0], expected, atol=1e-14)
+    assert found[1:] == (pytest.approx(length, abs=1e-14), pytest.approx(along, abs=1e-14))
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1e-5, 1e-7])
+def test_closest_point_between_nearly_opposite_rows_needs_the_factor(angle: float) -> None:
+    """Two rows an angle short of opposing each other leave one way out, square to both and 1/angle long."""
+    j = np.array([[1.0, 0.0], [np.cos(angle), np.sin(angle)], [-np.cos(angle), np.sin(angle)]])
+    demand = np.array([-np.inf, 1e-2, 1e-2])
+    y, length, along = closest(j, demand)
+    expected = np.array([0.0, 1e-2 / np.sin(angle)])
+    assert np.linalg.norm(j.T @ y - expected) <= 4 * EPS * np.abs(y).sum()
+    assert length == pytest.approx(expected[1], rel=1e-9)
+    assert abs(along) * length <= 4 * EPS * np.abs(y).sum()
+    alone = geometry.closest_point(j @ j.T, 0, demand)[0]
+    assert angle > 1e-6 or np.linalg.norm(j.T @ alone - expected) > 1e-4 * expected[1]
+
+
+def test_closest_point_asks_for_the_factor_only_when_it_must() -> None:
+    asked = []
+
+    def factor() -> Matrix:
+        asked.append(1)
+        return j
+
+    for opposed in (False, True):
+        j = np.array([[1.0, 0.2, 0.0], [-0.7, 1.0, 0.0], [0.1, -0.6, 1.2]])
+        if opposed:
+            j[1] = -j[0]
+        geometry.closest_point(j @ j.T, 0, np.array([-np.inf, 0.0, 0.0]), factor)
+        assert bool(asked) == opposed
+
+
 # --- Aligned-MTL ---
 
 
@@ -957,6 +1056,28 @@ def aligned_with_epsilon(j: Matrix) -> tuple[Matrix, int]:
     return vectors * np.sqrt(values[0] / (values + 1e-8)) @ vectors.T, len(j)
 
 
+def the_row_itself(j: Matrix, demand: Matrix) -> tuple[Matrix, float, float]:
+    return np.eye(len(j))[0], 1.0, 1.0
+
+
+def closest_with_equal_constraints(j: Matrix, demand: Matrix) -> tuple[Matrix, float, float]:
+    """Demands are met to the letter, also where more would be free."""
+    u = unit_rows(j)
+    y = np.eye(len(j))[0]
+    y[1:] += np.linalg.lstsq(u[1:] @ u[1:].T, demand[1:] - u[1:] @ u[0], rcond=None)[0]
+    point = u.T @ y
+    return y, float(np.linalg.norm(point)), float(u[0] @ point / np.linalg.norm(point))
+
+
+def closest_of_raw_rows(j: Matrix, demand: Matrix) -> tuple[Matrix, float, float]:
+    """The demand is taken for the rows instead of the unit rows."""
+    return closest(j, demand / lengths(j))
+
+
+def closest_never(j: Matrix, demand: Matrix) -> tuple[Matrix, float, float]:
+    return np.zeros(len(j)), 0.0, 0.0
+
+
 def clipped_and_normalised(v: Matrix) -> Matrix:
     w = np.maximum(v, 1e-300)
     return w / w.sum()
@@ -1015,6 +1136,10 @@ def seeded(prop: Callable[..., None], *more: object) -> Callable[..., None]:
     return lambda function, j: prop(function, j, *more)
 
 
+def demanding(solve: Callable[..., tuple[Matrix, float, float]], j: Matrix) -> None:
+    assert_closest_point(solve, j, np.array([-np.inf, 0.3, 0.3]))
+
+
 SIGNS = np.array([1.0, 0.5, 2.0])
 VECTORS = [np.array([3.0, -1.0, 0.2]), np.array([0.1, 0.2, 0.3])]
 
@@ -1042,6 +1167,10 @@ BROKEN = [
     (seeded(assert_cagrad_optimal, 0.4), mean_weights, WITNESSES),
     (assert_orthogonal_rows, whitened_by_cholesky, WITNESSES),
     (assert_orthogonal_rows, aligned_with_epsilon, WITNESSES),
+    (demanding, the_row_itself, WITNESSES),
+    (demanding, closest_with_equal_constraints, WITNESSES),
+    (demanding, closest_of_raw_rows, WITNESSES),
+    (demanding, closest_never, WITNESSES),
     (assert_simplex_projection, clipped_and_normalised, VECTORS),
     (assert_simplex_projection, softmax, VECTORS),
     (seeded(assert_pcgrad, 0), pcgrad_that_visits_itself, WITNESSES),

@@ -101,6 +101,29 @@ def test_the_initial_loss_is_the_first_and_stays():
     assert (found == as_list).all()
 
 
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+@pytest.mark.parametrize("alpha", [0.0, 1.5])
+def test_a_loss_that_has_come_to_zero_gives_its_weight_away(alpha, rule):
+    """Its rate is 0, and so is its target, unless all targets are the same."""
+    equal = np.array([1.0, 1.0, 1.0])
+    found, _ = run([[1.0, 2.0, 4.0], [1.0, 0.0, 4.0]], norms=equal, alpha=alpha, lr=0.1, weight_optimizer=rule)
+    if alpha == 0:
+        np.testing.assert_allclose(found, 1.0)
+    else:
+        assert found[1][1] < 1.0 < found[1][0] == found[1][2]
+    finished, _ = run([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]], norms=equal, alpha=alpha, weight_optimizer=rule)
+    np.testing.assert_allclose(finished, 1.0, err_msg="all rates are equal")
+
+
+def test_a_first_loss_of_zero_needs_an_initial_loss():
+    with pytest.raises(ValueError, match=r"every loss must be > 0 the first time.*'1': 0.0.*`initial_losses` takes"):
+        run([[1.0, 0.0, 4.0]])
+    found, _ = run([[1.0, 0.0, 4.0]], initial_losses=[1.0, 2.0, 4.0], lr=0.1, norms=np.ones(3))
+    assert found[0][1] < 1.0
+    with pytest.raises(ValueError, match=r"every loss must be >= 0.*'1': -0.5"):
+        run([[1.0, -0.5, 4.0]], initial_losses=[1.0, 2.0, 4.0])
+
+
 def test_every_tensor_of_shared_params_counts():
     # Seen: only the first gradient tensor, or only the one before the last parameter.
     a, b = nn.Parameter(torch.ones(1, dtype=torch.float64)), nn.Parameter(torch.ones(1, dtype=torch.float64))

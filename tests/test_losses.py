@@ -194,3 +194,11 @@ def test_losses_by_group():
     ):
         with pytest.raises(ValueError, match=message):
             gradsurgery.losses_by_group(*arguments)
+
+
+def test_a_function_may_find_its_task_absent():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([p], lr=0.1))
+    assert optimizer.backward({"a": lambda: p.sum(), "b": lambda: None}).names == ("a",)
+    with pytest.raises(ValueError, match="every loss is None"):
+        optimizer.backward([lambda: None])

@@ -21,6 +21,7 @@ from gradsurgery.surgery.config import ConFIG
 from gradsurgery.surgery.dcgd import DCGD
 from gradsurgery.surgery.dualproj import DualProj
 from gradsurgery.surgery.epo import EPO
+from gradsurgery.surgery.metabalance import MetaBalance
 from gradsurgery.surgery.mgda import MGDA
 from gradsurgery.surgery.pcd import PCD
 from gradsurgery.surgery.pmgda import PMGDA
@@ -319,6 +320,67 @@ def test_pcd_checks_its_arguments(options, message):
         PCD(any_optimizer(), **options)
 
 
+# ---------------------------------------------------------------------------------------------------- MetaBalance
+
+
+def metabalance_by_hand(params, losses, norms, relax, beta):
+    """One call of the authors' code: parameter by parameter, with averages that start at zero."""
+    total = [torch.zeros_like(p) for p in params]
+    for i, loss in enumerate(losses):
+        for j, g in enumerate(torch.autograd.grad(loss, params, retain_graph=True)):
+            norms[j, i] = norms[j, i] * beta + (1 - beta) * torch.linalg.vector_norm(g)
+            total[j] += (norms[j, 0] * g / norms[j, i]) * relax + g * (1 - relax)
+    return total
+
+
+@pytest.mark.parametrize(("relax", "beta"), [(0.7, 0.9), (1.0, 0.0), (0.0, 0.5)])
+def test_metabalance_by_hand(relax, beta):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    params = [nn.Parameter(draw(3, 4)), nn.Parameter(draw(4))]
+    optimizer = MetaBalance(torch.optim.SGD(params, lr=0.1), relax=relax, beta=beta)
+    norms = np.zeros((2, 3))
+    for _ in range(5):
+        x, y = draw(8, 3), draw(3, 8, 4)
+        out = torch.tanh(x @ params[0] + params[1])
+        losses = [10.0**i * (out - t).square().mean() for i, t in enumerate(y)]
+        expected = metabalance_by_hand(params, losses, norms, relax, beta)
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        for p, g in zip(params, expected, strict=True):
+            torch.testing.assert_close(p.grad, g, rtol=1e-12, atol=0)
+        optimizer.step()
+
+
+def test_metabalance_over_all_parameters_together():
+    rows = rows_of([3, 0, 4, 0], [0, 6, 0, 8])
+    params = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2)]
+    optimizer = MetaBalance(torch.optim.SGD(params, lr=0.1), relax=1.0, granularity="all")
+    optimizer.backward([g @ torch.cat(params) for g in rows])
+    np.testing.assert_allclose(torch.cat([p.grad for p in params]), [3, 3, 4, 4])
+
+
+def test_metabalance_without_some_gradients():
+    assert direction(MetaBalance, rows_of([0, 0], [3, 4]), relax=0.75).tolist() == [0.75, 1.0]
+    assert direction(MetaBalance, rows_of([3, 4], [0, 0])).tolist() == [3.0, 4.0]
+    optimizer = MetaBalance(sgd(2), primary="main")
+    report, grad = backward(optimizer, rows_of([1, 0], [3, 4], [10, 0]), names=("main", "other", "more"))
+    optimizer.step()
+    report, grad = backward(optimizer, [None, *rows_of([3, 4], [10, 0])], names=("main", "other", "more"))
+    assert grad.tolist() == [13.0, 4.0]
+    assert report.flags == ("primary-absent",)
+
+
+def test_metabalance_names_what_it_does_not_know():
+    with pytest.raises(ValueError, match="MetaBalance: `primary` must be the name of a loss"):
+        backward(MetaBalance(sgd(2), primary="b"), rows_of([1, 0], [0, 1]))
+    with pytest.raises(ValueError, match=r"MetaBalance: `relax` must be <= 1, got 1\.5"):
+        MetaBalance(any_optimizer(), relax=1.5)
+    with pytest.raises(ValueError, match='MetaBalance: `every` > 1 needs granularity="all"'):
+        MetaBalance(any_optimizer(), every=2)
+    MetaBalance(any_optimizer(), every=2, granularity="all")
+
+
 # ----------------------------------------------------------------------------------------------------------- DCGD
 
 VARIANTS = pytest.mark.parametrize("variant", ["center", "projection", "average"])
@@ -593,6 +655,17 @@ def test_pmgda_on_the_ray_is_mgda():
         assert not np.allclose(direction(PMGDA, rows, factor * losses), found)
     found = direction(PMGDA, rows, losses, preference=[4.0, 2.0, 1.0], scale="paper")
     np.testing.assert_allclose(found, direction(MGDA, rows, reduction="mean"), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("losses", "expected"), [([1, 1, 1], 3), ([8, 4, 2], 3), ([4, 1, 1], -2.4), ([9, 2, 1], -2.4)])
+def test_pmgda_of_equal_rows(losses, expected):
+    """g_h is a multiple of the rows: negative where the way to the ray, (4, 2, 1) / √21, is up, and then followed."""
+    report, grad = backward(PMGDA(sgd(2), preference=[1, 2, 4], sigma=0.8), rows_of([3, 4], [3, 4], [3, 4]), losses)
+    ray = np.array([4, 2, 1]) / 21**0.5
+    off = np.array(losses) - ray @ losses * ray
+    assert report.flags == (("correction",) if np.linalg.norm(off) > 1e-9 else ())
+    assert off.sum() <= 1e-9 if expected < 0 else off.sum() >= -1e-9
+    np.testing.assert_allclose(grad, expected * np.array([3, 4]), rtol=1e-9)
 
 
 def test_pmgda_tolerance_is_an_angle():

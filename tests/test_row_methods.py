@@ -20,6 +20,7 @@ from gradsurgery.surgery.bloop import Bloop
 from gradsurgery.surgery.config import ConFIG
 from gradsurgery.surgery.dbmtl import DBMTL
 from gradsurgery.surgery.excessmtl import ExcessMTL
+from gradsurgery.surgery.gcond import GCond
 from gradsurgery.surgery.graddrop import GradDrop
 from gradsurgery.surgery.mconfig import MConFIG
 from gradsurgery.surgery.mgda import MGDA
@@ -529,6 +530,131 @@ def test_bloop_arguments():
             Bloop(any_optimizer(), **options)
 
 
+# ----------------------------------------------------------------------------------------------------- GCond
+
+
+def gcond_by_hand(present=None, thresholds=(-0.8, -0.5, 0.0), power=2.0, beta=0.95, rounds=3, dominance_window=0):
+    """Algorithm of the paper, step by step on the vectors themselves."""
+    critical, main, weak = thresholds
+    usual, count, last, winners, found = {}, {}, {}, [], []
+    for t, rows in enumerate(JS.numpy()):
+        names = range(3) if present is None else present[t]
+        raw = {i: rows[i] for i in names}
+        for i in names:
+            count[i] = count.get(i, 0) + 1
+            usual[i] = beta * usual.get(i, 0.0) + (1 - beta) * np.linalg.norm(raw[i])
+        usually = {i: usual[i] / (1 - beta ** count[i]) for i in names}
+        g = {i: raw[i].copy() for i in names}
+        for _ in range(rounds):
+            pairs = [(i, j) for i in names for j in names if i < j]
+            cosines = [g[i] @ g[j] / np.linalg.norm(g[i]) / np.linalg.norm(g[j]) for i, j in pairs]
+            if not pairs or min(cosines) >= weak:
+                break
+            c = min(cosines)
+            i, j = pairs[cosines.index(c)]
+            if dominance_window and len(winners) >= dominance_window and set(winners[-dominance_window:]) == {i}:
+                winner = j
+            elif dominance_window and len(winners) >= dominance_window and set(winners[-dominance_window:]) == {j}:
+                winner = i
+            else:
+                strength = {k: np.linalg.norm(g[k]) / usually[k] for k in (i, j)}
+                score = {}
+                for k in (i, j):
+                    steady = 0.0
+                    if k in last:
+                        steady = g[k] @ last[k] / np.linalg.norm(g[k]) / np.linalg.norm(last[k])
+                    score[k] = 0.8 * max(0, steady) + 0.2 * strength[k] / (strength[i] + strength[j])
+                winner = j if score[j] > score[i] + 1e-12 else i
+            winners.append(winner)
+            loser = i + j - winner
+            if c < critical:
+                angle = math.pi
+            elif c < main:
+                angle = math.pi / 2 + math.pi / 2 * ((c - main) / (critical - main)) ** power
+            else:
+                angle = math.pi / 2 * (1 - (c - main) / (weak - main))
+            w, l = g[winner], g[loser]  # noqa: E741
+            g[winner] = w - math.sin(angle) * (w @ l) / (l @ l) * l
+            g[loser] = l - math.sin(min(angle, math.pi / 2)) * (w @ l) / (w @ w) * w
+        last.update(raw)
+        found.append(sum(g.values()))
+    return double(np.array(found))
+
+
+@pytest.mark.parametrize("present", [None, ABSENT])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dominance_window": 1},
+        {"dominance_window": 2, "rounds": 6},
+        {"thresholds": (-0.9, -0.1, 0.3), "power": 0.5, "beta": 0.5, "rounds": 10},
+        {"thresholds": (-0.3, -0.3, -0.3)},
+        {"thresholds": (-1.0, 0.0, 0.0), "rounds": 1},
+    ],
+)
+def test_gcond_by_hand(options, present):
+    found = run(GCond, present=present, **options)
+    torch.testing.assert_close(found, gcond_by_hand(present, **options), rtol=1e-10, atol=1e-12)
+
+
+def gcond_of(c, **options):
+    """What becomes of (1, 0), which wins, and of a unit vector at the cosine c."""
+    return GCond(any_optimizer(), **options).combine(double([[1, 0], [c, (1 - c * c) ** 0.5]]))
+
+
+def test_gcond_in_its_four_zones():
+    height = lambda c: (1 - c * c) ** 0.5  # noqa: E731
+    assert gcond_of(0.1).tolist() == pytest.approx([1.1, height(0.1)])
+    # mild, halfway: α = π/4, and both lose √½ of their shadow on each other
+    c, s = -0.25, 0.5**0.5
+    assert gcond_of(c, rounds=1).tolist() == pytest.approx([1 - s * c * c + c - s * c, height(c) * (1 - s * c)])
+    # moderate, halfway: α = π/2 (1 + ¼), so that the loser loses all and the winner sin(5π/8)
+    c, s = -0.65, math.sin(5 * math.pi / 8)
+    assert gcond_of(c).tolist() == pytest.approx([1 - s * c * c, height(c) * (1 - s * c)])
+    # critical: the winner stays
+    assert gcond_of(-0.9).tolist() == pytest.approx([1.0, height(0.9)])
+
+
+def test_gcond_of_opposite_gradients_is_the_winner():
+    rows = double([[3, -1], [-6, 2], [-3, 1]])
+    assert GCond(any_optimizer()).combine(rows).tolist() == pytest.approx([3, -1])
+
+
+def test_gcond_lets_the_steady_task_win():
+    optimizer = GCond(any_optimizer())
+    optimizer.combine(double([[0, 1], [-1, 0.2]]), update=True)
+    rows = double([[1, 0], [-1, 0.2]])  # the second has kept its course
+    kept = rows[1] + rows[0] - rows[0] @ rows[1] / (rows[1] @ rows[1]) * rows[1]
+    torch.testing.assert_close(optimizer.combine(rows), kept, rtol=1e-12, atol=1e-15)
+
+
+def test_gcond_remembers_gradients_in_memory_of_its_own():
+    rows = double([[1, 0], [-1, 0.2]])
+    optimizer = GCond(any_optimizer())
+    optimizer.combine(rows, update=True)
+    rows.zero_()
+    assert all(t.any() for t in tensors_in(memory_of(optimizer)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thresholds": (-0.5, -0.8, 0.0)}, "`thresholds` must be three cosines in increasing order"),
+        ({"thresholds": (-0.5, 0.0)}, "`thresholds` must be three cosines"),
+        ({"thresholds": (-2.0, -0.5, 0.0)}, "`thresholds` must be >= -1"),
+        ({"power": 0.0}, "`power` must be > 0"),
+        ({"beta": 1.0}, "`beta` must be < 1"),
+        ({"scores": (1.0,)}, "`scores` must be two numbers"),
+        ({"rounds": 0}, "`rounds` must be an integer >= 1"),
+        ({"dominance_window": -1}, "`dominance_window` must be an integer >= 0"),
+    ],
+)
+def test_gcond_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        GCond(any_optimizer(), **options)
+
+
 # ----------------------------------------------------------------------------------------- MoDo and SDMGrad
 
 
@@ -738,6 +864,7 @@ METHODS = {
     "MConFIG": MConFIG,
     "ExcessMTL": lambda base, **options: ExcessMTL(base, eta=1.0, **options),
     "Bloop": Bloop,
+    "GCond": GCond,
     "MoDo": MoDo,
     "SDMGrad": SDMGrad,
     "SDMGrad, exact": lambda base, **options: SDMGrad(base, solver="exact", **options),
@@ -867,7 +994,7 @@ class Outside(MoCo):
 class Scaled(MoCo):
     """Broken: sees the loss scale."""
 
-    def _unscale(self, row, loss_scale):
+    def _unscale(self, row, loss_scale, factor=1.0):
         pass
 
 
@@ -962,7 +1089,7 @@ def test_an_absent_task_keeps_its_rows_and_the_trunk_stays_shared(build):
     assert net.trunk[0].weight.grad is not None
     optimizer.step()
     after = memory_of(optimizer)
-    key = next(k for k in ("tracked", "average", "momentum", "roots") if k in before)
+    key = next(k for k in ("tracked", "average", "momentum", "roots", "last") if k in before)
     names = ("t0", "t1") if "t0" in before[key] else ("main",)
     for name in names:
         for j, kept in before[key][name].items():
@@ -982,7 +1109,7 @@ def test_freezing_a_parameter_does_not_exchange_the_rows_of_others(build):
     train(build, 2, net, optimizer, start=2)
     net.trunk[0].weight.requires_grad_(True)
     train(build, 1, net, optimizer, start=4)
-    key = next(k for k in ("tracked", "average", "momentum", "roots") if k in memory_of(optimizer))
+    key = next(k for k in ("tracked", "average", "momentum", "roots", "last") if k in memory_of(optimizer))
     kept = next(iter(memory_of(optimizer)[key].values()))
     shapes = {j: p.shape for j, p in enumerate(net.parameters())}
     assert {j: row.shape for j, row in kept.items()} == {j: shapes[j] for j in range(4)}
@@ -1103,7 +1230,17 @@ def test_a_loss_that_reaches_nothing_shared_takes_no_part(build):
 
 
 # The scale that the catalogue declares, and the order of the tasks.
-EQUAL = {"GradDrop": 3, "TrimmedMean": 3, "MoCo": 3, "ExcessMTL": 3, "Bloop": 1, "MoDo": 3, "SDMGrad": 3, "DBMTL": 3}
+EQUAL = {
+    "GradDrop": 3,
+    "TrimmedMean": 3,
+    "MoCo": 3,
+    "ExcessMTL": 3,
+    "Bloop": 1,
+    "GCond": 3,
+    "MoDo": 3,
+    "SDMGrad": 3,
+    "DBMTL": 3,
+}
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -1125,7 +1262,7 @@ def test_the_order_of_the_tasks_does_not_matter(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["GradDrop", "TrimmedMean", "DBMTL", "ExcessMTL", "Bloop", "SDMGrad", "SDMGrad, exact"]
+    "name", ["GradDrop", "TrimmedMean", "DBMTL", "ExcessMTL", "Bloop", "GCond", "SDMGrad", "SDMGrad, exact"]
 )
 @pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
 def test_homogeneous(name, factor):

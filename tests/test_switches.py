@@ -86,6 +86,50 @@ def test_preference_multiplies_rows(given):
     torch.testing.assert_close(found, gradsurgery.MGDA(any_optimizer()).combine(scaled), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("present", ["abc", "ac"])
+def test_what_is_given_in_order_needs_no_names(present):
+    """Losses with names: a sequence goes by their order in the call, those of absent tasks included."""
+    values = [2.0, 1.0, 0.5]
+
+    def kinds(given):
+        spell = lambda x: "classification" if x == 1.0 else "regression"  # noqa: E731
+        return {k: spell(x) for k, x in given.items()} if isinstance(given, dict) else [spell(x) for x in given]
+
+    for build in (
+        lambda given, base: gradsurgery.PCGrad(base, preference=given),
+        lambda given, base: gradsurgery.STCHWeighter(base, preference=given),
+        lambda given, base: gradsurgery.STCHWeighter(base, reference=given),
+        lambda given, base: gradsurgery.InitialLossWeighter(base, initial_losses=given),
+        lambda given, base: gradsurgery.PriorLossWeighter(base, given),
+        lambda given, base: gradsurgery.RunningMaxWeighter(base, gamma=given),
+        lambda given, base: gradsurgery.FixedWeighter(base, weights=given),
+        lambda given, base: gradsurgery.FAMOWeighter(base, min_losses=given),
+        lambda given, base: gradsurgery.GradNormWeighter(base, base.param_groups[0]["params"], initial_losses=given),
+        lambda given, base: gradsurgery.NormalizedGradientWeighter(base, alpha=1.0, initial_losses=given),
+        lambda given, base: gradsurgery.UncertaintyWeighter(base, kind=kinds(given)),
+    ):
+        grads = []
+        for given in (values, dict(zip("abc", values, strict=True))):
+            p = nn.Parameter(torch.tensor([3.0, 4.0, 5.0], dtype=torch.float64))
+            optimizer = build(given, torch.optim.SGD([p], lr=0.1))
+            terms = {name: (row @ p).square() + 2.0 for name, row in zip("abc", ROWS, strict=True)}
+            optimizer.backward({name: term if name in present else None for name, term in terms.items()})
+            grads.append(p.grad)
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0, 4.0]])
+def test_what_is_given_in_order_must_be_complete(values):
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    losses = {name: row @ p + 9.0 for name, row in zip("abc", ROWS, strict=True)}
+    message = rf"must have one entry for each of the losses \['a', 'b', 'c'\], in this order, got {len(values)}"
+    with pytest.raises(ValueError, match=f"PCGrad: `preference` {message}"):
+        gradsurgery.PCGrad(torch.optim.SGD([p], lr=0.1), preference=values).backward(losses)
+    with pytest.raises(ValueError, match=f"InitialLossWeighter: `initial_losses` {message}"):
+        gradsurgery.InitialLossWeighter(torch.optim.SGD([p], lr=0.1), initial_losses=values).backward(losses)
+    assert p.grad is None
+
+
 def test_preference_multiplies_weights_but_not_private_gradients(net, x):
     report = wrapped(Given, net, preference=[2.0, 0.5]).backward(net(x))
     assert report.weights == {"0": 2.0, "1": 1.0}
@@ -255,14 +299,14 @@ def test_each_part_has_a_memory_of_its_own(net, x):
     optimizer.backward(net(x))
     optimizer.step()
     memory = optimizer.state_dict()["gradsurgery"]["memory"]
-    cosines = [memory[f"part {k}"]["targets"]["0"]["1"] for k in range(4)]
+    cosines = [memory[f"parameter {k}"]["targets"]["0"]["1"] for k in range(4)]
     assert len(set(cosines)) == 4
     again = wrapped(gradsurgery.GradVac, net, granularity="parameter")
     again.load_state_dict(optimizer.state_dict())
     again.zero_grad()
     again.backward(net(x))
     again.step()
-    assert again.state_dict()["gradsurgery"]["memory"]["part 3"]["targets"]["0"]["1"] != cosines[3]
+    assert again.state_dict()["gradsurgery"]["memory"]["parameter 3"]["targets"]["0"]["1"] != cosines[3]
 
 
 # --------------------------------------------------------------------------------------------------- features
@@ -298,3 +342,20 @@ def test_every_loss_must_reach_the_features(net, x):
         wrapped(gradsurgery.MGDA, net).backward([losses[0], net.trunk[0].weight.square().sum()], features=net.z)
     with pytest.raises(ValueError, match=r"Given.backward: `features` has no effect here"):
         wrapped(Given, net).backward(net(x), features=net.z)
+
+
+def test_the_memory_of_a_part_stays_with_its_parameter(net, x):
+    """Freezing one parameter must not hand its memory to the next."""
+    optimizer = wrapped(gradsurgery.GradVac, net, granularity="parameter")
+    optimizer.backward(net(x))
+    optimizer.step()
+    first = next(net.trunk.parameters())
+    before = optimizer.state_dict()["gradsurgery"]["memory"]
+    first.requires_grad_(False)
+    optimizer.zero_grad()
+    optimizer.backward(net(x))
+    optimizer.step()
+    after = optimizer.state_dict()["gradsurgery"]["memory"]
+    position = list(net.parameters()).index(first)
+    assert after[f"parameter {position}"] == before[f"parameter {position}"]
+    assert after[f"parameter {position + 1}"] != before[f"parameter {position + 1}"]

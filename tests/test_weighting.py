@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from gradsurgery.weighting.dwa import DWAWeighter
 from gradsurgery.weighting.famo import FAMOWeighter
 from gradsurgery.weighting.fixed import FixedWeighter
 from gradsurgery.weighting.geometric_mean import GeometricMeanWeighter
+from gradsurgery.weighting.go4align import GO4AlignWeighter, grouped
 from gradsurgery.weighting.group_dro import GroupDROWeighter
 from gradsurgery.weighting.imtl_l import IMTLLWeighter
 from gradsurgery.weighting.loss_size import (
@@ -186,18 +188,52 @@ def test_absent_tasks_are_left_alone(row):
     assert np.isfinite(step(optimizer, p, A[5])).all()
 
 
-@every(lambda row: row.losses != "any")
-def test_losses_out_of_range_are_named_and_nothing_moves(row):
-    for bad in (-1.0, *([0.0] if row.losses == "positive" else [])):
-        p, optimizer = setting(row.build)
-        if row.epochs:
-            step(optimizer, p, [1.0, bad, 1.0])
-        act = optimizer.epoch_end if row.epochs else lambda: step(optimizer, p, [1.0, bad, 1.0])  # noqa: B023
-        with pytest.raises(ValueError, match=rf"{type(optimizer).__name__}.*'b': {bad}"):
-            act()
-        if not row.epochs:
-            assert memory(optimizer) == {"step": 0}
-            assert p.grad is None
+@every()
+@pytest.mark.parametrize("when", [0, 4])
+@pytest.mark.parametrize("bad", [-100.0, 0.0])
+def test_losses_out_of_range_are_named_and_nothing_moves(row, bad, when):
+    """A loss out of the range that the row declares stops the run and is named, once its value counts; others pass."""
+    takes = row.later if when and row.later else row.losses
+    p, optimizer = setting(row.build)
+    error = None
+    for t, values in enumerate(A):
+        values = [values[0], bad if t == when else values[1], values[2]]
+        before = memory(optimizer)
+        p.grad = None
+        try:
+            assert np.isfinite(step(optimizer, p, values)).all()
+            if row.epochs:
+                optimizer.epoch_end()
+                before = memory(optimizer)
+        except ValueError as caught:
+            error = str(caught)
+            break
+    if takes == "any" or (takes == "nonnegative" and bad == 0):
+        assert error is None
+        return
+    assert error is not None
+    assert re.search(rf"^{type(optimizer).__name__}.*'b': -?\d", error)
+    assert not any(f"'{name}': " in error for name in "ac"), "the others are innocent"
+    if not row.epochs:
+        assert t == when or row.name.startswith("LossWeightedSoftAdapt")
+        assert p.grad is None
+        assert memory(optimizer) == before
+
+
+@every()
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_losses_that_are_not_finite_are_named_and_nothing_moves(row, bad):
+    p, optimizer = setting(row.build)
+    for values in A[:4]:
+        before = memory(optimizer)
+        p.grad = None
+        with pytest.raises(
+            RuntimeError, match=rf"^{type(optimizer).__name__}.backward: the value of 'b' is not finite"
+        ):
+            step(optimizer, p, [values[0], bad, values[2]])
+        assert p.grad is None
+        assert memory(optimizer) == before
+        step(optimizer, p, values)
 
 
 @every(lambda row: row.losses != "positive")
@@ -868,6 +904,50 @@ def test_famo_keeps_no_graph():
     assert all(type(x) is float for x in memory(optimizer)["before"].values())
 
 
+def go4align_by_hand(history, groups, eta):
+    """The authors' code, with the best of all partitions in place of k-means."""
+    found, p = [], np.ones(len(history[0])) / len(history[0])
+    for losses in np.asarray(history):
+        p = p * np.exp(-eta * losses)
+        p = p / p.sum()
+        indicators = losses.sum() / losses * p
+        candidates = []
+        for labels in itertools.product(range(groups), repeat=len(losses)):
+            means = [indicators[np.array(labels) == k].mean() for k in range(groups) if k in labels]
+            labels = [sorted(set(labels)).index(k) for k in labels]
+            fit = np.array(means)[labels]
+            candidates.append((((indicators - fit) ** 2).sum(), fit))
+        found.append(min(candidates, key=lambda candidate: candidate[0])[1])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+@pytest.mark.parametrize("eta", [0.0, 0.02])
+def test_go4align_by_hand(groups, eta):
+    history = np.exp(np.random.default_rng(groups).standard_normal((6, 5)))
+    found = run(
+        lambda base, **switches: GO4AlignWeighter(base, groups=groups, eta=eta, **switches), history, names="abcde"
+    )
+    np.testing.assert_allclose(found, go4align_by_hand(history, groups, eta), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e6])
+def test_groups_are_the_best_ones(shift):
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        m, groups = int(rng.integers(1, 7)), int(rng.integers(1, 5))
+        values = shift + rng.integers(0, 6, m).astype(float)
+        fit = grouped(values, groups)
+        parts = [
+            [values[np.array(labels) == k] for k in set(labels)]
+            for labels in itertools.product(range(groups), repeat=m)
+        ]
+        best = min(sum(np.square(part - part.mean()).sum() for part in partition) for partition in parts)
+        assert np.square(values - fit).sum() == pytest.approx(best, abs=1e-9)
+        assert len(set(fit)) <= groups
+        assert fit.mean() == pytest.approx(values.mean())
+
+
 def test_cov_by_its_definition():
     found = run(CoVWeighter, A)
     np.testing.assert_array_equal(found[:2], 1.0)
@@ -945,6 +1025,12 @@ def test_normalized_gradients_follow_the_rates():
         np.testing.assert_allclose(lengths, LENGTHS.mean() * rates**0.7, rtol=1e-12)
     given = run(NormalizedGradientWeighter, A, rows=J, alpha=1.0, initial_losses=dict(zip(NAMES, A[0], strict=True)))
     np.testing.assert_allclose(given, run(NormalizedGradientWeighter, A, rows=J, alpha=1.0))
+
+
+def test_normalized_gradients_of_finished_losses():
+    build = lambda base, **switches: NormalizedGradientWeighter(base, alpha=0.5, **switches)  # noqa: E731
+    found = run(build, [[1, 2, 4], [1, 0, 4], [0, 0, 0]])
+    np.testing.assert_allclose(found, [[1, 1, 1], [1.5**0.5, 0, 1.5**0.5], [1, 1, 1]])
 
 
 def test_normalized_gradients_are_smoothed_without_bias():
@@ -1172,6 +1258,8 @@ ARGUMENTS = [
     (FixedWeighter, {"weights": [1.0, -1.0]}, r"FixedWeighter: `weights\['1'\]` must be >= 0, got -1.0"),
     (FixedWeighter, {"weights": [0.0, 0.0]}, r"`weights` must not all be 0"),
     (RunningMaxWeighter, {"decay": 0.0}, r"`decay` must be > 0"),
+    (GO4AlignWeighter, {"groups": 0}, r"GO4AlignWeighter: `groups` must be an integer >= 1, got 0"),
+    (GO4AlignWeighter, {"eta": -1.0}, r"`eta` must be >= 0"),
     (RunningMaxWeighter, {"gamma": {"a": 0.0}}, r"`gamma\['a'\]` must be > 0"),
     (InitialLossWeighter, {"batches": 0}, r"`batches` must be an integer >= 1"),
     (InitialLossWeighter, {"initial_losses": [0.0]}, r"`initial_losses\['0'\]` must be > 0"),

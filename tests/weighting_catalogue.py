@@ -21,6 +21,8 @@ from gradsurgery.weighting.dwa import DWAWeighter
 from gradsurgery.weighting.famo import FAMOWeighter
 from gradsurgery.weighting.fixed import FixedWeighter
 from gradsurgery.weighting.geometric_mean import GeometricMeanWeighter
+from gradsurgery.weighting.go4align import GO4AlignWeighter
+from gradsurgery.weighting.gradnorm import GradNormWeighter
 from gradsurgery.weighting.group_dro import GroupDROWeighter
 from gradsurgery.weighting.imtl_l import IMTLLWeighter
 from gradsurgery.weighting.loss_size import InitialLossWeighter, PriorLossWeighter, RealTimeWeighter
@@ -57,7 +59,8 @@ class Row:
         scaling: What happens when one loss is multiplied by a constant over the whole run: "weights": all weights stay;
             "terms": the weighted losses stay in proportion; None: no promise.
         equivariant: The order of the tasks does not matter.
-        losses: What losses it takes: "positive", "nonnegative" or "any".
+        losses: What losses it takes: "positive", "nonnegative" or "any". One that is out of range it names.
+        later: What losses it takes after the first steps, where that is more.
         epochs: It works by epochs; each step here is one.
         homogeneous: w(s l) = s^degree w(l) when all losses of a run are scaled together, or None.
         after: Number of steps at the beginning for which `scaling` and `homogeneous` are not promised.
@@ -71,6 +74,7 @@ class Row:
     scaling: Literal["weights", "terms"] | None = None
     equivariant: bool = True
     losses: Literal["positive", "nonnegative", "any"] = "any"
+    later: Literal["nonnegative", "any"] | None = None
     epochs: bool = False
     homogeneous: int | None = None
     after: int = 0
@@ -152,6 +156,7 @@ CATALOGUE = [
         ([[1, 2, 4], [2, 1, 8]], [[1, 0.5, 0.25], [1, 0.5, 0.25]]),
         scaling="terms",
         losses="positive",
+        later="any",
         homogeneous=-1,
     ),
     Row(
@@ -161,6 +166,7 @@ CATALOGUE = [
         total=1.0,
         scaling="terms",
         losses="positive",
+        later="any",
         homogeneous=0,
     ),
     Row(
@@ -242,6 +248,7 @@ CATALOGUE = [
         lambda base, **switches: LossWeightedSoftAdaptWeighter(base, window=2, beta=1.0, **switches),
         ([[1, 1, 1], [1, 2, 3], [5, 5, 5]], [[1, 1, 1], [1, 1, 1], _sum(1, 1.5 * E(1), 2 * E(2))]),
         total=1.0,
+        losses="nonnegative",
         tolerance=1e-7,
     ),
     Row(
@@ -308,6 +315,28 @@ CATALOGUE = [
         homogeneous=0,
     ),
     Row(
+        "GO4AlignWeighter",
+        lambda base, **switches: GO4AlignWeighter(base, eta=0.1, **switches),
+        # p ∝ e^(-0.1, -0.2, -0.4), then e^(-0.2, -0.3, -0.5); the last two, and then the first two, are the nearest
+        (
+            [[1, 2, 4], [1, 1, 1]],
+            [
+                [7 * E(-0.1) / sum(map(E, (-0.1, -0.2, -0.4)))]
+                + [(3.5 * E(-0.2) + 1.75 * E(-0.4)) / 2 / sum(map(E, (-0.1, -0.2, -0.4)))] * 2,
+                [3 * (E(-0.2) + E(-0.3)) / 2 / sum(map(E, (-0.2, -0.3, -0.5)))] * 2
+                + [3 * E(-0.5) / sum(map(E, (-0.2, -0.3, -0.5)))],
+            ],
+        ),
+        losses="positive",
+    ),
+    Row(
+        "GO4AlignWeighter, eta = 0",
+        lambda base, **switches: GO4AlignWeighter(base, eta=0.0, groups=1, **switches),
+        ([[1, 2, 4]], [[(7 + 3.5 + 1.75) / 9] * 3]),
+        losses="positive",
+        homogeneous=0,
+    ),
+    Row(
         "ReLoBRaLoWeighter",
         lambda base, **switches: ReLoBRaLoWeighter(base, alpha=0.5, rho=1.0, **switches),
         ([[1, 2, 4], [1, 1, 2]], [[1, 1, 1], [(1 + x) / 2 for x in _sum(E(1), E(0.5), E(0.5))]]),
@@ -349,6 +378,29 @@ CATALOGUE = [
         ([[1, 2, 4], [1, 1, 1]], [_sum(E(0.1), E(0.2), E(0.4)), _sum(E(0.1), E(0.2), E(0.4))]),
         total=1.0,
     ),
+    *[
+        Row(
+            name,
+            lambda base, rule=rule, **switches: GradNormWeighter(
+                base, base.param_groups[0]["params"], alpha=1.0, lr=0.1, weight_optimizer=rule, **switches
+            ),
+            # rates (12, 6, 3)/7 and equal lengths: the second step gives to the first weight and takes from the rest
+            (
+                [[1, 2, 4], [1, 1, 1], [1, 1, 1]],
+                [[1, 1, 1], [1, 1, 1], _sum(1 + 0.1 * moved, 1 - 0.1 * moved, 1 - 0.1 * moved)],
+            ),
+            total=1.0,
+            scaling="weights",  # with unit gradients whatever the losses
+            losses="positive",
+            later="nonnegative",
+            homogeneous=0,
+        )
+        # Adam, whose first gradient was 0, moves by m̂/√v̂.
+        for name, rule, moved in (
+            ("GradNormWeighter", "adam", (0.1 / (1 - 0.9**2)) / (0.001 / (1 - 0.999**2)) ** 0.5),
+            ("GradNormWeighter, SGD", "sgd", 1.0),
+        )
+    ],
     Row(
         "NormalizedGradientWeighter",
         NormalizedGradientWeighter,
@@ -364,6 +416,7 @@ CATALOGUE = [
         total=1.0,
         scaling="weights",
         losses="positive",
+        later="nonnegative",
         homogeneous=0,
     ),
     Row(

@@ -1,0 +1,66 @@
+"""Several processes on this machine, for the tests that need them: all cases of a kind run in one spawn."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Cases = dict[str, Callable[[], None]]
+
+
+def run_cases(cases_of: Callable[[int, int], Cases], size: int, folder: Path) -> dict[str, str]:
+    """Run cases in `size` processes that form a gloo group.
+
+    Args:
+        cases_of: A function of a module, called in every process with its rank and the number of processes. All must
+            give the same names in the same order.
+        size: Number of processes.
+        folder: Where to meet and to write.
+
+    Returns:
+        For every case what went wrong on any rank; an empty text if nothing did.
+    """
+    mp.spawn(_process, args=(cases_of, size, str(folder)), nprocs=size)
+    told: dict[str, str] = {}
+    for rank in range(size):
+        for name, text in pickle.loads((folder / f"{rank}.pickle").read_bytes()).items():
+            told[name] = told.get(name, "") + (f"rank {rank}: {text}\n" if text else "")
+    return told
+
+
+def _process(rank: int, cases_of: Callable[[int, int], Cases], size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    warnings.simplefilter("error")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    told: dict[str, str] = {}
+    for name, case in cases_of(rank, size).items():
+        try:
+            case()
+            told[name] = ""
+        except Exception:
+            told[name] = traceback.format_exc()
+        # All begin the next case together, so that a case that failed on one rank only does not run into it.
+        dist.barrier()
+    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(told))
+    dist.destroy_process_group()
+
+
+def same_everywhere(tensors: list[torch.Tensor]) -> None:
+    """Assert that all processes hold the same bits."""
+    for t in tensors:
+        everyone = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, t.detach().contiguous())
+        for other in everyone:
+            assert torch.equal(other, t.detach()), "replicas differ"

@@ -1,0 +1,314 @@
+"""The command line: what it prints, what it refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradsurgery
+from gradsurgery import catalogue
+from gradsurgery.__main__ import COMMANDS, main
+from gradsurgery.commands import comparing, diagnosing
+
+ROOT = Path(gradsurgery.__file__).resolve().parent.parent
+SCRIPT = """
+import torch
+from beside import SIZE
+
+def make(features=False):
+    model = torch.nn.Linear(SIZE, 2)
+    def loss_fn(batch):
+        first, second = model(batch).unbind(dim=1)
+        losses = {"a": first.square().mean(), "b": 1000 * (second + first - 1).square().mean()}
+        return losses
+    return model, loss_fn, [torch.randn(4, SIZE) for _ in range(9)]
+
+def wrong():
+    return 3
+
+def broken():
+    raise KeyError("mine")
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    (tmp_path / "beside.py").write_text("SIZE = 3\n", encoding="utf-8")
+    path = tmp_path / "mine.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+def outcome(capsys, *argv):
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("argv", [[], *([command.NAME] for command in COMMANDS)], ids=str)
+def test_help(capsys, argv):
+    with pytest.raises(SystemExit) as end:
+        main([*argv, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: gradsurgery")
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nothing"], ["list", "--kind", "x"], ["compare", "x"], ["list", "--needs", "luck"]]
+)
+def test_wrong_arguments(capsys, argv):
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------- list
+
+
+def test_list_names_every_method(capsys):
+    code, out, err = outcome(capsys, "list")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[2 : 2 + len(catalogue.facts())]] == list(catalogue.facts())
+    assert "55 of 55 methods" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "some", "none"),
+    [
+        (["--kind", "surgery"], "PCGrad", "FixedWeighter"),
+        (["--common-descent"], "UPGrad", "PCGrad"),
+        (["--common-descent", "2"], "PCGrad", "ConFIG"),
+        (["--one-pass"], "MConFIG", "PCGrad"),
+        (["--needs", "values"], "FAMOWeighter", "GradNormWeighter"),
+        (["--needs", "products, rows-kept"], "MoCo", "MoDo"),
+        (["--scale", "priority"], "AGEM", "PCGrad"),
+    ],
+)
+def test_filters(capsys, argv, some, none):
+    code, out, _ = outcome(capsys, "list", *argv, "--json")
+    names = {entry["name"] for entry in json.loads(out)}
+    assert code == 0
+    assert some in names
+    assert none not in names
+
+
+def test_nothing_is_left(capsys):
+    code, out, _ = outcome(capsys, "list", "--kind", "weighting", "--common-descent")
+    assert (code, out) == (1, "No method is like that.\n")
+    assert outcome(capsys, "list", "--kind", "weighting", "--common-descent", "--json")[:2] == (1, "[]\n")
+
+
+def test_no_colour_in_a_pipe():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "gradsurgery", "list"], capture_output=True, env=environment, timeout=60, check=True
+    )
+    assert b"PCGrad" in done.stdout
+    assert b"\x1b" not in done.stdout
+    assert done.stderr == b""
+
+
+# -------------------------------------------------------------------------------------------------------------- explain
+
+
+def test_explain(capsys):
+    code, out, _ = outcome(capsys, "explain", "cagrad")
+    assert code == 0
+    assert out.startswith("CAGrad\n======\n")
+    assert "d = g₀ + c ‖g₀‖ g_w / ‖g_w‖" in " ".join(out.split())
+    assert "https://arxiv.org/abs/2110.14048" in out
+    assert ":class:" not in out
+    assert "``" not in out
+
+
+@pytest.mark.parametrize("name", list(catalogue.facts()))
+def test_explain_every_method(capsys, name):
+    code, out, _ = outcome(capsys, "explain", name)
+    assert code == 0
+    assert not any(mark in out for mark in (":class:", ":meth:", "``", ">>>", "Args:"))
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_explain_as_json(capsys):
+    code, out, _ = outcome(capsys, "explain", "GradNorm", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["name"], facts["kind"], facts["needs"]) == ("GradNormWeighter", "weighting", ["values", "norms"])
+    assert facts["explanation"].startswith(facts["summary"])
+
+
+def test_explain_an_unknown_method(capsys):
+    code, out, err = outcome(capsys, "explain", "PCGard")
+    assert (code, out) == (2, "")
+    assert "Did you mean PCGrad" in err
+
+
+@pytest.mark.parametrize("more", [[], ["--dark"]])
+def test_drawing(capsys, tmp_path, more):
+    path = tmp_path / "drawing.png"
+    code, out, _ = outcome(capsys, "explain", "UPGrad", "--plot", str(path), *more)
+    assert code == 0
+    assert str(path) in out
+    assert path.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", ["no-folder/x.png", "x.nothing"])
+def test_drawing_nowhere(capsys, tmp_path, name):
+    code, _, err = outcome(capsys, "explain", "UPGrad", "--plot", str(tmp_path / name))
+    assert code == 2
+    assert "cannot draw into" in err
+
+
+def test_without_matplotlib(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "gradsurgery.method_pictures", raising=False)
+    monkeypatch.delattr(gradsurgery, "method_pictures", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+
+    class Missing:
+        @staticmethod
+        def find_spec(name, *_):
+            if name.split(".")[0] == "matplotlib":
+                raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.delitem(sys.modules, "gradsurgery.pictures", raising=False)
+    monkeypatch.delattr(gradsurgery, "pictures", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+    for argv in (["explain", "UPGrad"], ["compare", "quadratics"]):
+        code, _, err = outcome(capsys, *argv, "--plot", "x.png")
+        assert code == 2
+        assert 'pip install "gradsurgery[monitor]"' in err
+
+
+@pytest.mark.parametrize("name", list(catalogue.facts()))
+def test_every_method_has_a_direction(name):
+    from gradsurgery import method_pictures
+
+    for rows in method_pictures.EXAMPLES:
+        direction = method_pictures.direction(name, rows)
+        assert direction is not None
+        assert direction.shape == (2,)
+        if catalogue.find(name).common_descent(len(rows)):
+            assert (rows @ direction >= -1e-9).all()
+
+
+def test_the_pictures_show_a_conflict():
+    from gradsurgery import method_pictures
+
+    for rows in method_pictures.EXAMPLES:
+        assert (rows @ rows.sum(axis=0)).min() < 0  # the sum raises a loss, so that methods differ
+
+
+# ------------------------------------------------------------------------------------------------------------- diagnose
+
+
+def test_diagnose(capsys, script):
+    code, out, err = outcome(capsys, "diagnose", f"{script}:make", "--no-cost", "--batches", "7")
+    assert (code, err) == (0, "")
+    assert out.startswith("7 batches, 2 losses.")
+    assert "weights = {" in out
+
+
+def test_diagnose_as_json(capsys, script):
+    code, out, _ = outcome(capsys, "diagnose", f"{script}:make", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["batches"] == 9
+    assert [cost["family"] for cost in found["costs"]] == ["plain sum", "weighting", "surgery"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("mine.py", "write SCRIPT.py:FUNCTION"),
+        ("nowhere.py:make", "there is no file nowhere.py"),
+        ("mine.py:nothing", "has no function 'nothing'"),
+        ("mine.py:wrong", "must return (model or optimizer, loss_fn, batches), got int"),
+    ],
+)
+def test_diagnose_what_is_not_there(capsys, script, monkeypatch, target, message):
+    monkeypatch.chdir(script.parent)
+    code, out, err = outcome(capsys, "diagnose", target)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_errors_of_the_users_code_come_out(script):
+    with pytest.raises(KeyError, match="mine"):
+        main(["diagnose", f"{script}:broken"])
+
+
+def test_load_runs_beside_the_script(script):
+    assert diagnosing.load(f"{script}:make").__module__ == "mine"
+
+
+# -------------------------------------------------------------------------------------------------------------- compare
+
+
+def test_compare(capsys, tmp_path):
+    path = tmp_path / "paths.png"
+    argv = ["compare", "quadratics", "--methods", "mgda,UPGrad", "--steps", "200", "--plot", str(path)]
+    code, out, _ = outcome(capsys, *argv)
+    assert code == 0
+    rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
+    assert rows["UPGrad"][4] == "6/6"
+    assert list(rows).index("plain sum") < list(rows).index("MGDA") < list(rows).index("UPGrad")
+    assert path.stat().st_size > 20_000
+
+
+def test_compare_as_json(capsys):
+    code, out, _ = outcome(capsys, "compare", "concave", "--methods", "MGDA", "--steps", "50", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [walk["method"] for walk in found["methods"]] == ["plain sum", "MGDA"]
+    assert all(len(walk["ends"]) == 6 for walk in found["methods"])
+
+
+def test_a_method_that_cannot_walk(capsys):
+    code, out, _ = outcome(capsys, "compare", "valleys", "--methods", "RealTime", "--steps", "20")
+    assert code == 1
+    assert "RealTimeWeighter cannot walk here" in out
+    assert "plain sum" in out
+    assert "NaN" not in outcome(capsys, "compare", "valleys", "--methods", "RealTime", "--steps", "5", "--json")[1]
+
+
+def test_compare_unknown(capsys):
+    assert outcome(capsys, "compare", "quadratics", "--methods", "Foo")[0] == 2
+    assert outcome(capsys, "compare", "quadratics", "--steps", "-1")[0] == 2
+
+
+@pytest.mark.parametrize("problem", list(comparing.PROBLEMS))
+def test_every_problem_is_walked(capsys, problem):
+    assert outcome(capsys, "compare", problem, "--methods", "MGDA", "--steps", "3")[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ catalogue
+
+
+def test_facts_agree_with_the_classes():
+    for facts in catalogue.facts().values():
+        method = facts.method
+        kept = {"rows kept", "more batches"} & set(facts.needs)
+        assert bool(kept) == getattr(method, "observes", False), facts.name
+        assert ("values" in facts.needs) == method.needs_losses if facts.kind == "surgery" else True, facts.name
+        if "entries" in facts.needs and facts.kind == "surgery" and not kept:
+            assert not method.has_weights, facts.name
+        assert facts.summary.endswith(".")
+        assert facts.when.endswith(".")
+
+
+def test_common_descent():
+    pcgrad, upgrad = catalogue.find("PCGrad"), catalogue.find("UPGrad")
+    assert [pcgrad.common_descent(m) for m in (2, 3, None)] == [True, False, False]
+    assert [upgrad.common_descent(m) for m in (2, 3, None)] == [True, True, True]
+    assert not catalogue.find("SDMGrad").common_descent()

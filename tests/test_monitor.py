@@ -1,0 +1,443 @@
+"""What a monitor records, what it leaves alone, and when it speaks up."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import importlib
+import io
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import gradsurgery
+from gradsurgery import Monitor
+
+A, B = torch.tensor([1.0, 0.0]), torch.tensor([-0.6, 0.8])  # of length 1, cosine −0.6
+
+
+def linear(method=gradsurgery.PCGrad, lr=0.0, **switches):
+    """A method on one parameter, which linear losses give any gradients one likes."""
+    theta = torch.nn.Parameter(torch.zeros(2))
+    return theta, method(torch.optim.SGD([theta], lr=lr), **switches)
+
+
+def step(theta, optimizer, **gradients):
+    """One step on losses with the given gradients; None is an absent task."""
+    optimizer.zero_grad()
+    losses = {name: None if g is None else (g * theta).sum() + 2.0 for name, g in gradients.items()}
+    report = optimizer.backward(losses)
+    optimizer.step()
+    return report
+
+
+def walk(theta, optimizer, steps, **gradients):
+    for _ in range(steps):
+        step(theta, optimizer, **gradients)
+
+
+def test_records_every_number_of_every_step():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    first = step(theta, optimizer, a=A, b=2 * B)
+    step(theta, optimizer, a=A, b=-B)
+    assert monitor.steps == [1, 2]
+    assert monitor.names == ("a", "b")
+    history = monitor.history
+    assert set(history) == {
+        *("total", "loss/a", "loss/b", "weight/a", "weight/b"),
+        *("norm/a", "norm/b", "cosine/a/b", "conflict_rate"),
+    }
+    assert history["total"].tolist() == [4.0, 4.0]
+    assert history["norm/b"] == pytest.approx([2.0, 1.0])
+    assert history["cosine/a/b"] == pytest.approx([-0.6, 0.6])
+    assert history["conflict_rate"].tolist() == [1.0, 0.0]
+    assert history["weight/a"] == pytest.approx([first.weights["a"], 1.0])
+    assert monitor.column("cosine", "b", "a").tolist() == history["cosine/a/b"].tolist()
+    assert monitor.cosines == pytest.approx(np.array([[1.0, 0.0], [0.0, 1.0]]))
+    assert monitor.conflict_rates == pytest.approx(np.array([[0.0, 0.5], [0.5, 0.0]]))
+    share = abs(first.weights["a"]) / (abs(first.weights["a"]) + 2 * abs(first.weights["b"]))
+    assert monitor.shares["a"][0] == pytest.approx(share)
+    assert "2 steps of a, b, conflict rate 0.50" in repr(monitor)
+
+
+def test_training_is_the_same_with_and_without():
+    ends = []
+    for watched in (False, True):
+        theta, optimizer = linear(lr=0.1)
+        monitor = Monitor(optimizer) if watched else None
+        walk(theta, optimizer, 5, a=A, b=B)
+        ends.append(theta.detach().clone())
+    assert monitor is not None
+    assert torch.equal(*ends)
+
+
+def test_counts_committed_steps_and_goes_on_after_a_resume():
+    theta, optimizer = linear()
+    walk(theta, optimizer, 3, a=A, b=B)
+    saved = optimizer.state_dict()
+    theta, optimizer = linear()
+    optimizer.load_state_dict(saved)
+    monitor = Monitor(optimizer, every=2)
+    walk(theta, optimizer, 4, a=A, b=B)
+    assert monitor.steps == [5, 7]
+
+
+def test_backward_without_step_is_not_recorded():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    optimizer.backward({"a": (A * theta).sum(), "b": (B * theta).sum()})
+    optimizer.zero_grad()
+    assert len(monitor) == 0
+    optimizer.base.step()
+    assert len(monitor) == 0
+    assert monitor.skipped == 1
+
+
+def test_report_of_before_is_not_recorded():
+    theta, optimizer = linear()
+    step(theta, optimizer, a=A, b=B)
+    monitor = Monitor(optimizer)
+    optimizer.step()
+    assert (len(monitor), monitor.skipped) == (0, 0)
+
+
+def test_batches_passed_over_are_counted():
+    theta, optimizer = linear(nonfinite="skip")
+    monitor = Monitor(optimizer)
+    step(theta, optimizer, a=A, b=B)
+    step(theta, optimizer, a=A, b=B * torch.inf)
+    step(theta, optimizer, a=A, b=B)
+    assert monitor.steps == [1, 2]
+    assert monitor.skipped == 1
+
+
+def test_a_step_that_the_scaler_skips_is_not_seen():
+    theta, optimizer = linear()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    monitor = Monitor(optimizer)
+    for gradient in (A, A * torch.inf, A):
+        optimizer.zero_grad()
+        optimizer.backward({"a": (gradient * theta).sum(), "b": (B * theta).sum()}, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    assert monitor.steps == [1, 2]
+    assert monitor.column("norm", "a") == pytest.approx([1.0, 1.0])
+
+
+def test_lbfgs_records_a_step_once():
+    theta = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurgery.PCGrad(torch.optim.LBFGS([theta], max_iter=4))
+    monitor = Monitor(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        losses = {"a": (theta - A).square().sum(), "b": 3 * (theta - B).square().sum()}
+        return optimizer.backward(losses).objective
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert monitor.steps == [1, 2]
+
+
+def test_micro_batches_are_one_step():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    optimizer.backward({"a": (A * theta).sum() + 1, "b": (B * theta).sum()}, accumulate=True)
+    optimizer.backward({"a": (A * theta).sum() + 1, "b": (B * theta).sum()})
+    optimizer.step()
+    assert monitor.steps == [1]
+    assert monitor.column("loss", "a").tolist() == [2.0]
+
+
+def test_absent_and_late_tasks():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    step(theta, optimizer, a=A, b=None)
+    step(theta, optimizer, a=A, b=B)
+    step(theta, optimizer, a=None, b=B)
+    assert np.isnan(monitor.column("loss", "b")).tolist() == [True, False, False]
+    assert np.isnan(monitor.column("weight", "a")).tolist() == [False, False, True]
+    assert monitor.cosines[0, 1] == pytest.approx(-0.6)
+    assert monitor.conflict_rates[0, 1] == 1.0
+
+
+@pytest.mark.parametrize("method", [gradsurgery.GradDrop, gradsurgery.FixedWeighter, gradsurgery.GradNormWeighter])
+def test_methods_that_report_less(method, tmp_path):
+    theta = torch.nn.Parameter(torch.zeros(2))
+    more = {"shared_params": [theta]} if method is gradsurgery.GradNormWeighter else {}
+    optimizer = method(torch.optim.SGD([theta], lr=0.1), **more)
+    monitor = Monitor(optimizer)
+    walk(theta, optimizer, 3, a=A, b=B)
+    assert any(key.startswith("weight") for key in monitor.history) == optimizer.has_weights
+    assert any(key.startswith("norm") for key in monitor.history) == (method is gradsurgery.GradDrop)
+    Console(file=io.StringIO()).print(monitor.table())
+    monitor.plot(tmp_path / "run.png")
+
+
+def test_a_weighter_below_a_surgery():
+    theta = torch.nn.Parameter(torch.zeros(2))
+    optimizer = gradsurgery.PCGrad(gradsurgery.UncertaintyWeighter(torch.optim.SGD([theta], lr=0.1)))
+    monitor = Monitor(optimizer)
+    walk(theta, optimizer, 3, a=A, b=B)
+    assert monitor.steps == [1, 2, 3]
+    assert monitor.column("norm", "a") == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_pickling_and_copying_leave_the_monitor_behind(copied):
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer, callback=lambda step, report: None)
+    step(theta, optimizer, a=A, b=B)
+    other = copied(optimizer)
+    step(other.param_groups[0]["params"][0], other, a=A, b=B)
+    assert monitor.steps == [1]
+    step(theta, optimizer, a=A, b=B)
+    assert monitor.steps == [1, 2]
+
+
+def test_close_and_context_manager():
+    theta, optimizer = linear()
+    with Monitor(optimizer) as monitor:
+        step(theta, optimizer, a=A, b=B)
+    step(theta, optimizer, a=A, b=B)
+    monitor.close()
+    assert monitor.steps == [1]
+    assert not optimizer.base._optimizer_step_post_hooks
+
+
+def test_keeps_no_tensor():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    step(theta, optimizer, a=A, b=B)
+    assert all(isinstance(column, np.ndarray) for column in monitor.history.values())
+    assert not any(torch.is_tensor(x) for column in monitor._columns.values() for x in column)
+
+
+def test_makes_no_more_backward_passes():
+    theta, optimizer = linear()
+    passes = []
+    theta.register_hook(lambda g: passes.append(1))
+    step(theta, optimizer, a=A, b=B)
+    before = len(passes)
+    Monitor(optimizer)
+    step(theta, optimizer, a=A, b=B)
+    assert len(passes) == 2 * before
+
+
+def test_callback_and_writer():
+    theta, optimizer = linear()
+    seen, written = [], []
+
+    class Writer:
+        def add_scalar(self, tag, value, step):
+            written.append((tag, value, step))
+
+    Monitor(optimizer, every=2, callback=lambda step, report: seen.append((step, report)), writer=Writer())
+    reports = [step(theta, optimizer, a=A, b=B) for _ in range(3)]
+    assert seen == [(1, reports[0]), (3, reports[2])]
+    assert ("gradsurgery/loss/a", 2.0, 3) in written
+    assert {tag for tag, _, step in written if step == 1} == {tag for tag, _, step in written if step == 3}
+
+
+def test_csv(tmp_path):
+    theta, optimizer = linear(warmup=1)
+    monitor = Monitor(optimizer)
+    step(theta, optimizer, a=A, b=None)
+    step(theta, optimizer, a=A, b=B)
+    monitor.to_csv(tmp_path / "run.csv")
+    with (tmp_path / "run.csv").open(encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert (first["step"], first["loss/a"], first["loss/b"], first["flags"]) == ("1", "2.0", "", "warmup")
+    assert float(second["cosine/a/b"]) == monitor.column("cosine", "a", "b")[1]
+
+
+def test_table():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    walk(theta, optimizer, 2, near=A, far=3 * B)
+    out = io.StringIO()
+    Console(file=out, width=140).print(monitor.table())
+    assert "PCGrad: 2 recorded steps" in out.getvalue()
+    assert "far -0.60" in out.getvalue()
+    assert "100%" in out.getvalue()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_picture(tmp_path, dark):
+    theta, optimizer = linear(lr=0.1)
+    monitor = Monitor(optimizer)
+    walk(theta, optimizer, 40, a=A, b=B, c=0.1 * A)
+    figure = monitor.plot(tmp_path / "run.png", dark=dark)
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[:4] == ["Losses", "Weights", "Mean cosine between gradients", "Gradient norms over their mean"]
+    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["a", "b", "c"]
+
+
+def test_picture_of_nothing():
+    _, optimizer = linear()
+    with pytest.raises(RuntimeError, match="nothing was recorded yet"):
+        Monitor(optimizer).plot()
+
+
+def test_pictures_need_matplotlib(monkeypatch):
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    step(theta, optimizer, a=A, b=B)
+    monkeypatch.setitem(__import__("sys").modules, "gradsurgery.monitor_pictures", None)
+    monkeypatch.setitem(__import__("sys").modules, "rich.table", None)
+    with pytest.raises(RuntimeError, match=r"pip install \"gradsurgery\[monitor\]\""):
+        monitor.table()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"every": 0}, ValueError, "`every` must be an integer >= 1, got 0"),
+        ({"callback": 3}, TypeError, "`callback` must be callable, got int"),
+        ({"writer": object()}, TypeError, "`writer` must have add_scalar"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    _, optimizer = linear()
+    with pytest.raises(error, match=message):
+        Monitor(optimizer, **arguments)
+
+
+def test_a_bare_optimizer_is_refused():
+    with pytest.raises(TypeError, match="wrap the optimizer in FixedWeighter"):
+        Monitor(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+
+
+def caught(walked):
+    """The warnings of a walk, as texts."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        walked()
+    return [str(warning.message) for warning in found]
+
+
+INACTIVE_STEPS, LASTING = 40, 10  # instead of 500 and 100
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A monitor that loses patience sooner, which saves thousands of steps."""
+    module = importlib.import_module("gradsurgery.monitor")
+    assert (module.INACTIVE_STEPS, module.LASTING) == (500, 100)
+    monkeypatch.setattr(module, "INACTIVE_STEPS", INACTIVE_STEPS)
+    monkeypatch.setattr(module, "LASTING", LASTING)
+
+
+def test_inactive_method_is_told_once():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    assert caught(lambda: walk(theta, optimizer, 499, a=A, b=A)) == []
+    (message,) = caught(lambda: walk(theta, optimizer, 600, a=A, b=A))
+    assert "equal for 500 steps" in message
+    assert "Train the plain sum" in message
+    assert monitor.advice == [message]
+
+
+@pytest.mark.parametrize("switches", [{"reduction": "mean"}, {"every": 2}])
+@pytest.mark.usefixtures("hasty")
+def test_plain_sum_under_other_switches(switches):
+    theta, optimizer = linear(**switches)
+    Monitor(optimizer)
+    assert len(caught(lambda: walk(theta, optimizer, INACTIVE_STEPS + 1, a=A, b=A))) == 1
+
+
+@pytest.mark.usefixtures("hasty")
+def test_equal_weights_outside_of_sum_scale():
+    theta, optimizer = linear(gradsurgery.RealTimeWeighter)
+    Monitor(optimizer)
+    assert len(caught(lambda: walk(theta, optimizer, INACTIVE_STEPS + 1, a=A, b=B))) == 1
+
+
+@pytest.mark.usefixtures("hasty")
+def test_every_counts_the_steps_between():
+    theta, optimizer = linear()
+    Monitor(optimizer, every=10)
+    (message,) = caught(lambda: walk(theta, optimizer, INACTIVE_STEPS + 1, a=A, b=A))
+    assert "equal for" in message
+
+
+@pytest.mark.usefixtures("hasty")
+def test_one_conflict_starts_the_count_anew():
+    theta, optimizer = linear()
+    Monitor(optimizer)
+    assert caught(lambda: walk(theta, optimizer, INACTIVE_STEPS - 1, a=A, b=A)) == []
+    step(theta, optimizer, a=A, b=B)
+    assert caught(lambda: walk(theta, optimizer, INACTIVE_STEPS - 1, a=A, b=A)) == []
+
+
+@pytest.mark.parametrize("method", [gradsurgery.FixedWeighter, gradsurgery.GradDrop, gradsurgery.AGEM])
+@pytest.mark.usefixtures("hasty")
+def test_methods_that_may_rest(method):
+    theta, optimizer = linear(method)
+    Monitor(optimizer)
+    assert caught(lambda: walk(theta, optimizer, INACTIVE_STEPS + 1, a=A, b=A)) == []
+
+
+@pytest.mark.usefixtures("hasty")
+def test_warmup_and_single_tasks_do_not_count():
+    theta, optimizer = linear(warmup=INACTIVE_STEPS)
+    Monitor(optimizer)
+    assert caught(lambda: walk(theta, optimizer, INACTIVE_STEPS, a=A, b=A)) == []
+    assert caught(lambda: walk(theta, optimizer, INACTIVE_STEPS + 1, a=A, b=None)) == []
+
+
+@pytest.mark.usefixtures("hasty")
+def test_collapsed_weight_is_told_once():
+    theta, optimizer = linear(gradsurgery.FixedWeighter, weights={"a": 1.0, "b": 1e-4})
+    monitor = Monitor(optimizer)
+    assert caught(lambda: walk(theta, optimizer, LASTING - 1, a=A, b=B)) == []
+    (message,) = caught(lambda: walk(theta, optimizer, 3 * LASTING, a=A, b=B))
+    assert "weight of 'b' has been below 0.001 of the mean" in message
+    assert "min_weight" in message
+    assert monitor.advice == [message]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_runaway_weight_is_told_once():
+    theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = gradsurgery.RealTimeWeighter(torch.optim.SGD([theta], lr=0.0))
+    Monitor(optimizer)
+
+    def run(size):
+        for _ in range(2 * LASTING):
+            optimizer.zero_grad()
+            optimizer.backward({"a": theta[0] * 1.0, "b": theta[1] * size})
+            optimizer.step()
+
+    assert caught(lambda: run(0.9)) == []
+    messages = caught(lambda: run(1e-4))
+    assert len(messages) == 2  # next to a weight of 10 000 one of 1 has collapsed
+    assert "weight of 'b' has run away, to 1e+04" in " ".join(messages)
+    assert "max_weight" in " ".join(messages)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_one_task_that_drives_the_update_is_told_once():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    assert caught(lambda: walk(theta, optimizer, LASTING - 1, a=30 * A, b=-B)) == []
+    (message,) = caught(lambda: walk(theta, optimizer, 3 * LASTING, a=30 * A, b=-B))
+    assert "'a' drives the update" in message
+    assert "ConFIG" in message
+    assert monitor.shares["a"][-1] > 0.95
+
+
+@pytest.mark.usefixtures("hasty")
+def test_balanced_conflict_is_quiet():
+    theta, optimizer = linear()
+    Monitor(optimizer)
+    assert caught(lambda: walk(theta, optimizer, INACTIVE_STEPS + 1, a=A, b=B)) == []
