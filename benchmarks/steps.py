@@ -1,220 +1,301 @@
-"""What a step costs: time and memory of ``backward`` against bare autograd, side by side in one process.
+"""What a step costs: time and memory of ``backward`` against bare autograd and other libraries, in one process.
 
-    python -m benchmarks.steps [--rounds 15] [--tasks 2 4 8] [--workloads mlp conv transformer] [--write
-    docs/performance.md]
+    python -m benchmarks.steps [--rounds 15] [--seconds 20] [--tasks 2 4 8 16] [--workloads MLP transformer]
+    [--threads 1] [--device cuda] [--cheap 4] [--curves] [--write docs/performance.md]
 
-Two yardsticks are measured in every round: the backward of the plain sum, and *the floor*, m bare
-``torch.autograd.grad`` calls over the same parameters with nothing done to the result. Candidates take turns within a
-round; figures are medians of ratios over rounds. Before anything is timed the gradients are compared with those of the
-plain sum, or with a literal computation.
+Yardsticks are measured in every round: the backward of the plain sum, and *the floor*, m bare ``torch.autograd.grad``
+calls over the same parameters with nothing done to the result. Candidates take turns within a round, each round in
+another order. Two figures are given: the median over rounds of the ratio to the floor of the same round, and the ratio
+of the shortest times, which other processes disturb less. Before anything is timed, every gradient is compared with a
+literal computation. With ``--write`` the figures join those of earlier runs with other threads or on other devices.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
+import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import gradsurgery
+from benchmarks import page
+from benchmarks.candidates import Candidate, candidates, check, in_order, missing, ours
+from benchmarks.workloads import WORKLOADS, Workload, build, mlp_of_size
 
-Forward = Callable[[], list[Tensor]]
-
-
-class Multi(nn.Module):
-    """A trunk and m private heads."""
-
-    def __init__(self, trunk: nn.Module, width: int, tasks: int) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.heads = nn.ModuleList(nn.Linear(width, 10) for _ in range(tasks))
-
-    def losses(self, x: Tensor) -> list[Tensor]:
-        z = self.trunk(x)
-        z = z.mean(1) if z.dim() == 3 else z
-        return [(head(z) - i).square().mean() for i, head in enumerate(self.heads)]
+# Rounds that are always made, however long they take, after one that warms up.
+_LEAST = 3
 
 
-def mlp(tasks: int, width: int = 512, depth: int = 4, batch: int = 128) -> tuple[Multi, Forward]:
-    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
-    model, x = Multi(nn.Sequential(*layers), width, tasks), torch.randn(batch, width)
-    return model, lambda: model.losses(x)
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def conv(tasks: int) -> tuple[Multi, Forward]:
-    blocks = [
-        layer
-        for i, o in ((3, 32), (32, 64), (64, 128))
-        for layer in (nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
-    ]
-    model = Multi(nn.Sequential(*blocks, nn.Flatten(), nn.Linear(2048, 256), nn.ReLU()), 256, tasks)
-    x = torch.randn(64, 3, 32, 32)
-    return model, lambda: model.losses(x)
-
-
-def transformer(tasks: int) -> tuple[Multi, Forward]:
-    layer = nn.TransformerEncoderLayer(256, 4, 512, dropout=0.0, batch_first=True)
-    model, x = Multi(nn.TransformerEncoder(layer, 3), 256, tasks), torch.randn(8, 64, 256)
-    return model, lambda: model.losses(x)
-
-
-WORKLOADS: dict[str, Callable[[int], tuple[Multi, Forward]]] = {
-    "mlp": mlp,
-    "wide mlp": lambda tasks: mlp(tasks, 2048, 6, 64),
-    "conv": conv,
-    "transformer": transformer,
-}
-METHODS = ("PCGrad", "MGDA", "CAGrad", "NashMTL", "UPGrad")
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Largest number of bytes that `run` has allocated and not freed at one time."""
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         held += event.nbytes()
         peak = max(peak, held)
     return peak
 
 
-def measure(name: str, tasks: int, rounds: int) -> list[dict]:
-    """Time and memory of every candidate on one workload, and a check of the gradients first."""
-    torch.manual_seed(0)
-    model, forward = WORKLOADS[name](tasks)
-    params = list(model.parameters())
-    base = torch.optim.SGD(params, lr=0.0)
-    last = [p for p in model.trunk.parameters() if p.dim() > 1][-1]
-    wrapped: dict[str, gradsurgery.MultiLossOptimizer] = {m: getattr(gradsurgery, m)(base) for m in METHODS}
-    wrapped["GradNormWeighter"] = gradsurgery.GradNormWeighter(base, last)
-    check(model, forward, wrapped)
+def once(candidate: Candidate) -> float:
+    """Seconds of one backward phase."""
+    # One thread's time on the processor does not count what other programs take meanwhile.
+    alone = candidate.work.device.type == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if alone else time.perf_counter
+    losses, features = candidate.losses()
+    wait(candidate.work.device)
+    start = now()
+    result = candidate.run(losses, features)
+    wait(candidate.work.device)
+    spent = now() - start
+    del result
+    return spent
 
-    def floor(losses: list[Tensor]) -> None:
-        for i, loss in enumerate(losses):
-            torch.autograd.grad(loss, params, retain_graph=i < tasks - 1, allow_unused=True)
 
-    candidates: dict[str, Callable[[list[Tensor]], object]] = {
-        "plain sum": lambda losses: torch.autograd.backward(losses),
-        "floor": floor,
-        **{method: optimizer.backward for method, optimizer in wrapped.items()},
+def memory(found: Sequence[Candidate]) -> dict[str, int]:
+    """Peak bytes of each candidate's backward phase, beyond the model and the graph of the losses."""
+    peaks = {}
+    for candidate in found:
+        losses, features = candidate.losses()
+        peaks[candidate.name] = peak_bytes(lambda c=candidate, a=losses, b=features: c.run(a, b), candidate.work.device)
+    return peaks
+
+
+def clock(found: Sequence[Candidate], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Times of all candidates, which take turns. Stops after `rounds`, or when the seconds are spent."""
+    times: dict[str, list[float]] = {candidate.name: [] for candidate in found}
+    begin = time.perf_counter()
+    for k in range(rounds + 1):
+        if k > _LEAST and time.perf_counter() - begin > seconds:
+            break
+        gc.collect()
+        gc.disable()
+        try:
+            for candidate in (*found[k % len(found) :], *found[: k % len(found)]):
+                times[candidate.name].append(once(candidate))
+        finally:
+            gc.enable()
+    return {name: spent[1:] for name, spent in times.items()}  # the first round warms up
+
+
+def figures(times: list[float], floors: list[float], plains: list[float]) -> dict[str, Any]:
+    ratios = sorted(t / f for t, f in zip(times, floors, strict=True))
+    return {
+        "rounds": len(times),
+        "milliseconds": statistics.median(times) * 1e3,
+        "to_floor": statistics.median(ratios),
+        "shortest": min(times) / min(floors),
+        "spread": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "to_plain": statistics.median(t / p for t, p in zip(times, plains, strict=True)),
+        "shortest_to_plain": min(times) / min(plains),
     }
-    times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
-    for _ in range(rounds + 2):
-        for candidate, run in candidates.items():
-            base.zero_grad()
-            losses = forward()
-            start = time.perf_counter()
-            run(losses)
-            times[candidate].append(time.perf_counter() - start)
-            del losses
-    times = {candidate: spent[2:] for candidate, spent in times.items()}  # the first rounds warm up
 
-    shared = sum(p.numel() * p.element_size() for p in model.trunk.parameters())
-    memory = {}
-    for candidate, run in candidates.items():
-        base.zero_grad()
-        losses = forward()
-        memory[candidate] = peak_bytes(lambda run=run, losses=losses: run(losses))
-        del losses
+
+def measure(name: str, tasks: int, options: argparse.Namespace) -> list[dict]:
+    """Time and memory of every candidate on one workload, after a check of the gradients."""
+    work = build(name, tasks, torch.device(options.device))
+    found = [
+        c for c in candidates(work) if not options.candidates or c.name in ("plain sum", "floor", *options.candidates)
+    ]
+    found, distances, failed = check(work, found)
+    peaks = memory(found)
+    times = clock(found, options.rounds, options.seconds)
+    key = {"workload": name, "tasks": tasks}
+    return [
+        {
+            **key,
+            "candidate": c.name,
+            **figures(times[c.name], times["floor"], times["plain sum"]),
+            "memory": peaks[c.name] / work.size,
+            "extra_memory": (peaks[c.name] - peaks["plain sum"]) / work.size,
+            "distance": distances.get(c.name),
+        }
+        for c in found
+    ] + [{**key, "candidate": candidate, "failed": why} for candidate, why in failed.items()]
+
+
+# ------------------------------------------------------------------------------------------------------ cheap modes
+
+
+def cheap_modes(work: Workload) -> list[Candidate]:
+    floor = next(c for c in candidates(work) if c.name == "floor")
+    found = [floor, ours(work, "PCGrad"), ours(work, "PCGrad", "every=4", every=4)]
+    if work.private:
+        optimizer = ours(work, "PCGrad").optimizer
+        found.append(Candidate("features=", work, lambda a, b: optimizer.backward(a, features=b), optimizer=optimizer))
+    return found
+
+
+def cheap(name: str, tasks: int, options: argparse.Namespace) -> list[dict]:
+    """Cost of each approximation over four steps, and its distance from the exact direction while a model trains."""
+    work = build(name, tasks, torch.device(options.device))
+    found = cheap_modes(work)
+    peaks: dict[str, int] = memory(found)
+    for candidate in found[1:]:
+        candidate.optimizer.zero_grad()
+    times: dict[str, list[float]] = {candidate.name: [] for candidate in found}
+    begin = time.perf_counter()
+    for k in range(options.rounds + 1):
+        if k > 2 and time.perf_counter() - begin > options.seconds:
+            break
+        spent = dict.fromkeys(times, 0.0)
+        for _ in range(4):
+            for candidate in found:
+                spent[candidate.name] += once(candidate) / 4
+                if candidate.optimizer is not None:
+                    candidate.optimizer.step()
+        for candidate in found:
+            times[candidate.name].append(spent[candidate.name])
+    times = {mode: spent[1:] for mode, spent in times.items()}
+    errors = train(name, tasks, torch.device(options.device))
     rows = []
-    for candidate in candidates:
-        to_floor = [a / b for a, b in zip(times[candidate], times["floor"], strict=True)]
-        to_plain = [a / b for a, b in zip(times[candidate], times["plain sum"], strict=True)]
-        rows.append({
-            "workload": name, "tasks": tasks, "candidate": candidate,
-            "milliseconds": statistics.median(times[candidate]) * 1e3,
-            "to_floor": statistics.median(to_floor), "to_plain": statistics.median(to_plain),
-            "spread": [min(to_floor), max(to_floor)],
-            "extra_memory": (memory[candidate] - memory["plain sum"]) / shared,
-        })  # fmt: skip
+    for candidate in found[1:]:
+        mode = candidate.name
+        figure = figures(times[mode], times["floor"], times["PCGrad"])
+        figure["to_exact"], _ = figure.pop("to_plain"), figure.pop("shortest_to_plain")
+        rows.append({"workload": name, "tasks": tasks, "mode": mode, **figure, "memory": peaks[mode] / work.size,
+                     "errors": errors.get(mode)})  # fmt: skip
     return rows
 
 
-def check(model: Multi, forward: Forward, wrapped: dict[str, gradsurgery.MultiLossOptimizer]) -> None:
-    """What is timed must be right: .grad is the sum of the rows with the reported weights."""
-    shared, heads = list(model.trunk.parameters()), list(model.heads.parameters())
-    for method, optimizer in wrapped.items():
-        optimizer.zero_grad()
-        weights = list(optimizer.backward(forward()).weights.values())
-        losses = forward()
-        expected = torch.autograd.grad(sum(w * loss for w, loss in zip(weights, losses, strict=True)), shared)
-        size = max(float(g.abs().max()) for g in expected)  # a bias before BatchNorm has a gradient of mere rounding
-        for p, g in zip(shared, expected, strict=True):
-            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-5 * size, msg=f"{method} is wrong")
-        if isinstance(optimizer, gradsurgery.Surgery):
-            for p, g in zip(heads, torch.autograd.grad(sum(forward()), heads), strict=True):
-                torch.testing.assert_close(p.grad, g, msg=f"{method}: a head is wrong")
-    optimizer.zero_grad()
+def train(name: str, tasks: int, device: torch.device, steps: int = 12) -> dict[str, list[float]]:
+    """Distances of cheap directions from the exact one, step by step along the exact path, a new batch each."""
+    work = build(name, tasks, device)
+    _, exact, *others = cheap_modes(work)
+    stepper = torch.optim.Adam([*work.shared, *work.private], lr=1e-3)
+    errors: dict[str, list[float]] = {candidate.name: [] for candidate in others}
+    for _ in range(steps):
+        work.renew()
+        directions = {}
+        for candidate in (*others, exact):
+            with in_order():
+                candidate.run(*candidate.losses())
+            directions[candidate.name] = [p.grad for p in work.shared]
+            candidate.optimizer.step()
+        truth = directions[exact.name]
+        length = sum(float(g.double().square().sum()) for g in truth) ** 0.5
+        for candidate in others:
+            pairs = zip(directions[candidate.name], truth, strict=True)
+            off = sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
+            errors[candidate.name].append(off / length)
+        stepper.step()
+    return errors
 
 
-def table(results: list[dict]) -> str:
-    """A Markdown table of the results."""
-    lines = [
-        "| workload | m | candidate | ms | / floor (range) | / plain sum | extra memory |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in results:
-        low, high = r["spread"]
-        lines.append(
-            f"| {r['workload']} | {r['tasks']} | {r['candidate']} | {r['milliseconds']:.1f} | {r['to_floor']:.2f} "
-            f"({low:.2f}–{high:.2f}) | {r['to_plain']:.2f} | {r['extra_memory']:+.2f} |"
-        )
-    return "\n".join(lines)
+# ----------------------------------------------------------------------------------------------------------- curves
 
 
-PAGE = """# Performance
+def curve(axis: str, at: float, work: Workload, options: argparse.Namespace) -> list[dict]:
+    """One point of the scaling curves: time and memory of the yardsticks, of PCGrad, and of TorchJD's best setting."""
+    wanted = ("plain sum", "floor", "PCGrad")
+    found = [c for c in candidates(work) if c.name in wanted or c.name.startswith("TorchJD")]
+    peaks = memory(found)
+    times = clock(found, min(options.rounds, 5), options.seconds / 4)
+    points = [
+        {"axis": axis, "at": at, "candidate": c.name, "milliseconds": statistics.median(times[c.name]) * 1e3,
+         "megabytes": peaks[c.name] / 1e6} for c in found
+    ]  # fmt: skip
+    theirs = [p for p in points if p["candidate"].startswith("TorchJD")]
+    kept = [p for p in points if p not in theirs]
+    if theirs:
+        # The fastest setting and the most frugal one: each curve may choose another.
+        best = {key: min(p[key] for p in theirs) for key in ("milliseconds", "megabytes")}
+        kept.append({"axis": axis, "at": at, "candidate": "TorchJD's best", **best})
+    return kept
 
-Written by `make bench ARGS="--write docs/performance.md"`; the figures are those of that run.
 
-Each figure is the median over {rounds} rounds in which all candidates took turns. *Floor*: m bare `torch.autograd.grad`
-calls over the same parameters, with nothing done to the result. *Extra memory*: peak of the backward phase beyond that
-of the plain sum's, in units of the shared parameters. Surgery keeps m rows, of which the plain sum's own gradient is
-already one, so m is the bound to expect and m + 1 the promise.
+def curves(options: argparse.Namespace) -> list[dict]:
+    device, points = torch.device(options.device), []
+    for tasks in options.curve_tasks:
+        points += curve("tasks", tasks, build("MLP", tasks, device), options)
+        print("curves: m =", tasks, flush=True)
+    for size in options.curve_sizes:
+        work = mlp_of_size(size, 4, device)
+        points += curve("parameters", sum(p.numel() for p in work.shared), work, options)
+        print(f"curves: {size:g} parameters", flush=True)
+    return points
 
-`GradNormWeighter` measures its norms at the weight of the last shared layer: m short passes and one full one.
 
-Measured on {machine}, {threads} threads, torch {torch}, Python {python}, on the CPU. Nothing here was measured on a
-GPU.
+# ------------------------------------------------------------------------------------------------------------- main
 
-{table}
-"""
+
+def versions() -> dict[str, str]:
+    found = {"Python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchjd", "pytorch_optimizer", "conflictfree"):
+        if name not in missing():
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def machine(device: str) -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    host = f"{platform.system()}, {model}"
+    return host if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {host}"
 
 
 def main() -> None:
-    """Run what the command line asks for, and print or write the table."""
+    """Run what the command line asks for, and print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="rounds in which all candidates take turns")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=15, help="rounds in which all candidates take turns, at most")
+    parser.add_argument("--seconds", type=float, default=20.0, help="after which a table's cell ends, if it may")
+    parser.add_argument("--tasks", type=int, nargs="*", default=[2, 4, 8, 16])
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--candidates", nargs="+", help="by default all that are installed")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cheap", type=int, nargs="*", default=[4], help="numbers of tasks for the cheap modes")
+    parser.add_argument("--curves", action="store_true", help="time and memory against m and the number of parameters")
+    parser.add_argument("--curve-tasks", type=int, nargs="*", default=[2, 4, 8, 16, 32, 64])
+    parser.add_argument("--curve-sizes", type=float, nargs="*", default=[1e5, 1e6, 1e7])
     parser.add_argument("--write", type=Path, help="write the page here, and the figures beside it as JSON")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    results = []
-    for workload in options.workloads:
-        for tasks in options.tasks:
-            results += measure(workload, tasks, options.rounds)
-            print(table(results[-len(METHODS) - 3 :]), flush=True)
-    if options.write:
-        options.write.write_text(
-            PAGE.format(
-                rounds=options.rounds,
-                machine=f"{platform.system()} {platform.machine()}",
-                threads=options.threads,
-                torch=torch.__version__,
-                python=platform.python_version(),
-                table=table(results),
-            )
-        )
-        options.write.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    warnings.simplefilter("ignore")  # other libraries warn in every step
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        run: dict[str, Any] = {
+            "machine": machine(options.device),
+            "device": torch.device(options.device).type,
+            "threads": threads,
+            "versions": versions(),
+            "missing": missing(),
+            "steps": [],
+            "cheap": [],
+        }
+        for workload in options.workloads:
+            for tasks in options.tasks:
+                run["steps"] += measure(workload, tasks, options)
+                print(page.progress(run["steps"]), flush=True)
+                page.write(options.write, run)
+            for tasks in options.cheap:
+                run["cheap"] += cheap(workload, tasks, options)
+            print(page.cheap_table(run["cheap"]), flush=True)
+        if options.curves:
+            run["curves"] = curves(options)
+        page.write(options.write, run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,285 @@
+"""The page on performance: tables and pictures from what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.workloads import WORKLOADS
+
+WEIGHTERS = ("FixedWeighter", "UncertaintyWeighter", "GradNormWeighter")
+
+PAGE = """# Performance
+
+What the backward phase of a step costs: from the losses to `.grad`. Written by
+`make bench ARGS="--curves --write docs/performance.md"`, in one run or in several that complement each other;
+`performance.json` beside this page has all figures.
+
+*The floor* is m bare `torch.autograd.grad` calls over the same parameters, with nothing done to the result: what a
+method on single gradients must cost if it differentiates the losses one by one. The *plain sum* is one backward pass.
+All candidates take turns in one process, in another order each round; a first round warms up and is thrown away.
+Before anything is timed, every gradient is compared with a literal computation (m backward passes, inner products in
+float64); ours must agree within 1e-4 of its length, or 1e-5 of the lengths of what is added up, where that cancels.
+
+A cell such as `0.72 / 0.70 (0.68–0.77)` says: median over the rounds of the time relative to the floor in the same
+round / ratio of the shortest times / middle half of the rounds. Time is that of the clock on the wall; with one thread
+on the CPU it is processor time instead, which does not count what other programs take meanwhile. *Memory* is the peak
+of the backward phase beyond the model and the graph of the losses, in sizes of the shared parameters; the plain sum's
+own gradient is one such size.
+
+`PCGrad` and the other methods use the default engine, which spares weight gradients of single losses where the shapes
+say that it pays; `engine="rows"` always forms them. All methods here act on the trunk, the heads are private.
+`GradNormWeighter` measures gradient norms at the last shared weight: m short passes and a full one.
+
+TorchJD's settings: *sequential* and *vmapped* are `autojac.backward` with `parallel_chunk_size` 1 and None;
+*mtl_backward* is sequential; *Gramian accumulation* is sequential with `optimize_gramian_computation=True`; *autogram*
+is its engine for Gramians, followed by a weighted backward pass. All of them run its PCGrad.
+
+Others' directions are compared too, and where one is off by more than a thousandth the table says so. `conflictfree`
+solves a least squares problem over all parameters with torch's default cut-off, machine precision times their number,
+which in float32 discards true directions once there are some millions. The autogram engine does not see what a second
+derivative contributes.
+
+Workloads: {workloads}.
+"""
+
+
+def progress(rows: list[dict]) -> str:
+    """What is known of the last workload."""
+    return workload_table(rows, rows[-1]["workload"])
+
+
+def write(path: Path | None, run: dict[str, Any]) -> None:
+    """Add a run to the figures of earlier ones, and write the page anew.
+
+    Args:
+        path: Where the page is to be; None: nowhere.
+        run: What was measured.
+    """
+    if path is None:
+        return
+    data = path.with_suffix(".json")
+    old = json.loads(data.read_text()) if data.exists() else {}
+    runs = old.get("runs", []) if isinstance(old, dict) else []
+
+    def identity(r: dict[str, Any]) -> tuple:
+        return r["device"], r["machine"], r["threads"]
+
+    before = next((r for r in runs if identity(r) == identity(run)), {})
+    cells = {(r["workload"], r["tasks"]) for r in run["steps"]}
+    modes = {(r["workload"], r["tasks"]) for r in run["cheap"]}
+    merged = {**before, **run}
+    merged["steps"] = [r for r in before.get("steps", []) if (r["workload"], r["tasks"]) not in cells] + run["steps"]
+    merged["cheap"] = [r for r in before.get("cheap", []) if (r["workload"], r["tasks"]) not in modes] + run["cheap"]
+    runs = sorted([r for r in runs if identity(r) != identity(run)] + [merged], key=identity)
+    data.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    workloads = "; ".join(f"*{name}*: {text}" for name, (text, _) in WORKLOADS.items())
+    text = PAGE.format(workloads=workloads)
+    if all(r["device"] == "cpu" for r in runs):
+        text += "\nNothing here was measured on a GPU. `--device cuda` runs the same there.\n"
+    path.write_text(text + "".join(section(r, path) for r in runs))
+
+
+def section(run: dict[str, Any], path: Path) -> str:
+    title = f"{run['device'].upper()}, {run['threads']} thread{'s' * (run['threads'] > 1)}"
+    used = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    text = f"\n## {title}\n\nMeasured on {run['machine']}, with {used}.\n"
+    if run["missing"]:
+        text += f"\nNot installed, and so not in the tables: {', '.join(run['missing'])}.\n"
+    rows = run["steps"]
+    rounds = [r["rounds"] for r in rows if "rounds" in r]
+    if rounds:
+        text += f"\nFigures are of {min(rounds)} to {max(rounds)} rounds; slow cells have the fewest.\n"
+    if absent := [name for name in WORKLOADS if name not in {r["workload"] for r in rows}]:
+        text += f"\nNot measured here: {', '.join(absent)}.\n"
+    if rows:
+        text += "\n### In short\n\n" + summary(rows)
+        for name in dict.fromkeys(r["workload"] for r in rows):
+            text += f"\n### {name[0].upper()}{name[1:]}\n\n{workload_table(rows, name)}\n"
+        text += f"\n### Weighting methods\n\nTime relative to the plain sum.\n\n{weighter_table(rows)}\n"
+    if run["cheap"]:
+        text += "\n### Cheap modes\n\n" + CHEAP + cheap_table(run["cheap"]) + "\n"
+    if run.get("curves"):
+        text += "\n### Against m and the number of parameters\n\n" + curve_text(run, path)
+    return text
+
+
+def grid(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def by_task(rows: list[dict], name: str) -> tuple[list[int], dict[str, dict[int, dict]]]:
+    """Numbers of tasks, and for each candidate its row for each of them."""
+    here = [r for r in rows if r["workload"] == name]
+    found: dict[str, dict[int, dict]] = {}
+    for r in here:
+        found.setdefault(r["candidate"], {})[r["tasks"]] = r
+    return sorted({r["tasks"] for r in here}), found
+
+
+def ratio(r: dict[str, Any]) -> str:
+    low, high = r["spread"]
+    return f"{r['to_floor']:.2f} / {r['shortest']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def workload_table(rows: list[dict], name: str) -> str:
+    tasks, found = by_task(rows, name)
+    lines, notes = [], []
+    for candidate, cells in found.items():
+        line = [candidate]
+        for m in tasks:
+            r = cells.get(m)
+            if r is None or "failed" in r:
+                line.append("–")
+                if r is not None:
+                    notes.append(f"{candidate} is left out at m = {m}: {r['failed']}")
+                continue
+            line.append(f"{r['milliseconds']:.1f} ms" if candidate == "floor" else ratio(r))
+            if (r["distance"] or 0) > 1e-3:
+                line[-1] += "\\*"
+                notes.append(f"\\* {candidate}, m = {m}: its direction is off by {r['distance']:.1e} of its length.")
+        line += [f"{cells[m]['memory']:.2f}" if m in cells and "memory" in cells[m] else "–" for m in tasks]
+        lines.append(line)
+    head = ["candidate", *(f"time, m = {m}" for m in tasks), *(f"memory, m = {m}" for m in tasks)]
+    return "\n\n".join([grid(head, lines), *dict.fromkeys(notes)])
+
+
+def summary(rows: list[dict]) -> str:
+    """Shortest times relative to the floor: ours, TorchJD's best setting, the classic implementation."""
+
+    def best(cells: list[dict]) -> dict | None:
+        cells = [r for r in cells if "shortest" in r]
+        return min(cells, key=lambda r: r["to_floor"], default=None)
+
+    lines = []
+    everything = sorted({r["tasks"] for r in rows})
+    for name in dict.fromkeys(r["workload"] for r in rows):
+        choices: dict[str, Callable[[str], bool]] = {
+            "PCGrad": lambda c: c == "PCGrad",
+            "TorchJD, fastest setting": lambda c: c.startswith("TorchJD"),
+            "classic PCGrad": lambda c: c.startswith("pytorch_optimizer"),
+        }
+        for label, chosen in choices.items():
+            line = [name, label]
+            for m in everything:
+                r = best([r for r in rows if (r["workload"], r["tasks"]) == (name, m) and chosen(r["candidate"])])
+                setting = f" ({r['candidate'].split(', ')[1]})" if r and "TorchJD" in label else ""
+                line.append("–" if r is None else f"{r['to_floor']:.2f}, {r['memory']:.1f}{setting}")
+            if set(line[2:]) != {"–"}:
+                lines.append(line)
+    text = "Time relative to the floor (median), and memory in sizes of the shared parameters.\n\n"
+    return text + grid(["workload", "", *(f"m = {m}" for m in everything)], lines) + "\n"
+
+
+def weighter_table(rows: list[dict]) -> str:
+    tasks = sorted({r["tasks"] for r in rows})
+    lines = []
+    for name in dict.fromkeys(r["workload"] for r in rows):
+        for weighter in WEIGHTERS:
+            cells = {
+                r["tasks"]: f"{r['to_plain']:.2f} / {r['shortest_to_plain']:.2f}"
+                for r in rows
+                if r["workload"] == name and r["candidate"] == weighter
+            }
+            if cells:
+                lines.append([name, weighter, *(cells.get(m, "–") for m in tasks)])
+    return grid(["workload", "method", *(f"m = {m}" for m in tasks)], lines)
+
+
+CHEAP = """Approximations, with what they cost and how wrong they are. Time is the mean over four steps. *Error*: the
+distance from the exact direction relative to its length, in twelve steps of training with a new batch each, median and
+worst.
+`features=` takes inner products at the shared representation, so it is another method (MGDA-UB and its like), not a
+rounding of this one. `every=4` finds weights in every fourth step and reuses them.
+
+"""
+
+
+def cheap_table(rows: list[dict]) -> str:
+    lines = []
+    for r in rows:
+        errors = r["errors"]
+        error = f"{np.median(errors):.2f}, {max(errors):.2f}" if errors else "exact"
+        lines.append([r["workload"], str(r["tasks"]), r["mode"], ratio(r), f"{r['to_exact']:.2f}", f"{r['memory']:.2f}",
+                      error])  # fmt: skip
+    return grid(["workload", "m", "mode", "time / floor", "time / exact PCGrad", "memory", "error"], lines)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def exponents(points: list[dict], key: str) -> dict[str, dict[str, float]]:
+    """Slopes of the logarithms, by least squares: for each axis and candidate."""
+    found: dict[str, dict[str, float]] = {}
+    for axis in dict.fromkeys(p["axis"] for p in points):
+        for candidate in dict.fromkeys(p["candidate"] for p in points):
+            mine = [(p["at"], p[key]) for p in points if (p["axis"], p["candidate"]) == (axis, candidate)]
+            if len(mine) > 1:
+                x, y = np.log(np.array(mine)).T
+                found.setdefault(axis, {})[candidate] = float(np.polyfit(x, y, 1)[0])
+    return found
+
+
+def curve_text(run: dict[str, Any], path: Path) -> str:
+    points = run["curves"]
+    picture = Path("_static") / "performance" / f"{run['device']}-{run['threads']}.png"
+    draw(points, path.parent / picture)
+    text = "On an MLP of 4 layers, batch 128: left against m with 4 layers of 512, right against the number of "
+    text += "parameters with m = 4. For TorchJD the fastest setting and the most frugal one at each point.\n\n"
+    text += f"![Time and memory against the number of tasks and of parameters]({picture.as_posix()})\n\n"
+    text += "Exponents, fitted to all points of a curve:\n\n"
+    time, memory = exponents(points, "milliseconds"), exponents(points, "megabytes")
+    axes = list(time)
+    lines = [
+        [c, *(f"{kind[a][c]:.2f}" for a in axes for kind in (time, memory))]
+        for c in dict.fromkeys(p["candidate"] for p in points)
+        if all(c in time[a] for a in axes)
+    ]
+    names = {"tasks": "m", "parameters": "parameters"}
+    head = ["", *(f"{kind} in {names[a]}" for a in axes for kind in ("time", "memory"))]
+    return text + grid(head, lines) + "\n"
+
+
+def draw(points: list[dict], path: Path) -> None:
+    """Draw time and memory against m and the number of parameters, in the style of the other pictures."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from docs.figures import COLOUR, GREY, STYLE, VIOLET, say
+
+    looks = {
+        "plain sum": (COLOUR["plain sum"], "s", "-"),
+        "floor": (GREY, "", "--"),
+        "PCGrad": (COLOUR["PCGrad"], "o", "-"),
+        "TorchJD's best": (VIOLET, "D", "-"),
+    }
+    with mpl.rc_context(STYLE):
+        figure, panels = plt.subplots(2, 2, figsize=(7, 5.4), layout="constrained")
+        for column, axis in enumerate(("tasks", "parameters")):
+            for row, (key, unit) in enumerate((("milliseconds", "ms"), ("megabytes", "MB"))):
+                axes = panels[row, column]
+                slopes = exponents(points, key).get(axis, {})
+                for candidate, (colour, marker, line) in looks.items():
+                    mine = [p for p in points if (p["axis"], p["candidate"]) == (axis, candidate)]
+                    if not mine:
+                        continue
+                    x, y = [p["at"] for p in mine], [p[key] for p in mine]
+                    axes.plot(x, y, color=colour, marker=marker, ls=line, ms=4, lw=1.4, label=candidate)
+                    slope = f"{slopes[candidate]:.2f}" if candidate in slopes else ""
+                    say(axes, f" {slope}", (x[-1], y[-1]), colour, ha="left", fontsize=7.5)
+                axes.set(xscale="log", yscale="log", ylabel=unit, xlabel="m" if axis == "tasks" else "parameters")
+                axes.set_title(("time" if row == 0 else "memory") + f" against {axis}")
+                if axis == "tasks":
+                    axes.set_xticks(sorted({p["at"] for p in points if p["axis"] == axis}))
+                    axes.xaxis.set_major_formatter("{x:g}")
+                    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        panels[0, 0].legend(frameon=False, fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, facecolor="white")
+        plt.close(figure)
