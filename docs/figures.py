@@ -1,12 +1,14 @@
-"""Draw the pictures of the page on toy problems, and print the numbers that it quotes.
+"""Draw the pictures of the pages on toy problems and on monitoring, and print the numbers that they quote.
 
-``python docs/figures.py`` draws all into ``docs/_static/toy``; ``python docs/figures.py valleys`` one of them. Each
+``python docs/figures.py`` draws all into ``docs/_static``; ``python docs/figures.py valleys`` one of them. Each
 takes seconds, but the two landscapes with valleys take minutes: methods crawl there.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib as mpl
@@ -20,7 +22,7 @@ from matplotlib.figure import Figure
 import gradsurgery
 from gradsurgery.problems import Problem, ScaledRegression, cagrad_basin, fonseca_fleming, pcgrad_valleys, quadratics
 
-FOLDER = Path(__file__).parent / "_static" / "toy"
+DOCS = Path(__file__).parent
 METHODS = {"plain sum": None, "PCGrad": gradsurgery.PCGrad, "MGDA": gradsurgery.MGDA}
 # Okabe and Ito's palette, told apart with any kind of colour blindness; markers and labels say it again.
 COLOUR = {"plain sum": "#d55e00", "PCGrad": "#0072b2", "MGDA": "#009e73"}
@@ -303,21 +305,38 @@ def train(scales, seed: int, steps: int, *, balanced: bool):
     return toy.relative_losses(model, toy.inputs(0, size=1000)).numpy(), np.array(weights)
 
 
+def draw_run() -> Figure:
+    """Run the first program of the page on monitoring, so that the picture is that of the code beside it."""
+    page = (DOCS / "monitor.md").read_text(encoding="utf-8")
+    program = page.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            exec(compile(program, "monitor.md", "exec"), names)
+        finally:
+            os.chdir(here)
+    return names["monitor"].plot()
+
+
 PICTURES = {
-    "quadratics": draw_quadratics,
-    "valleys": draw_valleys,
-    "basin": draw_basin,
-    "concave": draw_concave,
-    "scales": draw_scales,
+    "quadratics": ("toy", draw_quadratics),
+    "valleys": ("toy", draw_valleys),
+    "basin": ("toy", draw_basin),
+    "concave": ("toy", draw_concave),
+    "scales": ("toy", draw_scales),
+    "run": ("monitor", draw_run),
 }
 
 
 def main(names: list[str]) -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         for name in names or PICTURES:
-            figure = PICTURES[name]()
-            figure.savefig(FOLDER / f"{name}.png", facecolor="white")
+            folder, draw = PICTURES[name]
+            (DOCS / "_static" / folder).mkdir(parents=True, exist_ok=True)
+            figure = draw()
+            figure.savefig(DOCS / "_static" / folder / f"{name}.png", facecolor="white")
             plt.close(figure)
 
 
