@@ -42,4 +42,5 @@ dist.all_gather(everyone, sums)
 if dist.get_rank() == 0:
     same = all(torch.equal(sums, other) for other in everyone)
     print(f"losses over the whole batch: {optimizer.report.losses}; replicas are equal: {same}")
+del model  # before its group: torch may wait for ever where a model is the last to hold one
 dist.destroy_process_group()

@@ -146,8 +146,9 @@ class MultiLossOptimizer(Optimizer):
                 f"{self._name}: `every`, `weight_momentum`, `min_weight` and `max_weight` need a method that "
                 "works by one weight a loss, and this one does not."
             )
-        # Everything that changes after construction lives in this one dict and is changed in place: a framework may run
-        # these methods on an object of its own that only reads through to this one (Lightning does).
+        self._group: dist.ProcessGroup | None = None  # held, never read
+        # Everything else that changes after construction lives in this one dict and is changed in place: a framework may
+        # run these methods on an object of its own that only reads through to this one (Lightning does).
         self._run: dict[str, Any] = {
             "committed": {"step": 0},
             "pending": None,
@@ -308,8 +309,8 @@ class MultiLossOptimizer(Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # What pickle and deepcopy keep: all but a `step` that a scheduler has put on the instance.
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
+        # What pickle and deepcopy keep: all but a `step` that a scheduler has put on the instance, and the processes.
+        return {key: value for key, value in self.__dict__.items() if key not in ("step", "_group")}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MultiLossOptimizer:
         # The copy works with the same processes: a group is no part of the optimizer, and cannot be copied.
@@ -323,6 +324,7 @@ class MultiLossOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # As they are; torch's version would patch `step` on this class.
         self.__dict__.update(state)
+        self._group = None
 
     # ------------------------------------------------------------------------------- what users call
 
@@ -422,6 +424,9 @@ class MultiLossOptimizer(Optimizer):
         group = self.process_group or dist.group.WORLD
         assert group is not None
         if self.distributed or shards.sharded(parameters(self)):
+            # Torch waits for ever if the reducer of DistributedDataParallel is the last to let go of a group whose
+            # threads have just worked with our tensors: it joins them without releasing the interpreter's lock.
+            self._group = group
             return World(group, self._name)
         self._warn_of_ranks()
         return None

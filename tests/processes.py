@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import traceback
@@ -54,6 +55,7 @@ def _process(rank: int, cases_of: Callable[[int, int], Cases], size: int, folder
         # All begin the next case together, so that a case that failed on one rank only does not run into it.
         dist.barrier()
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(told))
+    gc.collect()  # models go before their group: torch may wait for ever where a reducer is the last to hold it
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import time
 import warnings
 from collections.abc import Callable
@@ -654,6 +655,19 @@ def test_a_process_that_dies_is_an_error_for_the_others(tmp_path):
     told = (tmp_path / "told").read_text()
     assert told.startswith("True True "), told
     assert time.monotonic() - began < 50, "the others wait no longer than the group's timeout"
+
+
+def test_an_optimizer_holds_the_group_that_it_has_worked_with():
+    """Torch may wait for ever where the reducer of a model is the last to let go of a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = DDP(Net())
+        optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.01), distributed=True)
+        optimizer.backward(losses_of(net, data(1)[0, 0]))
+        assert optimizer._group is dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+    assert pickle.loads(pickle.dumps(optimizer))._group is None
 
 
 def test_distributed_needs_a_process_group():
