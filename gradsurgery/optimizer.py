@@ -147,8 +147,8 @@ class MultiLossOptimizer(Optimizer):
                 "works by one weight a loss, and this one does not."
             )
         self._group: dist.ProcessGroup | None = None  # held, never read
-        # Everything else that changes after construction lives in this one dict and is changed in place: a framework may
-        # run these methods on an object of its own that only reads through to this one (Lightning does).
+        # All else that changes after construction lives in this one dict and is changed in place: a framework may run
+        # these methods on an object of its own that only reads through to this one (Lightning does).
         self._run: dict[str, Any] = {
             "committed": {"step": 0},
             "pending": None,
