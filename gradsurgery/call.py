@@ -211,7 +211,7 @@ def prepare(
             method._run["tasks"] = tasks
             if not keep and (accumulate or method._run["kept"] is None):
                 return None
-    graph, mine, theirs = _reached(method, tasks, [p for other in others for p in parameters(other)], world)
+    graph, mine, theirs = _reached(method, tasks, [p for other in others for p in parameters(other)], world, accumulate)
     spread = bool(shards.sharded(mine))
     if spread and world is not None:
         _require_everywhere(method, tasks, world)
@@ -267,15 +267,22 @@ def prepare(
 
 
 def _reached(
-    method: MultiLossOptimizer, tasks: Tasks, others: Sequence[Tensor], world: World | None
+    method: MultiLossOptimizer, tasks: Tasks, others: Sequence[Tensor], world: World | None, accumulate: bool
 ) -> tuple[Graph, list[Tensor], list[Tensor]]:
     """Walk over the graph of the losses.
 
     Returns:
         What was found, the parameters of this optimizer that may be reached, and those of the other ones.
     """
-    graph = walk(tasks.roots)
     params = parameters(method)
+    # What reads loss values only needs no more than torch does, once it is clear that every loss reaches something.
+    alone = world is None and not others and not method.walks and method._run["kept"] is None
+    known = (tasks.present, tuple(map(id, params)))
+    if alone and not accumulate and method._run["walked"] == known:
+        m = len(tasks.present)
+        return Graph(None, (), (False,) * m, (False,) * m, hidden=False, nodes=()), params, []
+    method._run["walked"] = None
+    graph = walk(tasks.roots)
     own = set(params)
     # fully_shard differentiates with respect to tensors of its own.
     if graph.masks is not None and any(p not in graph.masks for p in shards.sharded(params)):
@@ -315,6 +322,8 @@ def _reached(
                 "network of a GAN, freeze them with requires_grad_(False) or ignore this.",
                 stacklevel=4,
             )
+    if alone:
+        method._run["walked"] = known
     return graph, mine, theirs
 
 

@@ -158,6 +158,7 @@ class MultiLossOptimizer(Optimizer):
             "report": None,
             "warned": False,
             "warned_of_ranks": False,
+            "walked": None,
             "rows": None,
             "part": None,
             "positions": {},
@@ -436,6 +437,11 @@ class MultiLossOptimizer(Optimizer):
     def _act(self, call: Call) -> Report:
         """Do the work of ``backward``: surgery and weighting each in its own way."""
         raise TypeError(f"{self._name}: wrap the optimizer in a method, such as PCGrad, not in this base class.")
+
+    @property
+    def walks(self) -> bool:
+        """Whether the graph of the losses must be read in every call, and not only until all is known to be well."""
+        return True
 
     @property
     def memory(self) -> dict[str, Any]:

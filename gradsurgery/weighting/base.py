@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradsurgery import rows as rows_module
 from gradsurgery import shards
-from gradsurgery.call import Call, parameters
+from gradsurgery.call import Call, parameters, require_reached
 from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
 
@@ -84,6 +84,11 @@ class Weighter(MultiLossOptimizer):
             (m, …), one entry or row a task. It travels to the host together with the loss values. None by default.
         """
         return None
+
+    @property
+    def walks(self) -> bool:
+        """Whether the graph must be read in every call: where gradients are measured, or steps of two kinds alternate."""
+        return type(self).measure is not Weighter.measure or self.every > 1 or self.warmup > 0
 
     @property
     def measured(self) -> np.ndarray:
@@ -168,6 +173,8 @@ class Weighter(MultiLossOptimizer):
             found = call.one_pass(share * weights, call.mine, last=not call.theirs)
             found += call.one_pass(np.full(m, share), call.theirs, last=True)
             gradients = dict(zip([*call.mine, *call.theirs], found, strict=True))
+            if all(g is None for g in found) and call.world is None:
+                require_reached(self, [False] * m)
         if not self._spoiled(list(gradients.values()), scaler, call.world):
             rows_module.write(list(gradients), list(gradients.values()))
         engine = "one pass" if call.kept is None else "rows"
