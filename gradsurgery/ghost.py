@@ -161,6 +161,8 @@ class Found(Table):
         batched: The losses went through the trunk side by side.
     """
 
+    engine = "ghosts"
+
     def __init__(self, plan: Plan) -> None:
         super().__init__([])
         self.rows: list[Row] = []

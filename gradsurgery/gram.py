@@ -201,11 +201,28 @@ def gram_in(rows: Sequence[Row], least: torch.dtype) -> Tensor:
 
 
 def _buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
-    """Cut the rows into matrices (m, k) of bounded width, small parameters together and large ones in slices."""
+    """Cut the rows into matrices (m, k) of bounded width, small parameters together and large ones in slices.
+
+    All of one kind lie in the same memory: each is gone when the next one is asked for.
+    """
     m = len(rows)
     pieces: list[list[Tensor]] = []  # of one bucket: for each piece the m flat parts
     held = 0
     kind: tuple[torch.device, torch.dtype] | None = None
+    room: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def joined() -> Tensor:
+        assert kind is not None
+        parts = [flats[i] for i in range(m) for flats in pieces]
+        size = m * held
+        if parts[0].dtype != kind[1]:
+            return torch.cat(parts).view(m, held).to(kind[1])
+        if kind not in room or room[kind].numel() < size:
+            room[kind] = torch.empty(size, device=kind[0], dtype=kind[1])
+        matrix = room[kind][:size]
+        torch.cat(parts, out=matrix)
+        return matrix.view(m, held)
+
     for column in zip(*rows, strict=True):
         like = next((g for g in column if g is not None), None)
         if like is None:
@@ -214,7 +231,7 @@ def _buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
         flats = [torch.zeros(like.numel() << like.is_complex(), dtype=_real(like.dtype), device=like.device)
                  if g is None else _flat(g) for g in column]  # fmt: skip
         if pieces and kind != (like.device, dtype):
-            yield _joined(pieces, kind)
+            yield joined()
             pieces, held = [], 0
         kind = (like.device, dtype)
         entries = _BUCKET_CPU if like.device.type == "cpu" else _BUCKET_GPU
@@ -226,17 +243,10 @@ def _buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
             held += stop - start
             start = stop
             if held == width:
-                yield _joined(pieces, kind)
+                yield joined()
                 pieces, held = [], 0
     if pieces:
-        yield _joined(pieces, kind)
-
-
-def _joined(pieces: list[list[Tensor]], kind: tuple[torch.device, torch.dtype] | None) -> Tensor:
-    assert kind is not None
-    if len(pieces) == 1:
-        return torch.stack(pieces[0]).to(kind[1])
-    return torch.stack([torch.cat(flats) for flats in zip(*pieces, strict=True)]).to(kind[1])
+        yield joined()
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -266,16 +276,27 @@ def triangle(rows: Sequence[Row] | Tensor) -> np.ndarray:
     """
     rows = as_rows(rows)
     if not _any_double(rows):
-        exact = gram_in(rows, torch.float64).cpu().numpy()
-        norms = np.sqrt(exact.diagonal())
-        inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-        values, vectors = np.linalg.eigh(inverse[:, None] * exact * inverse)
-        return np.asarray(norms[:, None] * vectors * np.sqrt(np.maximum(values, 0.0)))
+        return square_root(gram_in(rows, torch.float64).cpu().numpy())
     m = len(rows)
     held = np.zeros((0, m))
     for bucket in _buckets(rows, torch.float64):
         held = np.asarray(np.linalg.qr(np.concatenate([held, bucket.cpu().numpy().T]), mode="r"))
     return np.ascontiguousarray(held.T)
+
+
+def square_root(gram: np.ndarray) -> np.ndarray:
+    """A square root of a Gram matrix, whatever the lengths of the rows.
+
+    Args:
+        gram: G, (m, m).
+
+    Returns:
+        B, (m, m), and B Bᵀ = G.
+    """
+    norms = np.sqrt(gram.diagonal())
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    values, vectors = np.linalg.eigh(inverse[:, None] * gram * inverse)
+    return np.asarray(norms[:, None] * vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
 def precision(rows: Sequence[Row] | Tensor) -> float:

@@ -167,6 +167,7 @@ class MultiLossOptimizer(Optimizer):
             "generator": None,
             "kept": None,
             "unbatched": False,
+            "hooked": False,
             "call": None,
             "residuals": None,
         }

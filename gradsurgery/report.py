@@ -31,9 +31,10 @@ class Report:
         names: Names of the tasks present in the call, (m,), in the order given.
         weights: The weight of each loss in the update, by name, after `reduction`. ``None`` for methods that do not
             work by weights.
-        engine: How gradients were found: "rows", "ghosts" (some gradients of single losses were never formed; see
-            `engine` of :class:`gradsurgery.surgery.base.Surgery`), "slices" (rows spread over processes), or
-            "one pass". None if nothing was differentiated.
+        engine: How gradients were found: "rows", "ghosts" (some gradients of single losses were never formed), "blocks"
+            (rows of one part of the model at a time; for both see `engine` of
+            :class:`gradsurgery.surgery.base.Surgery`), "slices" (rows spread over processes), or "one pass". None if
+            nothing was differentiated.
         flags: What was unusual, for example "stationary", "rank-deficient", "nonfinite", "warmup", "reused".
     """
 

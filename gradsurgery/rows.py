@@ -115,7 +115,7 @@ def one_pass(
     Args:
         roots: Where differentiation starts, (m,).
         starts: Gradients of the sum with respect to the losses, m scalars.
-        params: What to differentiate with respect to. Their ``.grad`` must be empty.
+        params: What to differentiate with respect to. Their ``.grad`` must be empty, but for "grad".
         retain_graph: Keep the graph for another pass.
         engine: "accumulate": autograd writes ``.grad``, as in a plain loop, so that hooks which wait for it run.
             "grad": it returns the gradients, and DistributedDataParallel does not notice. "backward": an ordinary pass
@@ -140,8 +140,9 @@ def one_pass(
     except RuntimeError as error:
         raise _explained(error) from error
     finally:
-        for p in params:
-            p.grad = None
+        if engine != "grad":
+            for p in params:
+                p.grad = None
 
 
 def combine(column: Sequence[Tensor | None], weights: Sequence[float], like: Tensor) -> Tensor | None:

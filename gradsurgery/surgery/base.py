@@ -46,7 +46,7 @@ class SurgerySwitches(Switches, total=False):
     normalize: Literal["none", "l2", "loss", "loss+"]
     log_losses: bool
     granularity: Literal["all", "group", "parameter"]
-    engine: Literal["auto", "rows", "ghosts"]
+    engine: Literal["auto", "rows", "ghosts", "blocks"]
 
 
 class Surgery(MultiLossOptimizer):
@@ -70,7 +70,9 @@ class Surgery(MultiLossOptimizer):
             a "parameter".
         engine: How methods that need no more than the inner products of the rows get them. "rows": from the rows.
             "ghosts": without forming gradients of linear layers and embeddings, wherever that is exact. "auto":
-            likewise, where the shapes say that it is faster. The result is the same up to rounding.
+            likewise, where the shapes say that it is faster. "blocks": from the rows of one block of the model at a
+            time, and one more backward pass at the end: the least memory for deep models whose layers are wide and
+            batches large, such as transformers. The result is the same up to rounding.
         **switches: See :class:`gradsurgery.optimizer.MultiLossOptimizer`.
 
     Raises:
@@ -95,7 +97,7 @@ class Surgery(MultiLossOptimizer):
         normalize: Literal["none", "l2", "loss", "loss+"] = "none",
         log_losses: bool = False,
         granularity: Literal["all", "group", "parameter"] = "all",
-        engine: Literal["auto", "rows", "ghosts"] = "auto",
+        engine: Literal["auto", "rows", "ghosts", "blocks"] = "auto",
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
@@ -114,7 +116,7 @@ class Surgery(MultiLossOptimizer):
         self.normalize = self._choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
         self.log_losses = bool(log_losses)
         self.granularity = self._choice("granularity", granularity, ("all", "group", "parameter"))
-        self.engine = self._choice("engine", engine, ("auto", "rows", "ghosts"))
+        self.engine = self._choice("engine", engine, ("auto", "rows", "ghosts", "blocks"))
         self.needs_losses = self.needs_losses or self.log_losses or self.normalize in ("loss", "loss+")
         if self.granularity != "all" and self.every > 1:
             raise ValueError(

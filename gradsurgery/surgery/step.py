@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsurgery import ghost, shards
+from gradsurgery import blocks, ghost, shards
 from gradsurgery import rows as rows_module
 from gradsurgery.call import Call, require_reached
 from gradsurgery.gram import Row, Table, precision
@@ -35,7 +35,7 @@ class Found:
         terms: Of every other parameter the gradients that reach it, by task; or their sum under the first task.
         peaks: The largest entry of those for each task, m scalars.
         slices: The rows as they are spread over the processes, if they are.
-        ghosts: The rows as what they follow from, if that is cheaper than forming them.
+        ghosts: The rows as what they follow from, or a block of the model at a time, if that is cheaper.
         silent: Parameters in the slices that no loss has really reached.
         reaching: Which losses reach a shared parameter, where the rows at hand do not tell, (m,).
         late: The part of the slices that turned out to be private, by task.
@@ -46,7 +46,7 @@ class Found:
     terms: dict[Tensor, list[tuple[int, Tensor]]]
     peaks: list[Tensor]
     slices: Slices | None = None
-    ghosts: ghost.Found | None = None
+    ghosts: ghost.Found | blocks.Found | None = None
     late: Tensor | None = None
     silent: set[Tensor] = field(default_factory=set)
     reaching: list[bool] | None = None
@@ -200,7 +200,7 @@ class Step:
             uniform = None
         if uniform is not None and applied and early is not None:
             uniform = uniform * early
-        engine = "slices" if found.slices is not None else "rows" if found.ghosts is None else "ghosts"
+        engine = "slices" if found.slices is not None else "rows" if found.ghosts is None else found.ghosts.engine
         shown = gram[:m, :m] if found.shared else None
         return Report(self.names, values, uniform, shown, flags=method._run["flags"], engine=engine)
 
@@ -241,8 +241,7 @@ class Step:
         shared = method._shared(mine, masks)
         is_shared = set(shared)
         found = Found(shared, [], {p: [] for p in (*mine, *theirs) if p not in is_shared}, [])
-        if (plan := self._plan(shared)) is not None:
-            self._gather_ghosts(found, plan)
+        if (plan := self._plan(shared)) is not None and self._gather_ghosts(found, plan):
             return found
         everything = [*shared, *found.terms]
         found.slices = self._slices(shared)
@@ -291,29 +290,43 @@ class Step:
                 found.rows[i] = call.world_total(found.rows[i], like)
         return found
 
-    def _plan(self, shared: list[Tensor]) -> ghost.Plan | None:
+    def _plan(self, shared: list[Tensor]) -> ghost.Plan | blocks.Plan | None:
         """How to do without rows, where the method needs no more than their inner products."""
         method, call = self.method, self.call
         if method.engine == "rows" or not method.needs_gram_only or call.kept is not None or call.world is not None:
             return None
         if call.sharded or call.graph.masks is None:
             return None
-        force = method.engine == "ghosts"
+        force = method.engine != "auto"
         # For so few numbers it takes longer to look than to make the rows.
         if not force and sum(p.numel() for p in shared) < _FEW:
             return None
         roots = [root for root in call.tasks.roots if root is not None]
+        if method.engine == "blocks":
+            return None if method._run["hooked"] else blocks.plan(roots, shared, call.graph.nodes)
         return ghost.plan(roots, shared, call.graph.nodes, force)
 
-    def _gather_ghosts(self, found: Found, plan: ghost.Plan) -> None:
-        """Differentiate the losses down to the outputs of layers, whose weights need no gradient of a single loss."""
+    def _gather_ghosts(self, found: Found, plan: ghost.Plan | blocks.Plan) -> bool:
+        """Differentiate the losses without the gradients of single losses, or without having them all at once.
+
+        False if that turned out to be impossible; the graph is whole then.
+        """
         method, call, plain = self.method, self.call, list(found.terms)
         roots = [root for root in call.tasks.roots if root is not None]
-        # The last loss goes alone, so that it takes three to have two side by side.
-        batched = self.m > 2 and plan.is_mostly_ghosts and not method._run["unbatched"]
-        ghosts = plan.differentiate(roots, call.seeds, call.retain[-1], plain, batched)
-        if batched and plan.trunk is not None and not ghosts.batched:
-            method._run["unbatched"] = True
+        ghosts: ghost.Found | blocks.Found
+        if isinstance(plan, blocks.Plan):
+            try:
+                single = method.shared_params is not None
+                ghosts = plan.differentiate(roots, call.seeds, call.retain[-1], plain, single)
+            except blocks.HookedError:
+                method._run["hooked"] = True
+                return False
+        else:
+            # The last loss goes alone, so that it takes three to have two side by side.
+            batched = self.m > 2 and plan.is_mostly_ghosts and not method._run["unbatched"]
+            ghosts = plan.differentiate(roots, call.seeds, call.retain[-1], plain, batched)
+            if batched and plan.trunk is not None and not ghosts.batched:
+                method._run["unbatched"] = True
         for i, row in enumerate(ghosts.others):
             there = [g for g in row if g is not None]
             found.peaks.append(rows_module.peak(there, call.values.device))
@@ -323,7 +336,7 @@ class Step:
         ghosts.others = []
         found.ghosts = ghosts
         if method.shared_params is not None:
-            return
+            return True
         private = [place for place, mask in enumerate(ghosts.reached()) if not mask & (mask - 1)]
         for place in private:  # after all; see :meth:`_find_private`
             terms = [(i, g) for i in range(self.m) if (g := ghosts.row(i, place)) is not None]
@@ -332,6 +345,7 @@ class Step:
             found.terms[plan.shared[place]] = terms
         ghosts.drop(private)
         found.shared = [p for p in found.shared if p not in found.terms]
+        return True
 
     def _find_private(self, found: Found, marks: Tensor) -> None:
         """Take out of the rows what only one loss really reaches.

@@ -87,7 +87,7 @@ class Weighter(MultiLossOptimizer):
 
     @property
     def walks(self) -> bool:
-        """Whether the graph must be read in every call: where gradients are measured, or steps of two kinds alternate."""
+        """Whether the graph must be read in every call: gradients are measured, or steps of two kinds alternate."""
         return type(self).measure is not Weighter.measure or self.every > 1 or self.warmup > 0
 
     @property

@@ -1,0 +1,377 @@
+"""Inner products with the memory of one block of the model at a time.
+
+Where all ways from the losses to the parameters below go through one place of the graph, the m gradients at that place
+are all that the part below needs of the part above. So the rows are formed from one such place to the next, multiplied,
+and freed. A weighted backward pass through the whole graph at the end gives the direction. It costs one pass more than
+keeping the rows, and the memory of the largest block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from gradsurgery import gram as gram_module
+from gradsurgery import rows as rows_module
+from gradsurgery.gram import Row, Table
+
+# Blocks are put together as long as they stay below this share of all parameters, or below the largest of them: each
+# one costs m more calls of autograd.
+_SHARE = 1 / 5
+
+_SAFE_SQUARES = (1e-24, 1e30)
+
+
+class HookedError(RuntimeError):
+    """The gradient at the border of two blocks is changed by a hook, which would act twice."""
+
+
+class Block(NamedTuple):
+    """A part of the graph.
+
+    Attributes:
+        edge: Where it begins; None for the one that begins at the losses.
+        places: Places of the shared parameters that it reaches without leaving it, and that no block before it reaches.
+            Where one is used further down too, the pass through this block goes on to there.
+    """
+
+    edge: GradientEdge | None
+    places: tuple[int, ...]
+
+
+class Found(Table):
+    """The inner products of m rows that are never there at once.
+
+    Args:
+        plan: The blocks.
+        roots: Where differentiation starts, (m,).
+        seeds: Gradient of the objective with respect to each loss, m scalars.
+        retain_graph: Keep the graph at the end.
+        single: Count parameters too that only one loss reaches.
+
+    Attributes:
+        rows: For each loss and shared parameter something if there is a gradient, else None.
+        others: Gradients of parameters that are not shared, m lists.
+    """
+
+    engine = "blocks"
+    batched = False
+
+    def __init__(
+        self,
+        plan: Plan,
+        roots: Sequence[Tensor | GradientEdge],
+        seeds: Sequence[Tensor],
+        retain_graph: bool,
+        single: bool,
+    ) -> None:
+        super().__init__([])
+        m = len(roots)
+        self.rows: list[Row] = [[None] * len(plan.shared) for _ in range(m)]
+        self.others: list[Row] = []
+        self._plan = plan
+        self._roots = list(roots)
+        self._seeds = list(seeds)
+        self._retain = retain_graph
+        self._single = single
+        self._dropped: set[int] = set()
+        self._keep = list(range(m))
+        self._gram: Tensor = torch.zeros(m, m, dtype=torch.float64)
+        # The largest entry of each loss in the first block: where it is zero, all below is.
+        self._alive: list[Tensor] = []
+
+    @property
+    def shared(self) -> tuple[Tensor, ...]:
+        """The parameters that the rows are over.
+
+        Returns:
+            Those that the plan was made for.
+        """
+        return self._plan.shared
+
+    def sweep(self, others: Sequence[Tensor] | None, least: torch.dtype) -> Tensor:
+        """Go through the blocks from the losses down, with all losses.
+
+        Args:
+            others: Parameters that need the gradient of each loss too; None in a second sweep.
+            least: Half and single precision are multiplied in this one.
+
+        Returns:
+            J Jᵀ, (m, m), float64.
+
+        Raises:
+            HookedError: A hook at a border changes gradients.
+        """
+        m, blocks = len(self._roots), self._plan.blocks
+        gram: Tensor | None = None
+        tops: list[Tensor | None] = [None] * m
+        for b, block in enumerate(blocks):
+            below = blocks[b + 1].edge if b + 1 < len(blocks) else None
+            inner: list[Any] = [self.shared[place] for place in block.places]
+            if below is not None:
+                inner.append(below)
+            extra = [] if others is None or b else list(others)
+            rows: list[Row] = []
+            for i in range(m):
+                found = self._through(block, i, tops[i], [*inner, *extra])
+                if others is not None and b == 0:
+                    self.others.append(found[len(inner) :])
+                    self._alive.append(rows_module.peak([g for g in found if g is not None], self._seeds[i].device))
+                tops[i] = found[len(inner) - 1] if below is not None else None
+                rows.append(found[: len(block.places)])
+                del found
+                for place, g in zip(block.places, rows[i], strict=True):
+                    if g is not None:
+                        self.rows[i][place] = g.new_empty(0)
+            if (part := self._products(rows, least)) is not None:
+                gram = part if gram is None else gram + part.to(gram.device)
+        return torch.zeros(m, m, dtype=torch.float64) if gram is None else (gram + gram.T) / 2
+
+    def _through(self, block: Block, i: int, top: Tensor | None, inner: Sequence[Any]) -> Row:
+        """Differentiate loss i within a block."""
+        if block.edge is None:
+            return rows_module.gradient(self._roots[i], inner, self._seeds[i], True) if inner else []
+        if top is None:
+            return [None] * len(inner)
+        version, untouched = top._version, True
+
+        def compare(gradients: Sequence[Tensor | None]) -> None:
+            nonlocal untouched
+            untouched = gradients[0] is top and top._version == version
+
+        handle = block.edge.node.register_prehook(compare)
+        try:
+            found = rows_module.gradient(block.edge, inner, top, True)
+        finally:
+            handle.remove()
+        if not untouched:
+            raise HookedError
+        return found
+
+    def _products(self, rows: list[Row], least: torch.dtype) -> Tensor | None:
+        if not self._single:
+            # What only one loss reaches is private after all.
+            there = [sum(g is not None for g in column) for column in zip(*rows, strict=True)]
+            rows = [[g for g, n in zip(row, there, strict=True) if n > 1] for row in rows]
+        if not any(g is not None for row in rows for g in row):
+            return None
+        with torch.no_grad():
+            return gram_module.gram_in(rows, least)
+
+    def reached(self) -> list[int]:
+        """Find out which losses have a gradient in which parameter.
+
+        Returns:
+            For each shared parameter a bit mask: bit i is set if loss i reaches it.
+        """
+        return [sum(1 << i for i, g in enumerate(column) if g is not None) for column in zip(*self.rows, strict=True)]
+
+    def drop(self, places: Sequence[int]) -> None:
+        """Take parameters out of the rows.
+
+        Args:
+            places: Their places. At most one loss reaches each of them.
+        """
+        self._dropped.update(places)
+
+    def row(self, i: int, place: int) -> Tensor | None:
+        """Form one gradient after all, in a backward pass of its own.
+
+        Args:
+            i: The loss.
+            place: The shared parameter.
+
+        Returns:
+            Its gradient, or None if the loss does not reach the parameter.
+        """
+        if self.rows[i][place] is None:
+            return None
+        return rows_module.gradient(self._roots[i], [self.shared[place]], self._seeds[i], True)[0]
+
+    def products(self) -> Tensor:
+        """Inner products, found already.
+
+        Returns:
+            (m, m), float64.
+        """
+        return self._gram
+
+    def repaired(self, found: np.ndarray) -> np.ndarray:
+        """Replace products that left the range of float32.
+
+        Args:
+            found: The products, (m, m).
+
+        Returns:
+            (m, m).
+        """
+        low, high = _SAFE_SQUARES
+        squares = found.diagonal()
+        doubtful = np.flatnonzero(~((squares >= low) & (squares <= high)))
+        # A row of exact zeros is common (an inactive hinge) and needs no second look.
+        if self.noise < 1e-12 or not any(float(self._alive[i]) > 0 for i in doubtful):
+            return found
+        return self.sweep(None, torch.float64).cpu().numpy()
+
+    def triangle(self) -> np.ndarray:
+        """A square root of the Gram matrix, from products in double precision; see :func:`gradsurgery.gram.triangle`.
+
+        Returns:
+            (m, m).
+        """
+        exact = self.sweep(None, torch.float64).cpu().numpy()
+        return gram_module.square_root(exact[np.ix_(self._keep, self._keep)])
+
+    @property
+    def noise(self) -> float:
+        """How far products may be off, relative to the lengths of the two rows."""
+        return gram_module.precision([list(self.shared)])
+
+    def part(self, keep: Sequence[int]) -> Found:
+        """Some of the rows.
+
+        Args:
+            keep: Their places.
+
+        Returns:
+            The same rows, not copied.
+        """
+        part = Found(self._plan, self._roots, self._seeds, True, self._single)
+        part.rows = [self.rows[i] for i in keep]
+        part._keep = [self._keep[i] for i in keep]
+        return part
+
+    def combine(self, weights: Sequence[float]) -> list[Tensor | None]:
+        """Add up the rows, Σ wᵢ gᵢ, in one backward pass, after which the graph is gone.
+
+        Args:
+            weights: w, (m,).
+
+        Returns:
+            One gradient a shared parameter, None if no loss reaches it.
+        """
+        there = {place for row in self.rows for place, g in enumerate(row) if g is not None} - self._dropped
+        places = sorted(there)
+        starts = [seed * w for seed, w in zip(self._seeds, weights, strict=True)]
+        found = rows_module.one_pass(
+            self._roots, starts, [self.shared[place] for place in places], self._retain, engine="grad"
+        )
+        gradients: list[Tensor | None] = [None] * len(self.shared)
+        for place, g in zip(places, found, strict=True):
+            p = self.shared[place]
+            # Autograd may have returned a tensor that shares its memory with another.
+            gradients[place] = None if g is None else rows_module.combine([g], [1.0], p)
+        return gradients
+
+
+class Plan:
+    """The blocks of a graph.
+
+    Args:
+        shared: The shared parameters.
+        blocks: From the losses down.
+    """
+
+    def __init__(self, shared: Sequence[Tensor], blocks: Sequence[Block]) -> None:
+        self.shared = tuple(shared)
+        self.blocks = tuple(blocks)
+
+    def differentiate(
+        self,
+        roots: Sequence[Tensor | GradientEdge],
+        seeds: Sequence[Tensor],
+        retain_graph: bool,
+        others: Sequence[Tensor],
+        single: bool,
+    ) -> Found:
+        """Find the inner products.
+
+        Args:
+            roots: What the plan was made from, (m,).
+            seeds: Gradient of the objective with respect to each loss, m scalars.
+            retain_graph: Keep the graph after the last pass.
+            others: Parameters that need the gradient of each loss too.
+            single: Count parameters too that only one loss reaches.
+
+        Returns:
+            The inner products, and what leads to the direction.
+        """
+        found = Found(self, roots, seeds, retain_graph, single)
+        found._gram = found.sweep(others, torch.float32)
+        return found
+
+
+def plan(
+    roots: Sequence[Tensor | GradientEdge], shared: Sequence[Tensor], nodes: Sequence[Node], share: float = _SHARE
+) -> Plan | None:
+    """Cut a graph into blocks.
+
+    Args:
+        roots: Where differentiation starts, (m,).
+        shared: The parameters whose rows are wanted; leaves.
+        nodes: All nodes of the graph, each after those below it.
+        share: Blocks are put together as long as they stay below this share of all parameters.
+
+    Returns:
+        The blocks, or None if there are not at least two.
+    """
+    places = {p: place for place, p in enumerate(shared)}
+    # A node that leads to one parameter and nowhere else belongs to the block that uses it.
+    chains: dict[Node, int] = {}
+    leading: set[Node] = set()
+    for node in nodes:
+        if type(node).__name__ == "AccumulateGrad":
+            leaf: Tensor = node.variable  # type: ignore[attr-defined]
+            if leaf in places:
+                chains[node] = places[leaf]
+                leading.add(node)
+            continue
+        children = [child for child, _ in node.next_functions if child is not None]
+        if any(child in leading for child in children):
+            leading.add(node)
+            if len(children) == 1 and children[0] in chains:
+                chains[node] = chains[children[0]]
+    order = [node for node in reversed(nodes) if node in leading and node not in chains]
+    at = {node: k for k, node in enumerate(order)}
+    outputs: dict[Node, set[int]] = {}
+    farthest = -1
+    first: set[int] = set()
+    for root in roots:
+        start = root.grad_fn if isinstance(root, Tensor) else root.node
+        if start in chains:
+            first.add(chains[start])
+        elif start in at:
+            farthest = max(farthest, at[start])
+            outputs.setdefault(start, set()).add(root.output_nr)
+        elif isinstance(root, Tensor) and root in places:
+            first.add(places[root])
+    parts: list[tuple[GradientEdge | None, set[int]]] = [(None, first)]
+    for k, node in enumerate(order):
+        if farthest == k and outputs[node] == {0}:
+            parts.append((GradientEdge(node, 0), set()))
+        for child, output in node.next_functions:
+            if child in at:
+                farthest = max(farthest, at[child])
+                outputs.setdefault(child, set()).add(output)
+            elif child in chains:
+                parts[-1][1].add(chains[child])
+    seen: set[int] = set()
+    for _, found in parts:
+        found -= seen
+        seen |= found
+    size = [p.numel() for p in shared]
+    limit = max(sum(size) * share, *(sum(size[place] for place in found) for _, found in parts))
+    merged: list[tuple[GradientEdge | None, set[int]]] = []
+    for edge, found in parts:
+        if merged and sum(size[place] for place in merged[-1][1] | found) <= limit:
+            merged[-1][1].update(found)
+        else:
+            merged.append((edge, set(found)))
+    if len(merged) < 2:
+        return None
+    return Plan(shared, [Block(edge, tuple(sorted(found))) for edge, found in merged])

@@ -1,0 +1,260 @@
+"""Rows of one block of the model at a time: the graphs that could make it wrong, and what it spares."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradsurgery
+from gradsurgery import blocks
+from gradsurgery.graph import walk
+
+DEPTH, WIDTH = 5, 6
+
+
+class Layer(nn.Module):
+    """Attention by hand, so that a block has branches and a way around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.wide, self.narrow = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 9), nn.Linear(9, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        x = x + torch.softmax(self.mix(x), -1) * x
+        return self.norm(x + self.narrow(torch.tanh(self.wide(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, tasks=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer() for _ in range(DEPTH))
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, 1) for _ in range(tasks))
+        self.double()
+
+    def trunk(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return [(head(z) - i).square().mean() for i, head in enumerate(self.heads)]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def step(net, losses, engine, method=gradsurgery.UPGrad, **options):
+    optimizer = method(torch.optim.SGD(net.parameters(), lr=0.1), engine=engine, **options)
+    report = optimizer.backward(losses)
+    return [p.grad for p in net.parameters()], report
+
+
+def same(make, losses_of, engine="blocks", **options):
+    """Both engines agree; returns what each did."""
+    (a, found), (b, wanted) = (step(net := make(), losses_of(net), e, **options) for e in ("blocks", "rows"))
+    for g, h in zip(a, b, strict=True):
+        assert (g is None) == (h is None)
+        if g is not None:
+            torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.gram, wanted.gram, rtol=1e-9, atol=1e-12)
+    assert found.engine == engine
+    return found
+
+
+def plan_of(net, losses, share=0.0):
+    shared = [p for layer in net.layers for p in layer.parameters()]
+    return blocks.plan(losses, shared, walk(losses).nodes, share)
+
+
+def test_a_deep_model_is_cut_between_its_layers(x):
+    net = Net()
+    plan = plan_of(net, net(x))
+    sizes = [sum(plan.shared[place].numel() for place in block.places) for block in plan.blocks]
+    assert len(plan.blocks) >= DEPTH
+    assert sum(sizes) == sum(p.numel() for p in plan.shared)
+    assert max(sizes) <= sum(p.numel() for p in net.layers[0].parameters())
+
+
+def test_small_blocks_are_put_together(x):
+    net = Net()
+    assert len(plan_of(net, net(x), 0.5).blocks) < len(plan_of(net, net(x)).blocks)
+    assert plan_of(net, net(x), 1.0) is None
+
+
+def test_layers_with_ways_around(x):
+    same(Net, lambda net: net(x))
+
+
+def test_tied_weights(x):
+    def tied():
+        net = Net()
+        net.layers[3].mix = net.layers[0].mix
+        net.layers[4] = net.layers[1]
+        return net
+
+    same(tied, lambda net: net(x))
+
+
+def test_losses_that_enter_half_way(x):
+    def losses(net):
+        z = net.layers[1](net.layers[0](x))
+        early = net.heads[0](z).square().mean()
+        return [early, *(head(net.layers[2](z)).mean() for head in net.heads[1:]), -z.square().mean()]
+
+    same(Net, losses)
+
+
+def test_a_loss_that_is_a_penalty_on_a_weight(x):
+    def losses(net):
+        weight = net.layers[2].mix.weight
+        return [*net(x), weight.square().sum(), net.layers[0].mix.bias.sum()]
+
+    same(Net, losses)
+
+
+def test_a_loss_that_reaches_only_some_blocks(x):
+    def losses(net):
+        z = net.layers[0](x)
+        return [*net(x), net.heads[0](net.layers[4](z.detach())).mean()]
+
+    same(Net, losses)
+
+
+def test_checkpointed_layers(x):
+    def losses(net):
+        z = x.clone().requires_grad_()
+        for layer in net.layers:
+            z = checkpoint(layer, z, use_reentrant=False)
+        return [(head(z) - i).square().mean() for i, head in enumerate(net.heads)]
+
+    same(Net, losses)
+
+
+def test_changes_in_place(x):
+    def losses(net):
+        z = x
+        for layer in net.layers:
+            z = layer(z)
+            z[:, 0] *= 0.5
+            z = torch.relu_(z)
+        return [(head(z) - i).square().mean() for i, head in enumerate(net.heads)]
+
+    same(Net, losses)
+
+
+def halved_in_place(g):
+    g.mul_(0.5)
+
+
+HOOKS = {
+    "new": lambda z: z.register_hook(lambda g: 0.5 * g),
+    "in place": lambda z: z.register_hook(halved_in_place),
+    "retain_grad": lambda z: z.retain_grad(),
+    "before a node": lambda z: z.grad_fn.register_prehook(lambda gs: (0.5 * gs[0],)),
+    "after a node": lambda z: z.grad_fn.register_hook(lambda gs, _: tuple(None if g is None else g * 0.5 for g in gs)),
+}
+
+
+def hooked(net, x, hook):
+    """A hook at every place where blocks could meet."""
+    z = x.flatten(0, 1)  # in two dimensions a layer is one node
+    for layer in net.layers:
+        z = layer.mix(z)
+        hook(z)
+        z = torch.tanh(z)
+        hook(z)
+    return [(head(z) - i).square().mean() for i, head in enumerate(net.heads)]
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_between_blocks(x, kind):
+    """A hook of a tensor would act on the gradient at a border twice, so that rows are formed."""
+    engine = "blocks" if kind in ("retain_grad", "after a node") else "rows"
+    same(Net, lambda net: hooked(net, x, HOOKS[kind]), engine)
+
+
+def test_after_a_hook_rows_are_formed_at_once(x, monkeypatch):
+    net = Net()
+    optimizer = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1), engine="blocks")
+    swept = []
+    sweep = blocks.Found.sweep
+    monkeypatch.setattr(blocks.Found, "sweep", lambda *args: swept.append(1) or sweep(*args))
+    for _ in range(2):
+        assert optimizer.backward(hooked(net, x, HOOKS["new"])).engine == "rows"
+    assert len(swept) == 1
+
+
+def test_given_shared_parameters(x):
+    net, other = Net(), Net()
+    chosen = [list(n.layers[2].parameters()) for n in (net, other)]
+    a, _ = step(net, net(x), "blocks", shared_params=chosen[0])
+    b, _ = step(other, other(x), "rows", shared_params=chosen[1])
+    for g, h in zip(a, b, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_rows_outside_the_range_of_single_precision(x, scale):
+    def losses(net):
+        return [loss * scale for loss in net.float()(x.float())]
+
+    (a, found), (b, wanted) = (step(net := Net(), losses(net), e, gradsurgery.MGDA) for e in ("blocks", "rows"))
+    torch.testing.assert_close(found.gram, wanted.gram, rtol=1e-5, atol=0)
+    for g, h in zip(a, b, strict=True):
+        torch.testing.assert_close(g, h, rtol=1e-3, atol=1e-4 * float(h.abs().max()))
+
+
+def test_an_inactive_loss_needs_no_second_look(x, monkeypatch):
+    net = Net().float()
+    swept = []
+    sweep = blocks.Found.sweep
+    monkeypatch.setattr(blocks.Found, "sweep", lambda *args: swept.append(1) or sweep(*args))
+    losses = net(x.float())
+    losses[1] = torch.relu(losses[1] - 100)
+    _, report = step(net, losses, "blocks", gradsurgery.PCGrad)
+    assert report.norms["1"] == 0
+    assert len(swept) == 1
+
+
+def test_shallow_models_form_rows(x):
+    layer = nn.Linear(WIDTH, WIDTH).double()
+    losses = [layer(x).mean(), layer(x).square().mean()]
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(layer.parameters(), lr=0.1), engine="blocks")
+    assert optimizer.backward(losses).engine == "rows"
+
+
+def test_half_precision(x):
+    def make():
+        return Net().bfloat16()
+
+    (a, found), (b, _) = (step(net := make(), net(x.bfloat16()), e, gradsurgery.MGDA) for e in ("blocks", "rows"))
+    assert found.engine == "blocks"
+    for g, h in zip(a, b, strict=True):
+        assert g.dtype == torch.bfloat16
+        torch.testing.assert_close(g.float(), h.float(), rtol=0.05, atol=0.02 * float(h.float().abs().max()))
+
+
+def test_peak_memory_is_that_of_a_block():
+    """Eight losses over twelve layers: rows would take eight sizes of the parameters."""
+    from benchmarks.steps import peak_bytes
+
+    torch.manual_seed(0)
+    trunk = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(96, 96), nn.Tanh())))
+    head = nn.Linear(96, 8)
+    size = sum(p.numel() * p.element_size() for p in trunk.parameters())
+    peaks = {}
+    for engine in ("rows", "blocks"):
+        optimizer = gradsurgery.MGDA(torch.optim.SGD([*trunk.parameters(), *head.parameters()], lr=0.0), engine=engine)
+        losses = list(head(trunk(torch.randn(4, 96))).square().mean(0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peaks[engine] = peak_bytes(lambda o=optimizer, v=losses: o.backward(v), torch.device("cpu")) / size
+    assert peaks["rows"] > 8
+    assert peaks["blocks"] < 3.5
