@@ -31,3 +31,4 @@ nitpick_ignore_regex = [("py:.*", r"(torch|numpy|np|scipy|matplotlib|collections
 
 html_theme = "furo"
 html_title = "gradsurgery"
+html_static_path = ["_static"]  # for the playground; pictures of pages are found without it
