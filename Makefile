@@ -12,7 +12,7 @@ PARALLEL ?= -n auto --dist loadfile
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format docs bench bench-solvers conformance clean
+.PHONY: help demo test test-all test-browser lint format docs bench bench-solvers conformance clean
 
 help: ## Say what the targets are
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -21,10 +21,13 @@ demo: $(VENV)/demo.stamp ## Train on two conflicting losses with five methods (A
 	$(BIN)/python -m gradsurgery demo $(ARGS)
 
 test: $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp ## Run the tests that are not slow
-	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not browser" $(PARALLEL) $(ARGS)
 
-test-all: $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp ## Run all tests
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+test-all: $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp ## Run the slow tests too
+	$(BIN)/python -m pytest -m "not browser" $(PARALLEL) $(ARGS)
+
+test-browser: $(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/docs.stamp $(VENV)/browser.stamp ## Test the playground in Chromium, which must be installed
+	$(BIN)/python -m pytest -m browser $(ARGS)
 
 # All four checks run, so that one report shows all there is to mend.
 lint: $(VENV)/demo.stamp $(VENV)/lint.stamp ## Check format, style, types and documented arguments

@@ -23,14 +23,15 @@
         + "losses fall; for two gradients PCGrad and UPGrad are the same.",
     },
     {
-      key: "agreement", name: "Agreement", rows: [[1.7, 0.3], [0.5, 1.3]],
+      key: "agreement", name: "Agreement", rows: [[1.2, 0.2], [0.3, 0.9]],
       story: "No conflict. PCGrad and UPGrad leave the plain sum alone; the others still shift weight towards the shorter "
         + "gradient.",
     },
     {
-      key: "lengths", name: "Very different lengths", rows: [[2.4, 0.9], [-0.3, 0.2]],
-      story: "One loss is seven times as loud. PCGrad and UPGrad stay long, and close to where loss 2 is unchanged. MGDA is "
-        + "no longer than the shortest gradient. Nash-MTL points halfway between the two, whatever their lengths.",
+      key: "lengths", name: "Very different lengths", rows: [[2.2, 0.8], [-0.28, 0.18]],
+      story: "One loss is seven times as loud. PCGrad and UPGrad stay long, and close to where loss 2 is unchanged; CAGrad "
+        + "goes past that. MGDA is twice the shortest way between the gradients, and short. Nash-MTL points halfway "
+        + "between the two, whatever their lengths.",
     },
     {
       key: "opposite", name: "Opposite", rows: [[1.8, 0.6], [-0.9, -0.3]],
@@ -38,12 +39,12 @@
         + "rise stand still. The plain sum and CAGrad go on with the longer gradient.",
     },
     {
-      key: "fan", name: "Three in a fan", rows: [[1.9, -0.1], [1.1, 0.9], [-0.95, 0.6]],
-      story: "Losses 1 and 2 agree, loss 3 opposes loss 1. PCGrad and UPGrad part: PCGrad projects on one gradient after the "
-        + "other, UPGrad on the whole cone. The small crosses are what PCGrad's random orders give.",
+      key: "fan", name: "Three in a fan", rows: [[1.1, 0.2], [0.75, 0.75], [-1.3, 0.45]],
+      story: "Loss 3 opposes the two others, and rises with the plain sum. PCGrad and UPGrad part: PCGrad projects on one "
+        + "gradient after the other, UPGrad on the whole cone. The small crosses are what PCGrad's random orders give.",
     },
     {
-      key: "outvoted", name: "Outvoted", rows: [[2.1, 0.6], [1.7, -0.1], [-1.2, 0.7]],
+      key: "outvoted", name: "Outvoted", rows: [[1.4, 0.5], [1.3, -0.1], [-1.1, 0.6]],
       story: "Two losses against one. The plain sum follows the two. CAGrad stays near the mean: here too near, and loss 3 "
         + "rises under it as well.",
     },
@@ -54,8 +55,8 @@
     },
     {
       key: "zero", name: "One zero", rows: [[1.7, 0.5], [-0.8, 0.9], [0, 0]],
-      story: "Loss 3 is at its minimum. MGDA takes that for the end and stands still. Nash-MTL leaves the loss out. The "
-        + "others lose some of their length, or nothing.",
+      story: "Loss 3 has no gradient. MGDA takes that for the end and stands still. Nash-MTL leaves the loss out of the "
+        + "bargain. The plain sum, PCGrad and UPGrad are as without it.",
     },
   ];
 
@@ -72,7 +73,7 @@
 
   // ---------------------------------------------------------------------------------------- state
 
-  const root = document.getElementById("playground");
+  const root = document.getElementById("pg-root");
   const state = { rows: copied(PRESETS[0].rows), equal: false, hidden: new Set() };
   let lit = null;
   let moving = null;
@@ -579,7 +580,7 @@
     return best;
   }
 
-  function labels(groups, found) {
+  function labels(groups, found, crosses) {
     const origin = place([0, 0]);
     const shapes = [];
     const taken = state.rows.map((row) => {
@@ -587,6 +588,7 @@
       return { x: x - 15, y: y - 15, width: 30, height: 30 };
     });
     groups.forEach((group) => taken.push(...group.boxes));
+    crosses.forEach(([x, y]) => taken.push({ x: x - 4, y: y - 4, width: 8, height: 8 }));
     const lines = [...state.rows.map((row) => [origin, place(tip(row))]), ...groups.map((group) => [origin, place(group.end)])];
     const round = (anchor, outward, size, near) => {
       const candidates = [];
@@ -621,12 +623,13 @@
       add(`g${SUBSCRIPT[i]}${length === 0 ? " = 0" : times}`, "pg-of-gradient", anchor, Math.atan2(row[1], row[0]), 15, false, "");
     });
     [...groups].sort((a, b) => norm(b.end) - norm(a.end)).forEach((group) => {
-      const text = group.members.map((member) => member.name).join(" = ")
-        + (group.times > 1.001 ? ` ×${shown(group.times)}` : "") + (group.still ? ": stands still" : "");
+      const text = group.members.map((member) => member.name).join(group.still ? ", " : " = ")
+        + (group.times > 1.001 ? ` ×${shown(group.times)}` : "")
+        + (group.still ? `: stand${group.members.length > 1 ? "" : "s"} still` : "");
       const anchor = place(group.end);
       const outward = group.still ? -Math.PI / 2 : Math.atan2(group.end[1], group.end[0]);
       const kind = group.members.length === 1 ? `pg-is-${group.members[0].key}` : "pg-of-several";
-      add(text, kind, group.still ? [anchor[0], anchor[1] + 16] : anchor, outward, 9, true, group.members.map((member) => member.key).join(" "));
+      add(text, kind, group.still ? [anchor[0], anchor[1] + 16] : anchor, outward, 9, !group.still, group.members.map((member) => member.key).join(" "));
     });
     const words = coneWords(found, state.rows.length);
     if (words && found.kind !== "plane") {
@@ -685,8 +688,9 @@
     layers.ground.replaceChildren(...ground());
     layers.cone.replaceChildren(...coneShapes(found));
     const groups = grouped(results);
-    layers.methods.replaceChildren(...methodShapes(groups), ...outcomes().map((end) => {
-      const mark = cross(...place(end));
+    const crosses = outcomes().map(place);
+    layers.methods.replaceChildren(...methodShapes(groups), ...crosses.map(([x, y]) => {
+      const mark = cross(x, y);
       mark.dataset.of = "pcgrad";
       return mark;
     }));
@@ -697,7 +701,7 @@
       const short = [origin[0] + ((to[0] - origin[0]) * Math.max(0, length - 9)) / length, origin[1] + ((to[1] - origin[1]) * Math.max(0, length - 9)) / length];
       return [drawn("line", { class: "pg-gradient", x1: origin[0], y1: origin[1], x2: short[0], y2: short[1] }), head(origin, short, "pg-gradient-head")].filter(Boolean);
     }), drawn("circle", { class: "pg-origin", cx: origin[0], cy: origin[1], r: 3 }));
-    layers.labels.replaceChildren(...labels(groups, found));
+    layers.labels.replaceChildren(...labels(groups, found, crosses));
     handles.forEach((handle, i) => {
       const here = i < m;
       handle.style.display = here ? "" : "none";
