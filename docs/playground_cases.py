@@ -1,7 +1,7 @@
 """Write what the library answers to the playground's reference cases: ``python docs/playground_cases.py``.
 
-The playground computes in the browser, so its mathematics is written a second time. The cases hold both together: a test
-recomputes the file with the library, another one, in a browser, compares the page with the file.
+The playground computes in the browser, so its mathematics is written a second time. The cases hold both together: one
+test recomputes the file with the library, another compares the page with the file, in a browser.
 """
 
 from __future__ import annotations

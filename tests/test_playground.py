@@ -55,7 +55,10 @@ def test_cases_are_what_the_library_answers(case):
 def test_a_wrong_answer_is_seen():
     case = CASES[0]
     right = case["answers"]["upgrad"]
-    wrong = {"weights": [w * (1 + 1e-10) for w in right["weights"]], "direction": [1.0000001 * x for x in right["direction"]]}
+    wrong = {
+        "weights": [w * (1 + 1e-10) for w in right["weights"]],
+        "direction": [1.0000001 * x for x in right["direction"]],
+    }
     direction, weights = errors(case["rows"], right, wrong)
     assert direction > DIRECTION
     assert weights > WEIGHT
@@ -83,7 +86,12 @@ def test_cases_cover_what_is_hard():
     assert {len(each) for each in rows} == {2, 3}
     assert any((each == 0).any() for each in lengths)
     assert any((each > 0).all() and each.max() / each.min() > 0.99e6 for each in lengths)
-    cosines = [float(u @ v) for each in rows if np.all(np.linalg.norm(each, axis=1)) for u, v in [each[:2] / np.linalg.norm(each[:2], axis=1)[:, None]]]
+    cosines = [
+        float(u @ v)
+        for each in rows
+        if np.all(np.linalg.norm(each, axis=1))
+        for u, v in [each[:2] / np.linalg.norm(each[:2], axis=1)[:, None]]
+    ]
     assert min(cosines) == pytest.approx(-1, abs=1e-15)
     assert max(cosines) == pytest.approx(1, abs=1e-15)
     still = [case["name"] for case in CASES if case["answers"]["mgda"]["direction"] == [0.0, 0.0]]

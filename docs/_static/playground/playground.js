@@ -30,8 +30,8 @@
     {
       key: "lengths", name: "Very different lengths", rows: [[2.2, 0.8], [-0.28, 0.18]],
       story: "One loss is seven times as loud. PCGrad and UPGrad stay long, and close to where loss 2 is unchanged; CAGrad "
-        + "goes past that. MGDA is twice the shortest way between the gradients, and short. Nash-MTL points halfway "
-        + "between the two, whatever their lengths.",
+        + "goes past that. MGDA stays short, twice the shortest vector between the gradients. Nash-MTL points halfway "
+        + "between them, whatever their lengths.",
     },
     {
       key: "opposite", name: "Opposite", rows: [[1.8, 0.6], [-0.9, -0.3]],
@@ -165,6 +165,8 @@
       drawn("text", { class: "pg-number", dy: "0.35em" }, String(i + 1)),
     );
     handle.addEventListener("pointerdown", (event) => grab(event, i));
+    // `touch-action: none` does not reach every part of a drawing in every browser.
+    handle.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
     handle.addEventListener("keydown", (event) => nudge(event, i));
     layers.handles.append(handle);
     return handle;
@@ -252,7 +254,7 @@
     const verdict = element("p", { class: "pg-verdict" });
     const card = element(
       "section", { class: `pg-card pg-is-${method.key}`, "data-method": method.key, "aria-label": method.name },
-      element("h3", {}, element("label", {}, box, icon, element("span", {}, method.name)), length),
+      element("h2", {}, element("label", {}, box, icon, element("span", {}, method.name)), length),
       element("p", { class: "pg-words" }, WORDS[method.key]),
       element("table", {},
         element("thead", {}, element("tr", {}, element("th", { scope: "col" }, element("span", { class: "pg-unseen" }, "loss")),
@@ -271,9 +273,10 @@
   const live = element("p", { class: "pg-unseen", role: "status", "aria-live": "polite", id: "pg-live" });
 
   root.replaceChildren(
-    presets, story,
-    element("div", { class: "pg-main" }, element("div", { class: "pg-figure" }, plane), side),
-    element("div", { class: "pg-cards" }, ...cards.map((each) => each.card)),
+    presets,
+    // The words change with the arrows, so they stand below the plane: it must not move while something is dragged.
+    element("div", { class: "pg-main" }, element("div", { class: "pg-figure" }, plane), story, side,
+      element("div", { class: "pg-cards" }, ...cards.map((each) => each.card))),
     element("p", { class: "pg-code" }, "In Python: ", code),
     live,
   );
@@ -529,7 +532,7 @@
         return { x: at[0] - 8, y: at[1] - 8, width: 16, height: 16 };
       });
     });
-    return [...lines, ...marks];
+    return [lines, marks];
   }
 
   function outcomes() {
@@ -638,7 +641,7 @@
       const [from, to] = [found.from, found.to ?? found.from];
       const sides = found.kind === "line" ? [0, Math.PI] : [0];
       for (const half of sides) {
-        for (const share of [0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9]) {
+        for (const share of [0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9, -0.1, 1.1, -0.3, 1.3]) {
           for (const radius of [FRAME - 0.3, FRAME - 0.55, FRAME - 0.8, FRAME - 1.1, FRAME - 1.4, 1.2]) {
             const angle = from + half + (to - from) * share;
             const [x, y] = place([radius * Math.cos(angle), radius * Math.sin(angle)]);
@@ -648,8 +651,10 @@
         }
       }
       const { box } = settle(size, candidates, taken, lines);
-      taken.push(box);
-      shapes.push(drawn("text", { class: "pg-label pg-of-cone", x: box.x + box.width / 2, y: box.y + box.height / 2, dy: "0.35em" }, words));
+      // Where there is no room the sentence above has to do.
+      if (taken.every((other) => overlap(box, other) < 8)) {
+        shapes.push(drawn("text", { class: "pg-label pg-of-cone", x: box.x + box.width / 2, y: box.y + box.height / 2, dy: "0.35em" }, words));
+      }
     }
     return shapes;
   }
@@ -689,11 +694,13 @@
     layers.cone.replaceChildren(...coneShapes(found));
     const groups = grouped(results);
     const crosses = outcomes().map(place);
-    layers.methods.replaceChildren(...methodShapes(groups), ...crosses.map(([x, y]) => {
+    const crossShapes = crosses.map(([x, y]) => {
       const mark = cross(x, y);
       mark.dataset.of = "pcgrad";
       return mark;
-    }));
+    });
+    const [lines, marks] = methodShapes(groups);
+    layers.methods.replaceChildren(...lines, ...crossShapes, ...marks);
     layers.gradients.replaceChildren(...rows.flatMap((row) => {
       const to = place(tip(row));
       const length = Math.hypot(to[0] - origin[0], to[1] - origin[1]);
@@ -742,7 +749,7 @@
         const [sign, word] = [["▼", "falls"], ["●", "unchanged"], ["▲", "rises"]][effect + 1];
         line.effect.className = `pg-effect pg-${["falls", "same", "rises"][effect + 1]}`;
         line.effect.replaceChildren(element("span", { "aria-hidden": "true" }, `${sign} `),
-          element("span", { class: "pg-unseen" }, `${word} `), effect === 0 ? "0" : shown(-result.slopes[i]));
+          element("span", { class: "pg-unseen" }, `${word} `), effect === 0 ? "0" : `${effect > 0 ? "+" : ""}${shown(-result.slopes[i])}`);
       });
       const verdict = verdictOf(result);
       card.verdict.textContent = verdict.text;
