@@ -9,7 +9,6 @@ const gradsurgeryMethods = (() => {
   const EPS = Number.EPSILON;
   // Radius of the ball of CAGrad, the library's default; its default `rescale=2` divides by 1 + c.
   const CAGRAD_C = 0.4;
-  const CAGRAD_ROUNDS = 100;
 
   const dot = (a, b) => a.reduce((sum, x, k) => sum + x * b[k], 0);
   const cross = (a, b) => a[0] * b[1] - a[1] * b[0];
@@ -49,16 +48,6 @@ const gradsurgeryMethods = (() => {
     const x = [...y];
     for (let k = x.length - 1; k >= 0; k--) {
       for (let j = k + 1; j < x.length; j++) x[k] -= r[j][k] * x[j];
-      x[k] /= r[k][k];
-    }
-    return x;
-  }
-
-  /** Solution of Rᵀ x = y. */
-  function forward(r, y) {
-    const x = [...y];
-    for (let k = 0; k < x.length; k++) {
-      for (let j = 0; j < k; j++) x[k] -= r[k][j] * x[j];
       x[k] /= r[k][k];
     }
     return x;
@@ -236,71 +225,55 @@ const gradsurgeryMethods = (() => {
   function cagrad(rows, c = CAGRAD_C) {
     const m = rows.length;
     const { places, lengths, units } = present(rows);
-    if (!places.length) return { weights: rows.map(() => 1 / (1 + c)), stationary: true };
-    const a = lengths.map((length) => Math.min(...lengths) / length);
-    const found = cagradMultipliers(units, lengths, a, c);
-    const factor = (found.length * sum(lengths)) / units.length;
-    // The mean over the rows that are not zero, then over all.
-    const own = units.map((_, k) => (1 / units.length + (found.x[k] * factor) / lengths[k]) * (units.length / m));
-    const weights = rows.map(() => 1 / m);
-    places.forEach((i, k) => { weights[i] = own[k]; });
-    return { weights: scaled(weights, m / (1 + c)), stationary: found.degenerate };
+    const weights = rows.map(() => 1 / (1 + c)); // the mean; rescaled below is what comes on top
+    if (!places.length) return { weights, stationary: true };
+    const mean = mixed(units, scaled(lengths, 1 / sum(lengths)));
+    const length = norm(mean);
+    if (length <= 16 * places.length * EPS) return { weights, stationary: true };
+    const found = cagradPush(units, lengths, scaled(mean, 1 / length), c, shortest(places.map((i) => rows[i])).stationary);
+    places.forEach((i, k) => { weights[i] += (found.push[k] * length * sum(lengths)) / lengths[k] / (1 + c); });
+    return { weights, stationary: found.degenerate };
   }
 
-  function cagradMultipliers(units, lengths, a, c) {
-    const tolerance = 16 * units.length * EPS;
-    const zeros = units.map(() => 0);
-    let mean = mixed(units, scaled(lengths, 1 / sum(lengths)));
-    const length = norm(mean);
-    if (length <= tolerance) return { x: zeros, length, degenerate: true };
-    mean = scaled(mean, 1 / length);
-    const slopes = units.map((unit) => dot(unit, mean));
-    let low = Math.min(...slopes.map((slope, i) => slope / a[i]));
-    let high = Math.min(...slopes.map((slope, i) => (slope + c) / a[i]));
-    // τ = 0 is special: if the rows are Pareto stationary no d reaches a positive τ, and ‖e‖ jumps to infinity there.
-    let tau = low <= 0 && 0 < high ? 0 : high;
-    let inside = zeros;
-    for (let round = 0; round < CAGRAD_ROUNDS; round++) {
-      const bounds = a.map((each, i) => tau * each - slopes[i]);
-      const x = leastDistance(units, bounds);
-      const gap = 1 - dot(bounds, x);
-      const reached = gap > 0 ? norm(mixed(units, x)) / gap : Infinity;
-      if (tau === 0 && reached <= c) {
-        const v = leastDistance(units, a);
-        if (norm(mixed(units, v)) <= tolerance * sum(v)) {
-          return { x: scaled(x, 1 / gap), length, degenerate: true };
-        }
-      }
-      if (reached <= c) [low, inside] = [Math.max(low, tau), scaled(x, 1 / gap)];
-      else high = Math.min(high, tau);
-      let guess = (low + high) / 2;
-      const support = x.map((_, i) => i).filter((i) => x[i] > 0);
-      const parts = support.length ? orthogonal(support.map((i) => units[i])) : null;
-      if (parts !== null && support.length <= 2) {
-        // On the support ⟨u_i, e⟩ = τ a_i − ⟨u_i, g_0⟩, so e = Q (τ α − π), and ‖e‖ = c is a quadratic in τ.
-        const alpha = forward(parts.r, support.map((i) => a[i]));
-        const pi = parts.q.map((direction) => dot(direction, mean));
-        const [square, product, rest] = [dot(alpha, alpha), dot(alpha, pi), c * c - dot(pi, pi)];
-        let root = product * product + square * rest;
-        if (root >= 0) {
-          root = Math.sqrt(root);
-          tau = product >= 0 ? (product + root) / square : rest / (root - product);
-          const steps = plus(scaled(alpha, tau), pi, -1);
-          const e = mixed(parts.q, steps);
-          const exact = backward(parts.r, steps);
-          const slack = units.map((unit, i) => dot(unit, e) - (tau * a[i] - slopes[i]));
-          if (Math.min(...exact) >= 0 && Math.min(...slack) >= -tolerance * Math.max(1, Math.abs(tau))) {
-            const solved = [...zeros];
-            support.forEach((i, k) => { solved[i] = exact[k]; });
-            return { x: solved, length, degenerate: false };
-          }
-          if (low < tau && tau < high) guess = tau;
-        }
-      }
-      if (high - low <= 2 * EPS * Math.max(Math.abs(low), Math.abs(high))) break;
-      tau = guess;
+  /**
+   * Multipliers x ≥ 0 with d = g_0 + Σ x_i u_i, for ‖g_0‖ = 1.
+   *
+   * Where the rows are Pareto stationary and no loss need rise, many d are optimal and the one closest to g_0 is
+   * taken. Otherwise d lies on the circle, and either one row alone is the worst off, or two are equally so. The right
+   * place is where no third row is worse off.
+   */
+  function cagradPush(units, lengths, mean, c, stationary) {
+    if (stationary) {
+      const push = nonNegative(units, scaled(mean, -1));
+      if (norm(mixed(units, push)) <= c) return { push, degenerate: true };
     }
-    return { x: inside, length, degenerate: false };
+    const values = (e) => units.map((unit, i) => lengths[i] * (dot(unit, mean) + dot(unit, e)));
+    let best = null;
+    let least = Infinity;
+    const consider = (support, e, push) => {
+      const reached = values(e);
+      const worst = Math.max(...support.map((i) => reached[i]));
+      const violation = Math.max(0, ...reached.map((value, i) => (support.includes(i) ? 0 : (worst - value) / lengths[i])));
+      if (least > 8 * EPS && violation < least) [best, least] = [push, violation];
+    };
+    units.forEach((unit, i) => consider([i], scaled(unit, c), units.map((_, k) => (k === i ? c : 0))));
+    units.forEach((first, i) => units.slice(i + 1).forEach((second, k) => {
+      const j = i + 1 + k;
+      const parts = orthogonal([first, second]);
+      if (parts === null) return;
+      // ⟨g_i − g_j, g_0 + e⟩ = 0 on the circle ‖e‖ = c.
+      const difference = plus(scaled(first, lengths[i]), second, -lengths[j]);
+      const size = norm(difference);
+      const across = [-difference[1] / size, difference[0] / size];
+      const along = -dot(difference, mean) / size;
+      if (!(Math.abs(along) <= c)) return;
+      [1, -1].forEach((side) => {
+        const e = plus(scaled(difference, along / size), across, side * Math.sqrt((c - along) * (c + along)));
+        const push = backward(parts.r, parts.q.map((direction) => dot(direction, e)));
+        if (push.every((x) => x >= 0)) consider([i, j], e, spread(units.length, [i, j], push));
+      });
+    }));
+    return { push: best, degenerate: false };
   }
 
   const METHODS = [
