@@ -27,7 +27,7 @@ test-all: $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp ## Run 
 	$(BIN)/python -m pytest -m "not browser" $(PARALLEL) $(ARGS)
 
 test-browser: $(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/docs.stamp $(VENV)/browser.stamp ## Test the playground in Chromium, which must be installed
-	$(BIN)/python -m pytest -m browser $(ARGS)
+	$(BIN)/python -m pytest -m browser tests/test_playground_browser.py $(ARGS)
 
 # All four checks run, so that one report shows all there is to mend.
 lint: $(VENV)/demo.stamp $(VENV)/lint.stamp ## Check format, style, types and documented arguments
