@@ -66,7 +66,7 @@ class Pair:
 
     @property
     def conflicts(self) -> bool:
-        """The cosine stays below zero: by 0.1 in the mean, and by two standard errors."""
+        """Whether the cosine stays below zero, by 0.1 in the mean and by two standard errors."""
         return self.cosine <= -CONFLICT and not self.cosine + ERRORS * self.error > 0
 
     @property

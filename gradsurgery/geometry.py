@@ -447,7 +447,7 @@ def power_fixed_point(
     Returns:
         ``(weights, solved)``. A zero row has no finite solution: it is left out and gets weight 0. ``solved`` is false,
         and the weights are zero, when the other rows are Pareto stationary (or none is left): then no solution exists.
-        The relative residual of row i is rounding, about m·eps·(Σ_j |C_ij| v_j) / (C v)_i. No float64 weights do
+        The relative residual of row i is rounding, about m·eps·``(Σ_j |C_ij| v_j) / (C v)_i``. No float64 weights do
         better: rounding them changes it by as much. For two opposite unit rows with an angle θ to spare it is eps / θ².
     """
     g = np.asarray(gram, dtype=np.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +18,18 @@ from gradsurgery.commands.comparing import SUM, built
 from gradsurgery.pictures import DARK, LIGHT, Palette, style
 from gradsurgery.problems import Problem
 
-#: What every method is drawn on: two gradients of different length that oppose each other, and three of which one does.
+#: What every method is drawn on: two gradients of different length that oppose each other, and three of which two oppose
+#: the longest. The plain sum makes the shortest gradient's loss rise in both.
 EXAMPLES = (
     np.array([[2.0, 0.35], [-0.85, 0.5]]),
-    np.array([[1.9, -0.1], [1.1, 0.9], [-0.95, 0.6]]),
+    np.array([[2.2, 0.0], [-0.3, 1.05], [-0.7, 0.4]]),
 )
 #: Values of the losses, for the methods that read them.
 LOSSES = (1.0, 2.0, 1.5)
-#: Half the width of the frame; longer arrows are shortened, and say by how much.
+#: Half the width of the frame.
 REACH = 2.6
+#: Longer arrows are shortened, and say by how much.
+LONGEST = 2.05
 
 
 def direction(name: str, rows: np.ndarray) -> np.ndarray | None:
@@ -69,57 +73,73 @@ def draw(name: str, path: str | Path | None = None, *, dark: bool = False) -> Fi
         The figure.
     """
     with style(DARK if dark else LIGHT) as palette:
-        figure = Figure(figsize=(6.4, 2.5), layout="constrained")
+        figure = Figure(figsize=(6.4, 2.06))
         for axes, rows in zip(figure.subplots(1, 2), EXAMPLES, strict=True):
             _fan(axes, name, rows, palette)
+        figure.subplots_adjust(left=0, right=1, bottom=0, top=0.91, wspace=0)
         if path is not None:
             figure.savefig(path)
     return figure
 
 
 def _fan(axes: Axes, name: str, rows: np.ndarray, palette: Palette) -> None:
-    axes.set(xlim=(-REACH, REACH), ylim=(-0.6, 2.45), aspect="equal")
+    axes.set(xlim=(-REACH, REACH), ylim=(-0.62, 2.45), aspect="equal")
     axes.set_axis_off()
-    axes.set_title(f"{('two', 'three')[len(rows) - 2]} gradients", fontweight="normal", color=palette.grey)
+    axes.text(-REACH + 0.1, 2.4, f"{('two', 'three')[len(rows) - 2]} gradients", color=palette.grey, va="top")
     # Descent along d lowers all losses where ⟨gᵢ, d⟩ ≥ 0 for all i: between the perpendiculars of the outermost rows.
     angles = np.degrees(np.arctan2(rows[:, 1], rows[:, 0]))
     low, high = angles.max() - 90, angles.min() + 90
     axes.add_patch(Wedge((0, 0), 2.15, low, high, color=palette.diverging[2], alpha=0.16, lw=0))
     middle = math.radians((low + high) / 2)
     axes.text(
-        2.28 * math.cos(middle), 2.28 * math.sin(middle), "all losses fall", color=palette.diverging[2], fontsize=7,
+        2.3 * math.cos(middle), 2.3 * math.sin(middle), "all losses fall", color=palette.diverging[2], fontsize=7.5,
         ha="center", va="center",
     )  # fmt: skip
+    found = direction(name, rows)
+    length = 0.0 if found is None else float(np.linalg.norm(found))
     for i, row in enumerate(rows):
-        _arrow(axes, row, palette.grey, 1.6, f"g{'₁₂₃'[i]}")
+        # To first order: a step along the direction changes loss i by −⟨gᵢ, d⟩.
+        rises = found is not None and float(row @ found) < -1e-9 * length * float(np.linalg.norm(row))
+        colour = palette.diverging[0] if rises else palette.grey
+        _arrow(axes, row, colour, 1.6)
+        _name(axes, row, found, f"g{'₁₂₃'[i]}" + (": loss rises" if rises else ""), colour)
     total = rows.sum(axis=0)
     axes.plot([0, total[0]], [0, total[1]], color=palette.ink, lw=1.0, ls=(0, (2, 2)))
     axes.plot(*total, "o", color=palette.paper, mec=palette.ink, ms=4, mew=1.0)
-    axes.text(total[0] + 0.12, total[1] + 0.05, "sum", color=palette.ink, fontsize=7.5, va="bottom")
-    found = direction(name, rows)
+    axes.text(total[0] + 0.1, total[1] + 0.06, "sum", color=palette.ink, fontsize=8, va="bottom")
+    said: dict[str, Any] = {"color": palette.lines[0], "ha": "center", "va": "center", "fontweight": "bold", "fontsize": 9}
     if found is None:
-        axes.text(0, -0.42, f"{name} needs more than these gradients", color=palette.grey, ha="center", fontsize=8)
+        axes.text(0, -0.43, f"{name} needs more than these gradients", color=palette.grey, ha="center", va="center")
         return
-    length = float(np.linalg.norm(found))
     if length < 1e-9:
         axes.plot(0, 0, "o", color=palette.lines[0], ms=8)
-        axes.text(0, -0.35, f"{name}: zero", color=palette.lines[0], ha="center", fontweight="bold", fontsize=8.5)
+        axes.text(0, -0.43, f"{name}: zero", **said)
         return
-    shown, label = found, name
-    if length > 2.0:
-        shown, label = found * (2.0 / length), f"{name}, {length / 2.0:.2g} times as long"
-    _arrow(axes, shown, palette.lines[0], 2.6, "")
-    axes.text(0, -0.42, label, color=palette.lines[0], ha="center", fontweight="bold", fontsize=8.5)
+    shrunk = max(1.0, length / LONGEST)
+    _arrow(axes, found / shrunk, palette.lines[0], 2.6)
+    note = " is the sum here" if np.allclose(found, total) else f", {shrunk:.1f} times as long" if shrunk > 1 else ""
+    axes.text(0, -0.43, name + note, **said)
 
 
-def _arrow(axes: Axes, tip: np.ndarray, colour: str, width: float, label: str) -> None:
+def _arrow(axes: Axes, tip: np.ndarray, colour: str, width: float) -> None:
     axes.annotate(
         "", tuple(tip.tolist()), (0, 0), annotation_clip=False,
         arrowprops={"arrowstyle": "-|>", "color": colour, "lw": width, "shrinkA": 0, "shrinkB": 0},
     )  # fmt: skip
-    if label:
-        x, y = tip * (1 + 0.2 / np.linalg.norm(tip))
-        axes.text(x, y, label, color=colour, ha="center", va="center", fontsize=9)
+
+
+def _name(axes: Axes, tip: np.ndarray, found: np.ndarray | None, label: str, colour: str) -> None:
+    length = np.linalg.norm(tip)
+    x, y = tip * (1 + 0.2 / length)
+    if found is not None and found @ tip > 0.97 * np.linalg.norm(found) * length:
+        # The method's arrow goes through there, or nearly: beside the tip, on the other side.
+        side = -np.sign(tip[0] * found[1] - tip[1] * found[0]) or 1.0
+        x, y = tip + side * 0.25 * np.array([-tip[1], tip[0]]) / length
+    if len(label) > 3 and x > 1.9:
+        x, y, across = REACH - 0.05, y + 0.24, "right"  # above the tip: the frame ends beside it
+    else:
+        across = "center" if len(label) < 4 else "right" if x < 0 else "left"
+    axes.text(x, y, label, color=colour, ha=across, va="center", fontsize=9 if len(label) < 4 else 8)
 
 
 def draw_paths(problem: Problem, paths: Mapping[str, Sequence[Tensor]], path: Path, *, dark: bool = False) -> Figure:

@@ -143,7 +143,7 @@ class Problem:
             steps: Number of steps.
 
         Returns:
-            Tensor of shape (steps + 1, n): the start and the point after each step.
+            Tensor of shape (steps + 1, n), the start and the point after each step.
         """
         theta = nn.Parameter(start.detach().clone())
         opt = optimizer([theta])

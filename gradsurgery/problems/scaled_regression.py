@@ -102,7 +102,7 @@ class ScaledRegression:
             depth: Number of hidden layers, all shared.
 
         Returns:
-            The network: a ReLU trunk and an affine head for each task.
+            The network, a ReLU trunk and an affine head for each task.
         """
         tasks, outputs, inputs = self.matrices.shape
         return SharedTrunk([inputs] + [width] * depth, outputs, tasks, self.seed, self.matrices.dtype)

@@ -57,6 +57,8 @@ def quadratics(condition: float = 10.0) -> Problem:
 def pcgrad_valleys() -> Problem:
     """The landscape of the PCGrad paper: conflict, steep curvature and unequal gradients at once.
 
+    ::
+
         f₁(θ) = 20 log max(|θ₁ / 2 + tanh θ₂|, 5e-6)
         f₂(θ) = 25 log max(|θ₁ / 2 − tanh θ₂ + 2|, 5e-6)
 
@@ -90,7 +92,7 @@ def pcgrad_valleys() -> Problem:
 def cagrad_basin(scale: float = 1.0) -> Problem:
     """The landscape of CAGrad, Nash-MTL and FAMO, with the five starts of the latter two.
 
-    Above θ₂ = 0 the losses are valleys with logarithmic walls, as in the PCGrad paper; below, overlapping bowls:
+    Above θ₂ = 0 the losses are valleys with logarithmic walls, as in the PCGrad paper; below, overlapping bowls::
 
         u₁ = log max(|(−θ₁ − 7) / 2 + tanh θ₂|, 5e-6) + 6         b₁ = ((θ₁ − 7)² + 0.1 (θ₂ + 8)²) / 10 − 20
         u₂ = log max(|(−θ₁ + 3) / 2 − tanh θ₂ + 2|, 5e-6) + 6     b₂ = ((θ₁ + 7)² + 0.1 (θ₂ + 8)²) / 10 − 20

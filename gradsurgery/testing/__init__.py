@@ -1,7 +1,7 @@
 """What is right, as functions that can be pointed at any implementation.
 
 Three kinds of question: the properties that papers promise (``assert_…``), fixed inputs with exact answers
-(:func:`check_reference`), and the places where public implementations went wrong (:data:`DEFECTS`, put to a
+(:func:`check_reference`), and the places where public implementations went wrong (``DEFECTS``, put to a
 :class:`Library` by :func:`examine`).
 """
 

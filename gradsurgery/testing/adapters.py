@@ -200,7 +200,7 @@ def ours() -> Library:
     """This library.
 
     Returns:
-        Every method that a case of :data:`gradsurgery.testing.DEFECTS` asks for.
+        Every method that a case of ``gradsurgery.testing.DEFECTS`` asks for.
     """
     g = gradsurgery
     return Library(

@@ -116,7 +116,7 @@ def reference_errors(
         tolerance: Allow this much where the case allows less.
 
     Returns:
-        By input: the error in units of what is allowed. Up to 1 is right; ``inf`` if the answer is not finite.
+        By input, the error in units of what is allowed. Up to 1 is right; ``inf`` if the answer is not finite.
     """
     errors = {}
     for case in reference_cases(method):

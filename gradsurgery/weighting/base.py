@@ -130,7 +130,7 @@ class Weighter(MultiLossOptimizer):
 
         Args:
             losses: Values of the present losses, (m,).
-            measured: What :meth:`measure` gave.
+            measured: What :meth:`~gradsurgery.weighting.base.Weighter.measure` gave.
 
         Returns:
             Weights, (m,).
