@@ -6,6 +6,7 @@ takes seconds, but the two landscapes with valleys take minutes: methods crawl t
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -18,8 +19,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Wedge
 
 import gradsurgery
+from gradsurgery.method_pictures import EXAMPLES, direction
+from gradsurgery.pictures import DARK, LIGHT, Palette, style
 from gradsurgery.problems import Problem, ScaledRegression, cagrad_basin, fonseca_fleming, pcgrad_valleys, quadratics
 
 DOCS = Path(__file__).parent
@@ -320,7 +324,75 @@ def draw_run() -> Figure:
     return names["monitor"].plot()
 
 
+# -------------------------------------------------------------------------------------------------------------- home
+
+
+def draw_step(palette: Palette) -> Figure:
+    """One step on two gradients that oppose each other, as three methods would make it."""
+    rows = EXAMPLES[0]
+    figure = Figure(figsize=(4.2, 2.75), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(-1.75, 2.75), ylim=(-0.3, 2.1), aspect="equal")
+    axes.set_axis_off()
+    axes.set_title("One step: two gradients in conflict")
+    angles = np.degrees(np.arctan2(rows[:, 1], rows[:, 0]))
+    axes.add_patch(Wedge((0, 0), 1.9, angles.max() - 90, angles.min() + 90, color=palette.diverging[2], alpha=0.16, lw=0))
+    axes.text(0.35, 2.0, "both losses fall", color=palette.diverging[2], ha="center", fontsize=8.5)
+    arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "lw": 2.2}
+    for row, name, at in ((rows[0], "box loss", (2.05, 0.42)), (rows[1], "class loss", (-0.9, 0.58))):
+        axes.annotate("", row, (0, 0), arrowprops=arrow | {"color": palette.grey, "lw": 1.6})
+        axes.text(*at, f"{name}", color=palette.grey, ha="left" if row[0] > 0 else "right", va="bottom")
+    for name, colour, place in (
+        ("plain sum", palette.lines[0], (0.12, 0.05)),
+        ("PCGrad", palette.lines[3], (0.42, -0.2)),
+        ("MGDA", palette.lines[4], (-0.08, 0.08)),
+    ):
+        found = direction(name, rows)
+        axes.annotate("", found, (0, 0), arrowprops=arrow | {"color": colour})
+        across = "left" if place[0] > 0 else "right"
+        axes.text(*(found + place), name, color=colour, ha=across, va="bottom", fontweight="bold")
+    axes.text(1.27, 0.72, "class loss rises", color=palette.diverging[0], ha="left", va="top", fontsize=8.5)
+    return figure
+
+
+def draw_result(palette: Palette) -> Figure:
+    """What became of it after the demo's training: the share of images with both digit and box right."""
+    found = json.loads((DOCS / "_static" / "demo" / "numbers.json").read_text(encoding="utf-8"))
+    runs = {
+        method["name"]: [100 * run["test"]["both"] for run in method["runs"]]
+        for method in found["methods"]
+        if method["in the table"]
+    }
+    ranked = sorted(runs, key=lambda name: np.mean(runs[name]))
+    figure = Figure(figsize=(4.2, 2.75), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(ranked):
+        # Grey: sums with constant weights, which need no library.
+        plain = palette.grey if name.startswith(("fixed", "relative")) else palette.lines[3]
+        colour = palette.lines[0] if name == "plain sum" else plain
+        axes.barh(i, np.mean(runs[name]), color=colour, height=0.62, alpha=0.85)
+        axes.plot(runs[name], [i] * len(runs[name]), "o", color=palette.ink, ms=2.5)
+        axes.text(max(runs[name]) + 2, i, f"{np.mean(runs[name]):.0f} %", va="center", fontsize=8.5)
+    axes.set_yticks(range(len(ranked)), ranked)
+    axes.tick_params(length=0)
+    axes.set(xlim=(0, 100), xticks=[])
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.set_title(f"{found['settings']['steps']} steps: digit and box both right", loc="right")
+    return figure
+
+
+def draw_home() -> None:
+    """Both pictures of the first page, on light and on dark paper."""
+    for name, draw in (("step", draw_step), ("result", draw_result)):
+        for shade, palette in (("light", LIGHT), ("dark", DARK)):
+            with style(palette), mpl.rc_context({"svg.hashsalt": name}):
+                path = DOCS / "_static" / "home" / f"{name}-{shade}.svg"
+                draw(palette).savefig(path, transparent=True, metadata={"Date": None})
+
+
 PICTURES = {
+    "home": ("home", draw_home),
     "quadratics": ("toy", draw_quadratics),
     "valleys": ("toy", draw_valleys),
     "basin": ("toy", draw_basin),
@@ -336,6 +408,8 @@ def main(names: list[str]) -> None:
             folder, draw = PICTURES[name]
             (DOCS / "_static" / folder).mkdir(parents=True, exist_ok=True)
             figure = draw()
+            if figure is None:
+                continue
             figure.savefig(DOCS / "_static" / folder / f"{name}.png", facecolor="white")
             plt.close(figure)
 

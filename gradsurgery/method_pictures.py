@@ -73,10 +73,10 @@ def draw(name: str, path: str | Path | None = None, *, dark: bool = False) -> Fi
         The figure.
     """
     with style(DARK if dark else LIGHT) as palette:
-        figure = Figure(figsize=(6.4, 2.06))
+        figure = Figure(figsize=(5.0, 1.62))
         for axes, rows in zip(figure.subplots(1, 2), EXAMPLES, strict=True):
             _fan(axes, name, rows, palette)
-        figure.subplots_adjust(left=0, right=1, bottom=0, top=0.91, wspace=0)
+        figure.subplots_adjust(left=0, right=1, bottom=0, top=0.99, wspace=0)
         if path is not None:
             figure.savefig(path)
     return figure
@@ -131,7 +131,8 @@ def _arrow(axes: Axes, tip: np.ndarray, colour: str, width: float) -> None:
 def _name(axes: Axes, tip: np.ndarray, found: np.ndarray | None, label: str, colour: str) -> None:
     length = np.linalg.norm(tip)
     x, y = tip * (1 + 0.2 / length)
-    if found is not None and found @ tip > 0.97 * np.linalg.norm(found) * length:
+    reach = 0.0 if found is None else float(np.linalg.norm(found))
+    if found is not None and found @ tip > 0.97 * reach * length and min(reach, LONGEST) > length:
         # The method's arrow goes through there, or nearly: beside the tip, on the other side.
         side = -np.sign(tip[0] * found[1] - tip[1] * found[0]) or 1.0
         x, y = tip + side * 0.25 * np.array([-tip[1], tip[0]]) / length
