@@ -336,7 +336,9 @@ def draw_step(palette: Palette) -> Figure:
     axes.set_axis_off()
     axes.set_title("One step: two gradients in conflict")
     angles = np.degrees(np.arctan2(rows[:, 1], rows[:, 0]))
-    axes.add_patch(Wedge((0, 0), 1.9, angles.max() - 90, angles.min() + 90, color=palette.diverging[2], alpha=0.16, lw=0))
+    axes.add_patch(
+        Wedge((0, 0), 1.9, angles.max() - 90, angles.min() + 90, color=palette.diverging[2], alpha=0.16, lw=0)
+    )
     axes.text(0.35, 2.0, "both losses fall", color=palette.diverging[2], ha="center", fontsize=8.5)
     arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "lw": 2.2}
     for row, name, at in ((rows[0], "box loss", (2.05, 0.42)), (rows[1], "class loss", (-0.9, 0.58))):

@@ -91,7 +91,9 @@ def gallery() -> str:
                 f"[![{facts.name}](pictures/{facts.name}-{shade}.svg){{.only-{shade}}}]({facts.name}.md)"
                 for shade in ("light", "dark")
             )
-            parts.append(f"::::{{container}} card\n{pictures}\n\n[**{facts.name}**]({facts.name}.md) {facts.when}\n::::")
+            parts.append(
+                f"::::{{container}} card\n{pictures}\n\n[**{facts.name}**]({facts.name}.md) {facts.when}\n::::"
+            )
         parts.append(":::::\n")
     return "\n".join([*parts, contents(surgeries())])
 

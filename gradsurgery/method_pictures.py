@@ -107,7 +107,13 @@ def _fan(axes: Axes, name: str, rows: np.ndarray, palette: Palette) -> None:
     axes.plot([0, total[0]], [0, total[1]], color=palette.ink, lw=1.0, ls=(0, (2, 2)))
     axes.plot(*total, "o", color=palette.paper, mec=palette.ink, ms=4, mew=1.0)
     axes.text(total[0] + 0.1, total[1] + 0.06, "sum", color=palette.ink, fontsize=8, va="bottom")
-    said: dict[str, Any] = {"color": palette.lines[0], "ha": "center", "va": "center", "fontweight": "bold", "fontsize": 9}
+    said: dict[str, Any] = {
+        "color": palette.lines[0],
+        "ha": "center",
+        "va": "center",
+        "fontweight": "bold",
+        "fontsize": 9,
+    }
     if found is None:
         axes.text(0, -0.43, f"{name} needs more than these gradients", color=palette.grey, ha="center", va="center")
         return
