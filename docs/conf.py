@@ -5,8 +5,8 @@ the pages are then Markdown that also reads well in a repository viewer. Furo, b
 phone, and has a light and a dark theme without configuration. Docstrings are read by Sphinx's own autodoc with napoleon
 (Google style): it sees inherited docstrings, which a static reader does not.
 
-Formulas become MathML (site_math.py), by the converter that docutils brings along: no script, no fonts, nothing from the
-network, and pages that are complete when they are opened as files. MathJax would come from another server; bundled
+Formulas become MathML (site_math.py), by the converter that docutils brings along: no script, no fonts, nothing from
+the network, and pages that are complete when they are opened as files. MathJax would come from another server; bundled
 it weighs megabytes. Every browser of the last years draws MathML.
 
 The page of each method and its drawing are made at every build (site_methods.py), since a drawing takes a fifth of a

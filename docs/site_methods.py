@@ -9,26 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-
-from sphinx.application import Sphinx
+from typing import TYPE_CHECKING
 
 import gradsurgery
 from gradsurgery import catalogue
 from gradsurgery.catalogue import Facts
 
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
 DOCS = Path(__file__).resolve().parent
 # What the base classes document once for all methods, and attributes that only authors set.
 INHERITED = (
-    "weights, scalarize, scale, stateful, has_weights, observe, observes, measure, direct, coefficients, roll, version, "
-    "needs_losses, preference_refused, preference_scales_rows, rows_repeat_tasks, uses_features"
+    "weights, scalarize, scale, stateful, has_weights, observe, observes, measure, direct, coefficients, roll, "
+    "version, needs_losses, preference_refused, preference_scales_rows, rows_repeat_tasks, uses_features"
 )
 
 HOW_TO_READ = """\
 Every method gets the same gradients: two of different length that oppose each other, and three of which two oppose the
-longest. The orange arrow is its step (downhill, as long as the optimizer takes it at a learning rate of 1), the dashed line that of
-the plain sum. Along any arrow in the green fan all losses fall, to first order. A gradient is violet if its loss rises. Each drawing
-is made by the method itself, with its defaults, in its first step: of those that keep averages it shows how they begin, and
-of those that draw at random, one draw. Values of the losses are 1, 2 and 1.5; the first loss is the primary one.
+longest. The orange arrow is the method's direction, the dashed line that of the plain sum; the optimizer steps the
+opposite way. Along any arrow in the green fan all losses fall, to first order. A gradient is violet if its loss rises.
+
+Each drawing is made by the method itself, with its defaults, in its first step: of those that keep averages it shows
+how they begin, and of those that draw at random, one draw. The losses are 1, 2 and 1.5; the first is the primary one.
 """
 
 
@@ -102,8 +105,9 @@ def weighting_list() -> str:
     """All weightings, a line each."""
     parts = [
         "# Weighting methods\n",
-        "They multiply each loss by a number and make one full backward pass for the sum. In the first step most of these numbers are"
-        " equal, so that a drawing would show the plain sum; [toy problems](../toy-problems.md) show where one of them goes.\n",
+        "They multiply each loss by a number and make one full backward pass for the sum. In the first step most of"
+        " these numbers are equal, so that a drawing would show the plain sum."
+        " [Toy problems](../toy-problems.md#gradnorms-regressions) show what one of them does over a run.\n",
     ]
     for section, methods in by_section(weightings()).items():
         parts.append(f"## {section}\n\n| method | what it does |\n| --- | --- |")

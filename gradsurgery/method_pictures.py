@@ -18,8 +18,8 @@ from gradsurgery.commands.comparing import SUM, built
 from gradsurgery.pictures import DARK, LIGHT, Palette, style
 from gradsurgery.problems import Problem
 
-#: What every method is drawn on: two gradients of different length that oppose each other, and three of which two oppose
-#: the longest. The plain sum makes the shortest gradient's loss rise in both.
+#: What every method is drawn on: two gradients of different length that oppose each other, and three of which two
+#: oppose the longest. The plain sum makes the shortest gradient's loss rise in both.
 EXAMPLES = (
     np.array([[2.0, 0.35], [-0.85, 0.5]]),
     np.array([[2.2, 0.0], [-0.3, 1.05], [-0.7, 0.4]]),

@@ -178,10 +178,8 @@ def answers(row: Row, names: dict, other: dict) -> tuple[torch.Tensor, torch.Ten
     if not isinstance(new, gradsurgery.MultiLossOptimizer):  # both have filled .grad
         both = [torch.cat([p.grad.flatten() for p in side["model"].parameters()]) for side in (names, other)]
         return *both, 2
-    if "Krum" in row.old or "Trimmed" in row.old:
-        rows = matrix(5)
-    else:
-        rows = matrix(2 if "two losses" in row.result else 3)
+    outliers = "Krum" in row.old or "Trimmed" in row.old
+    rows = matrix(5 if outliers else 2 if "two losses" in row.result else 3)
     if isinstance(new, gradsurgery.Surgery):
         return new.combine(rows), old(rows), len(rows)
     if isinstance(old, importlib.import_module("torchjd.scalarization").Scalarizer):
