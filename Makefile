@@ -41,8 +41,9 @@ format: $(VENV)/lint.stamp ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# All pages are written (-a), since each shows the titles of the others.
 docs: $(VENV)/demo.stamp $(VENV)/docs.stamp ## Build the pages into docs/_build/html; a warning is an error
-	$(BIN)/sphinx-build -n -W --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -a -n -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/demo.stamp $(VENV)/peers.stamp ## Measure the cost of a step, against other libraries
 	$(BIN)/python -m benchmarks.steps $(ARGS)
