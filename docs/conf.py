@@ -56,3 +56,13 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
+
+
+def keep_first_line(app, what, name, obj, options, lines):
+    # Napoleon reads "words: more" at the start of a property's docstring as its type, but not behind an empty line.
+    if what in {"attribute", "data", "property"}:
+        lines.insert(0, "")
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", keep_first_line, priority=400)  # before napoleon, at 500
