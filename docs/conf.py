@@ -58,11 +58,21 @@ html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
 
-def keep_first_line(app, what, name, obj, options, lines):
-    # Napoleon reads "words: more" at the start of a property's docstring as its type, but not behind an empty line.
+# Napoleon takes "words: more" at the start of a property's docstring for its type. Such docstrings are plain text here,
+# so what was there before napoleon (priority 500) is put back after it.
+docstrings: dict[str, list[str]] = {}
+
+
+def remember(app, what, name, obj, options, lines):
     if what in {"attribute", "data", "property"}:
-        lines.insert(0, "")
+        docstrings[name] = list(lines)
+
+
+def put_back(app, what, name, obj, options, lines):
+    if name in docstrings:
+        lines[:] = docstrings.pop(name)
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", keep_first_line, priority=400)  # before napoleon, at 500
+    app.connect("autodoc-process-docstring", remember, priority=400)
+    app.connect("autodoc-process-docstring", put_back, priority=600)
