@@ -56,7 +56,7 @@ conformance: $(VENV)/peers.stamp ## Ask this library and others about every know
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.conformance $(ARGS)
 
 clean: ## Remove the environment, the caches and the built pages
-	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build docs/reference .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The package is installed in place, with one group of extras per stamp. Constraints do not reach into an isolated build, so
 # the build tools are pinned and installed like everything else.
