@@ -261,6 +261,42 @@ def pcgrad_mixing(gram: ArrayLike, orders: ArrayLike) -> Array:
     return out
 
 
+def pcgrad_of_two(first: float, product: float, second: float) -> tuple[float, float]:
+    """Weights that PCGrad gives two rows u and v.
+
+    Args:
+        first: ‖u‖².
+        product: ⟨u, v⟩.
+        second: ‖v‖².
+
+    Returns:
+        a and b of the direction a u + b v. 1 and 1 without conflict.
+    """
+    if not (product < 0 < first and second > 0):
+        return 1.0, 1.0
+    return 1.0 - product / first, 1.0 - product / second
+
+
+def streaming_pcgrad(gram: ArrayLike, order: ArrayLike) -> Array:
+    """Weights of PCGrad between the sum of the rows so far and the next row, row after row.
+
+    Args:
+        gram: (m, m) Gram matrix.
+        order: (m,) integers; in which order the rows come.
+
+    Returns:
+        (m,) weights.
+    """
+    g = np.asarray(gram, dtype=np.float64)
+    w = np.zeros(len(g))
+    for i in np.asarray(order).tolist():
+        products = g @ w
+        a, b = pcgrad_of_two(float(w @ products), float(products[i]), float(g[i, i]))
+        w *= a
+        w[i] = b
+    return w
+
+
 def dual_cone(gram: ArrayLike, u: ArrayLike, factor: Factor | None = None, *, noise: float = EPS) -> Array:
     """Weights of the projection of Jᵀ u on the dual cone {d: J d ≥ 0}: w = u + λ, λ ≥ 0 minimising ‖Jᵀ (u + λ)‖.
 

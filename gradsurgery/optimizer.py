@@ -382,6 +382,7 @@ class MultiLossOptimizer(Optimizer):
         if world is not None and self.debug:
             world.require_replicas(parameters(self))
         going_on = accumulate or self._run["kept"] is not None
+        self._require_possible(going_on, world is not None)
         tasks = losses_module.read(losses, self._name, may_be_empty=world is not None or going_on)
         # With several processes this call may be the first to see a task, so the names are those of the whole list.
         with self._proposal(tasks):
@@ -408,6 +409,9 @@ class MultiLossOptimizer(Optimizer):
                 self._run["kept"] = call.kept if accumulate else None
             self._run["report"] = report
         return report
+
+    def _require_possible(self, accumulates: bool, exchanges: bool) -> None:
+        """Refuse calls that a switch has no meaning for."""
 
     def _world(self) -> World | None:
         """The processes to exchange with, in this call."""

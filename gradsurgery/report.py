@@ -33,9 +33,10 @@ class Report:
             work by weights.
         engine: How gradients were found: "rows", "ghosts" (some gradients of single losses were never formed), "blocks"
             (rows of one part of the model at a time; for both see `engine` of
-            :class:`gradsurgery.surgery.base.Surgery`), "slices" (rows spread over processes), or "one pass". None if
-            nothing was differentiated.
-        flags: What was unusual, for example "stationary", "rank-deficient", "nonfinite", "warmup", "reused".
+            :class:`gradsurgery.surgery.base.Surgery`), "slices" (rows spread over processes), "streaming" (see
+            :class:`gradsurgery.PCGrad`), or "one pass". None if nothing was differentiated.
+        flags: What was unusual, for example "stationary", "rank-deficient", "nonfinite", "warmup", "reused",
+            "rounded-rows".
     """
 
     def __init__(

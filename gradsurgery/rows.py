@@ -149,9 +149,24 @@ def combine(column: Sequence[Tensor | None], weights: Sequence[float], like: Ten
     """Add up the rows of one parameter: Σ wᵢ gᵢ.
 
     Args:
-        column: The m gradients of this parameter.
+        column: The m gradients of this parameter. They may lie on another device, or be in half precision.
         weights: (m,).
         like: The parameter; the result has its dtype, device and strides.
+
+    Returns:
+        A new tensor, or None if no loss reaches the parameter.
+    """
+    out = combine_wide(column, weights, like)
+    return None if out is None else out.to(like.dtype)
+
+
+def combine_wide(column: Sequence[Tensor | None], weights: Sequence[float], like: Tensor) -> Tensor | None:
+    """The same in single precision or better.
+
+    Args:
+        column: The m gradients of this parameter.
+        weights: (m,).
+        like: The parameter; the result has its device and strides.
 
     Returns:
         A new tensor, or None if no loss reaches the parameter.
@@ -167,8 +182,8 @@ def combine(column: Sequence[Tensor | None], weights: Sequence[float], like: Ten
     else:
         out.copy_(first).mul_(w)  # a half row is widened first
     for g, w in terms[1:]:
-        out.add_(g, alpha=w)
-    return out.to(like.dtype)
+        out.add_(g.to(out.device), alpha=w)
+    return out
 
 
 def mixed(rows: Tensor, weights: np.ndarray) -> Tensor:
@@ -207,6 +222,44 @@ def plain(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor | None:
             total = total + g * factor
         return total
     return combine([g for _, g in terms], [factor for factor, _ in terms], like)
+
+
+def store(row: Row, dtype: torch.dtype | None, device: torch.device | None) -> bool:
+    """Put the entries of a row where they wait for the others, one after the other.
+
+    Args:
+        row: The row; its entries are replaced.
+        dtype: What real entries in single or double precision are rounded to; None: nothing.
+        device: Where to; None: they stay.
+
+    Returns:
+        Whether anything was rounded.
+    """
+    rounded = False
+    for j, g in enumerate(row):
+        if g is None:
+            continue
+        if dtype is not None and g.dtype in (torch.float32, torch.float64):
+            # Entries of a sparse gradient that belong together are added up before they are rounded.
+            g, rounded = (g.coalesce() if g.is_sparse else g).to(dtype), True
+        row[j] = g if device is None else g.to(device)
+        del g
+    return rounded
+
+
+def restored(g: Tensor | None, p: Tensor) -> Tensor | None:
+    """Bring an entry that :func:`store` put away back to its parameter. What was rounded stays so.
+
+    Args:
+        g: The entry; pairs of reals may stand for complex entries.
+        p: Its parameter.
+
+    Returns:
+        The entry, on the device and in the precision of the parameter.
+    """
+    if g is None:
+        return None
+    return g.to(p.device, p.dtype if g.is_complex() or not p.is_complex() else p.dtype.to_real())
 
 
 def wide(g: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class SurgerySwitches(Switches, total=False):
     log_losses: bool
     granularity: Literal["all", "group", "parameter"]
     engine: Literal["auto", "rows", "ghosts", "blocks"]
+    row_dtype: torch.dtype | None
+    row_device: torch.device | str | None
 
 
 class Surgery(MultiLossOptimizer):
@@ -73,6 +75,15 @@ class Surgery(MultiLossOptimizer):
             likewise, where the shapes say that it is faster. "blocks": from the rows of one block of the model at a
             time, and one more backward pass at the end: the least memory for deep models whose layers are wide and
             batches large, such as transformers. The result is the same up to rounding.
+        row_dtype: torch.bfloat16: each row is rounded to it as soon as its backward pass is over, and waits for the
+            others in half the memory: an approximation, with the flag "rounded-rows". Inner products are those of the
+            rounded rows and as accurate as ever, sums are taken in single precision, and ``.grad`` is of the
+            parameter's dtype. Complex rows stay as they are. What turns out to be private only when all rows are
+            there has been rounded as well.
+        row_device: Where each row waits for the others, "cpu" for instance. Inner products are formed there, and
+            nothing is rounded. Each row travels there and back. Both switches form rows (``engine="rows"``), so where
+            ``engine="auto"`` finds ghosts compare with that first. They have no meaning for rows at `features`, are
+            refused with micro-batches and several processes, and by methods that keep rows between steps.
         **switches: See :class:`gradsurgery.optimizer.MultiLossOptimizer`.
 
     Raises:
@@ -88,6 +99,8 @@ class Surgery(MultiLossOptimizer):
     rows_repeat_tasks = False
     #: `preference` multiplies the rows. Methods whose paper has another place for it read ``preferences()`` themselves.
     preference_scales_rows = True
+    # The method adds up gradients as they come, and has no rows; see streaming.py.
+    streaming = False
 
     def __init__(
         self,
@@ -98,6 +111,8 @@ class Surgery(MultiLossOptimizer):
         log_losses: bool = False,
         granularity: Literal["all", "group", "parameter"] = "all",
         engine: Literal["auto", "rows", "ghosts", "blocks"] = "auto",
+        row_dtype: torch.dtype | None = None,
+        row_device: torch.device | str | None = None,
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
@@ -117,11 +132,57 @@ class Surgery(MultiLossOptimizer):
         self.log_losses = bool(log_losses)
         self.granularity = self._choice("granularity", granularity, ("all", "group", "parameter"))
         self.engine = self._choice("engine", engine, ("auto", "rows", "ghosts", "blocks"))
+        self.row_dtype = self._of_rows(row_dtype)
+        self.row_device = None if row_device is None else self._home_of_rows(row_device)
+        if self._puts_rows_away:
+            self._require_rows_of_one_batch()
+            self.engine = "rows"
         self.needs_losses = self.needs_losses or self.log_losses or self.normalize in ("loss", "loss+")
         if self.granularity != "all" and self.every > 1:
             raise ValueError(
                 f'{self._name}: `every` > 1 needs granularity="all": weights of several parts cannot be '
                 "reused in one backward pass."
+            )
+
+    def _of_rows(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        if dtype in (None, torch.bfloat16):
+            return dtype
+        why = " Entries beyond 65504, as under a loss scale, overflow in float16." if dtype is torch.float16 else ""
+        raise ValueError(f"{self._name}: `row_dtype` must be None or torch.bfloat16, got {dtype!r}.{why}")
+
+    def _home_of_rows(self, given: torch.device | str) -> torch.device:
+        try:
+            device = torch.device(given)
+            torch.empty(0, device=device)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(f"{self._name}: `row_device` must be a device of this machine, got {given!r}.") from error
+        if device.type == "meta":
+            raise ValueError(f"{self._name}: `row_device` must hold numbers, and {given!r} holds none.")
+        return device
+
+    @property
+    def _puts_rows_away(self) -> bool:
+        return self.row_dtype is not None or self.row_device is not None
+
+    def _require_rows_of_one_batch(self) -> None:
+        if self.observes:
+            raise ValueError(
+                f"{self._name}: `row_dtype` and `row_device` need a method that forgets its rows after each step. This "
+                "one averages or compares rows of several batches, in single precision. Leave them out."
+            )
+        if self.engine not in ("auto", "rows"):
+            raise ValueError(
+                f"{self._name}: `row_dtype` and `row_device` need rows, so that engine={self.engine!r} excludes them."
+            )
+        if self.distributed:
+            self._require_possible(accumulates=False, exchanges=True)
+
+    def _require_possible(self, accumulates: bool, exchanges: bool) -> None:
+        if self._puts_rows_away and (accumulates or exchanges):
+            what = "accumulate=True" if accumulates else "several processes (`distributed`, `process_group`, DTensors)"
+            raise ValueError(
+                f"{self._name}: `row_dtype` and `row_device` are not for {what}: there rows are sums, to which each "
+                "micro-batch or process adds its part in full precision. Leave them out."
             )
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -416,7 +477,11 @@ class Surgery(MultiLossOptimizer):
     @property
     def needs_gram_only(self) -> bool:
         """The method sees nothing of the rows but their inner products."""
-        return type(self).direct is Surgery.direct and not self.observes and self.granularity == "all"
+        return self._adds_rows and not self.observes and self.granularity == "all"
+
+    @property
+    def _adds_rows(self) -> bool:
+        return type(self).direct is Surgery.direct
 
     def parameters(self) -> list[Tensor]:
         """The trainable parameters of the optimizer, in the order of its groups.

@@ -15,6 +15,7 @@ from gradsurgery.call import Call, require_reached
 from gradsurgery.gram import Row, Table, precision
 from gradsurgery.kept import differentiate
 from gradsurgery.report import Report
+from gradsurgery.surgery import streaming
 from gradsurgery.weighting.base import Weighter
 from gradsurgery.world import Slices, alike
 
@@ -88,7 +89,7 @@ class Step:
         )
         if self.call.kept is None and (self.due != "act" or self.call.features) and not apart:
             return self._in_one_pass(measured)
-        return self._row_by_row(measured)
+        return streaming.report(self) if self.method.streaming else self._row_by_row(measured)
 
     def _stopped(self, values: np.ndarray, finite: np.ndarray) -> Report | None:
         method, scaler = self.method, self.call.scaler
@@ -208,6 +209,8 @@ class Step:
         method, call = self.method, self.call
         if method._run["draft"] is None or self.due != "act":
             return rows_module.combine(list(map(_complex, column, [p] * len(column))), applied, shards.empty(p))
+        if method._puts_rows_away and not method._adds_rows:  # it sees one parameter in full precision at a time
+            column = [rows_module.restored(g, p) for g in column]
         g = method.direct(column, applied, self._like(p), self.share)
         if g is not None and p.is_complex() and not method.needs_gram_only:
             g = torch.view_as_complex(g)
@@ -268,6 +271,8 @@ class Step:
                     g = rows_module.total(terms.pop()[1], g)
                 terms.append((i, g))
                 del g
+            if method._puts_rows_away and rows_module.store(over_shared, method.row_dtype, method.row_device):
+                method.flag("rounded-rows")
             if found.slices is None:
                 found.rows.append(over_shared if method.needs_gram_only else list(map(_real, over_shared)))
             else:
@@ -375,6 +380,8 @@ class Step:
         for j in reversed(private):
             p = found.shared[j]
             terms = [(i, g) for i, row in enumerate(found.rows) if (g := _complex(row.pop(j), p)) is not None]
+            if method._puts_rows_away:
+                terms = [(i, g) for i, row in terms if (g := rows_module.restored(row, p)) is not None]
             for i, g in terms:
                 found.peaks[i] = torch.maximum(found.peaks[i], rows_module.peak([g], device))
             found.terms[found.shared.pop(j)] = terms
