@@ -185,7 +185,8 @@ def in_order() -> Iterator[None]:
     visit = mock.patch.object(
         gradsurgery.PCGrad, "visiting_orders", lambda self, shuffle: gradsurgery.Surgery.visiting_orders(self, False)
     )
-    with mock.patch("torch.randperm", identity), mock.patch("random.shuffle"), visit:
+    stream = mock.patch.object(gradsurgery.PCGrad, "visiting_order", lambda self: list(range(len(self.names))))
+    with mock.patch("torch.randperm", identity), mock.patch("random.shuffle"), visit, stream:
         yield
 
 

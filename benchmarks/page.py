@@ -102,7 +102,7 @@ def section(run: dict[str, Any], path: Path) -> str:
             text += f"\n### {name[0].upper()}{name[1:]}\n\n{workload_table(rows, name)}\n"
         text += f"\n### Weighting methods\n\nTime relative to the plain sum.\n\n{weighter_table(rows)}\n"
     if run["cheap"]:
-        text += "\n### Cheap modes\n\n" + CHEAP + cheap_table(run["cheap"]) + "\n"
+        text += "\n### Cheap modes\n\n" + cheap_text(run["device"]) + cheap_table(run["cheap"]) + "\n"
     if run.get("curves"):
         text += "\n### Against m and the number of parameters\n\n" + curve_text(run, path)
     return text
@@ -190,20 +190,37 @@ def weighter_table(rows: list[dict]) -> str:
     return grid(["workload", "method", *(f"m = {m}" for m in tasks)], lines)
 
 
-CHEAP = """Approximations, with what they cost and how wrong they are. Time is the mean over four steps. *Error*: the
-distance from the exact direction relative to its length, in twelve steps of training with a new batch each, median and
-worst.
+CHEAP = """Ways to spend less, with what they cost and how wrong they are. Time is the mean over four steps, memory is in
+sizes of the shared parameters. *Error*: the distance from the exact direction relative to its length, in twelve steps
+of training with a new batch each, median and worst.
 `features=` takes inner products at the shared representation, so it is another method (MGDA-UB and its like), not a
-rounding of this one. `every=4` finds weights in every fourth step and reuses them.
-
+rounding of this one. `every=4` finds weights in every fourth step and reuses them. `row_dtype=bfloat16` rounds each row
+once its backward pass is over; compare it with `engine="rows"`, which holds the same rows unrounded. `streaming=True`
+holds two gradients whatever m, and projects each loss off the sum of those before it, not off each of them.
+{device}
 """
+
+ROW_DEVICE = {
+    "cpu": """`row_device="cpu"` keeps the rows of a model on an accelerator in the memory of the host. It is not measured
+here, where the model is on the host itself.
+""",
+    "other": """`row_device="cpu"` keeps rows in the memory of the host, which is not counted: memory is that of the
+device.
+""",
+}
+
+
+def cheap_text(device: str) -> str:
+    return CHEAP.format(device=ROW_DEVICE["cpu" if device == "cpu" else "other"])
 
 
 def cheap_table(rows: list[dict]) -> str:
     lines = []
     for r in rows:
         errors = r["errors"]
-        error = f"{np.median(errors):.2f}, {max(errors):.2f}" if errors else "exact"
+        error = f"{np.median(errors):.1g}, {max(errors):.1g}" if errors else "exact"
+        if errors and max(errors) >= 0.01:
+            error = f"{np.median(errors):.3f}, {max(errors):.3f}"
         lines.append([r["workload"], str(r["tasks"]), r["mode"], ratio(r), f"{r['to_exact']:.2f}", f"{r['memory']:.2f}",
                       error])  # fmt: skip
     return grid(["workload", "m", "mode", "time / floor", "time / exact PCGrad", "memory", "error"], lines)

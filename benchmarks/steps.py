@@ -141,7 +141,14 @@ def measure(name: str, tasks: int, options: argparse.Namespace) -> list[dict]:
 
 def cheap_modes(work: Workload) -> list[Candidate]:
     floor = next(c for c in candidates(work) if c.name == "floor")
-    found = [floor, ours(work, "PCGrad"), ours(work, "PCGrad", "every=4", every=4)]
+    found = [floor, ours(work, "PCGrad"), ours(work, "PCGrad", 'engine="rows"', engine="rows")]
+    found.append(ours(work, "PCGrad", "row_dtype=bfloat16", row_dtype=torch.bfloat16))
+    if work.device.type != "cpu":  # there rows have nowhere else to go
+        found.append(ours(work, "PCGrad", 'row_device="cpu"', row_device="cpu"))
+        found.append(
+            ours(work, "PCGrad", 'row_dtype=bfloat16, row_device="cpu"', row_dtype=torch.bfloat16, row_device="cpu")
+        )
+    found += [ours(work, "PCGrad", "streaming", streaming=True), ours(work, "PCGrad", "every=4", every=4)]
     if work.private:
         optimizer = ours(work, "PCGrad").optimizer
         found.append(Candidate("features=", work, lambda a, b: optimizer.backward(a, features=b), optimizer=optimizer))

@@ -261,37 +261,41 @@ def pcgrad_mixing(gram: ArrayLike, orders: ArrayLike) -> Array:
     return out
 
 
-def pcgrad_of_two(first: float, product: float, second: float) -> tuple[float, float]:
+def pcgrad_of_two(first: float, product: float, second: float, least: float = 0.0) -> tuple[float, float]:
     """Weights that PCGrad gives two rows u and v.
 
     Args:
         first: ‖u‖².
         product: ⟨u, v⟩.
         second: ‖v‖².
+        least: Below this ‖u‖² is what rounding has left of a sum that cancels: u has no direction then.
 
     Returns:
         a and b of the direction a u + b v. 1 and 1 without conflict.
     """
-    if not (product < 0 < first and second > 0):
+    if not (product < 0 < second and first > least):
         return 1.0, 1.0
     return 1.0 - product / first, 1.0 - product / second
 
 
-def streaming_pcgrad(gram: ArrayLike, order: ArrayLike) -> Array:
+def streaming_pcgrad(gram: ArrayLike, order: ArrayLike, *, noise: float = EPS) -> Array:
     """Weights of PCGrad between the sum of the rows so far and the next row, row after row.
 
     Args:
         gram: (m, m) Gram matrix.
         order: (m,) integers; in which order the rows come.
+        noise: error of the Gram's entries, relative to n_i n_j.
 
     Returns:
         (m,) weights.
     """
     g = np.asarray(gram, dtype=np.float64)
     w = np.zeros(len(g))
+    lengths = np.sqrt(g.diagonal())
     for i in np.asarray(order).tolist():
         products = g @ w
-        a, b = pcgrad_of_two(float(w @ products), float(products[i]), float(g[i, i]))
+        least = 4 * noise * float(w @ lengths) ** 2
+        a, b = pcgrad_of_two(float(w @ products), float(products[i]), float(g[i, i]), least)
         w *= a
         w[i] = b
     return w

@@ -218,6 +218,8 @@ BAD = [
     ({"granularity": "layer"}, "`granularity` must be one of"),
     ({"granularity": "group", "every": 2}, 'PCGrad: `every` > 1 needs granularity="all"'),
     ({"normalize": "l1"}, "`normalize` must be one of"),
+    ({"row_dtype": torch.float16}, "PCGrad: `row_dtype` must be None or torch.bfloat16, got torch.float16"),
+    ({"row_device": "nowhere"}, "PCGrad: `row_device` must be a device of this machine, got 'nowhere'"),
 ]
 
 

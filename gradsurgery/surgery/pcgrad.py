@@ -119,7 +119,7 @@ class PCGrad(Surgery):
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         if self.streaming:
-            return geometry.streaming_pcgrad(gram, self.visiting_order())
+            return geometry.streaming_pcgrad(gram, self.visiting_order(), noise=self.noise)
         return geometry.pcgrad_mixing(gram, self.visiting_orders(self.shuffle)).sum(axis=0)
 
     def pc_backward(self, losses: Losses) -> Report:

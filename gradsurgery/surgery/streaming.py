@@ -56,7 +56,7 @@ def report(step: Step) -> Report:
 
     total: Row = [None] * len(shared)
     plain: dict[Tensor, Tensor] = {}
-    weights, norms = np.ones(m), np.zeros(m)
+    weights, norms, size = np.ones(m), np.zeros(m), 0.0  # of all that was added up
     finite, reached, seen = np.ones(m), np.zeros(m, dtype=bool), np.zeros(m, dtype=bool)
     for i in order:
         wanted, gradients = differentiate(call, i, everything)
@@ -72,6 +72,7 @@ def report(step: Step) -> Report:
         table = Table([total, fresh] if seen.any() else [fresh])
         (peak,), flat = rows_module.host([worst, table.products()])
         products = table.repaired(flat.reshape(len(table), -1))
+        noise = table.noise
         del table
         finite[i] = np.nan if not np.isfinite([peak, products[-1, -1]]).all() else 1.0
         if (stopped := step._stopped(values, np.isfinite(finite))) is not None:
@@ -81,8 +82,10 @@ def report(step: Step) -> Report:
             continue
         before, own = 1.0, priorities[i]
         if seen.any() and method._run["draft"] is not None:
-            before, own = geometry.pcgrad_of_two(products[0, 0], own * products[0, 1], own * own * products[1, 1])
+            least = (4 * noise * size) ** 2
+            before, own = geometry.pcgrad_of_two(products[0, 0], own * products[0, 1], own**2 * products[1, 1], least)
             own *= priorities[i]
+        size = before * size + own * float(np.sqrt(products[-1, -1]))
         weights[seen] *= before
         weights[i], seen[i] = own, True
         _add(total, fresh, before, own, shared)
