@@ -190,9 +190,9 @@ def weighter_table(rows: list[dict]) -> str:
     return grid(["workload", "method", *(f"m = {m}" for m in tasks)], lines)
 
 
-CHEAP = """Ways to spend less, with what they cost and how wrong they are. Time is the mean over four steps, memory is in
-sizes of the shared parameters. *Error*: the distance from the exact direction relative to its length, in twelve steps
-of training with a new batch each, median and worst.
+CHEAP = """Ways to spend less, with what they cost and how wrong they are. Time is the mean over four steps. Memory is
+in sizes of the shared parameters, some megabytes for inner products included. *Error*: the distance from the exact
+direction relative to its length, in twelve steps of training with a new batch each, median and worst.
 `features=` takes inner products at the shared representation, so it is another method (MGDA-UB and its like), not a
 rounding of this one. `every=4` finds weights in every fourth step and reuses them. `row_dtype=bfloat16` rounds each row
 once its backward pass is over; compare it with `engine="rows"`, which holds the same rows unrounded. `streaming=True`
@@ -201,8 +201,8 @@ holds two gradients whatever m, and projects each loss off the sum of those befo
 """
 
 ROW_DEVICE = {
-    "cpu": """`row_device="cpu"` keeps the rows of a model on an accelerator in the memory of the host. It is not measured
-here, where the model is on the host itself.
+    "cpu": """`row_device="cpu"` keeps the rows of a model on an accelerator in the memory of the host. It is not
+measured here, where the model is on the host itself.
 """,
     "other": """`row_device="cpu"` keeps rows in the memory of the host, which is not counted: memory is that of the
 device.

@@ -137,7 +137,7 @@ class Step:
         if method._run["draft"] is not None:
             if early is None:
                 coefficients = method._coefficients(values, *more)
-            for k, (name, table) in enumerate(zip(named_parts, tables, strict=True)):
+            for k, name in enumerate(named_parts):
                 if columns is not None:
                     method._run["measured"] = columns[:, parts[k]].sum(axis=1)
                 if self.due == "act":
@@ -146,7 +146,7 @@ class Step:
                         if call.sharded:
                             reaching = [any(row[j] is not None for j in parts[k]) for row in found.rows[:m]]
                         weights[k] = method._solve_where_reached(
-                            table, grams[k], values, coefficients, 1 / scale, reaching
+                            tables[k], grams[k], values, coefficients, 1 / scale, reaching
                         )
                 elif self.due == "reuse":
                     weights[k] = np.array([method.memory["last_weights"][name] for name in self.names])
@@ -154,7 +154,7 @@ class Step:
                 method.flag("nothing-shared")
             if method.every > 1 and self.due == "act":
                 self._remember(weights[0] if weights else np.ones(m), list(found.terms))
-        del tables
+        del tables  # no name may hold the rows while they are combined
         return self._write(found, parts, weights, coefficients, early, values, gram)
 
     def _write(
