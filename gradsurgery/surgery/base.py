@@ -78,12 +78,13 @@ class Surgery(MultiLossOptimizer):
         row_dtype: torch.bfloat16: each row is rounded to it as soon as its backward pass is over, and waits for the
             others in half the memory: an approximation, with the flag "rounded-rows". Inner products are those of the
             rounded rows and as accurate as ever, sums are taken in single precision, and ``.grad`` is of the
-            parameter's dtype. Complex rows stay as they are. What turns out to be private only when all rows are
-            there has been rounded as well.
+            parameter's dtype. Complex rows stay as they are, and so do those of parameters in half precision. What
+            turns out to be private only when all rows are there has been rounded as well.
         row_device: Where each row waits for the others, "cpu" for instance. Inner products are formed there, and
-            nothing is rounded. Each row travels there and back. Both switches form rows (``engine="rows"``), so where
-            ``engine="auto"`` finds ghosts compare with that first. They have no meaning for rows at `features`, are
-            refused with micro-batches and several processes, and by methods that keep rows between steps.
+            nothing is rounded. Each row travels there and back. Both switches form rows (``engine="rows"``), so
+            compare with the ghosts of ``engine="auto"`` and with ``engine="blocks"`` first, which are exact. They have
+            no meaning for rows at `features`, and are refused with micro-batches, with several processes, and by
+            methods that keep rows between steps.
         **switches: See :class:`gradsurgery.optimizer.MultiLossOptimizer`.
 
     Raises:
