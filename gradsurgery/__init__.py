@@ -1,6 +1,7 @@
 """One model, several losses: gradient surgery and loss weighting as drop-in PyTorch optimizers."""
 
 from gradsurgery.diagnose import Diagnosis, diagnose
+from gradsurgery.estimate import EngineCost, Estimate, estimate
 from gradsurgery.losses import losses_by_group
 from gradsurgery.monitor import Monitor
 from gradsurgery.optimizer import MultiLossOptimizer
@@ -90,6 +91,8 @@ __all__ = [
     "DWAWeighter",
     "Diagnosis",
     "DualProj",
+    "EngineCost",
+    "Estimate",
     "ExcessMTL",
     "FAMOWeighter",
     "FairGrad",
@@ -135,6 +138,7 @@ __all__ = [
     "UncertaintyWeighter",
     "Weighter",
     "diagnose",
+    "estimate",
     "label_entropy",
     "label_variance",
     "losses_by_group",

@@ -587,10 +587,10 @@ def _costs(
 
     def once(run: Callable[[], None]) -> float:
         base.zero_grad()
-        _wait(where)
+        wait(where)
         began = time.perf_counter()
         run()
-        _wait(where)
+        wait(where)
         return time.perf_counter() - began
 
     for _, _, run in families:
@@ -616,7 +616,12 @@ def _costs(
     return tuple(found)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until a device has done what it was given.
+
+    Args:
+        device: The device.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -14,7 +14,7 @@ on a ``weight.t()`` of his own, in a layer whose inputs need no gradient.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -40,6 +40,10 @@ _SAFE_SQUARES = (1e-24, 1e30)
 
 # What reading or writing an entry costs, and what a handful of small operations cost, in multiplications.
 _TRAFFIC, _CALLS = 16.0, 1e6
+
+
+#: Seconds that a function takes on a device.
+Clock = Callable[[Callable[[], object], torch.device], float]
 
 
 class _Linear(NamedTuple):
@@ -103,6 +107,12 @@ class _Linear(NamedTuple):
         weight = mixed.T @ inputs if self.flipped else inputs.T @ mixed
         return [_as(g, p) for g, p in zip((weight, mixed.sum(0)), self.params, strict=False)]
 
+    def beyond_rows(self, rows: Sequence[Tensor], clock: Clock) -> float:
+        flat = [self.keep(row.reshape(len(self.inputs), -1)) for row in rows]
+        one = clock(lambda: self.combine(flat[:1], [1.0]), self.inputs.device)
+        ours = clock(lambda: self.products(flat, torch.float32), self.inputs.device)
+        return ours + clock(lambda: self.combine(flat, [0.5] * len(flat)), self.inputs.device) - len(flat) * one
+
     def check(self) -> None:
         # Autograd does the same before it forms a gradient.
         if self.inputs._version != self.version:
@@ -144,6 +154,14 @@ class _Embedding(NamedTuple):
         mixed = _mixed(rows, weights, rows[0].dtype)
         table = mixed.new_zeros(self.params[0].shape)
         return [_as(table.index_add_(0, self.indices, mixed), self.params[0])]
+
+    def beyond_rows(self, rows: Sequence[Tensor], clock: Clock) -> float:
+        kept = self.keep(rows[0])
+        found: list[Row] = [[kept] for _ in rows]
+        one = clock(lambda: self.combine([kept], [1.0]), kept.device)
+        ours = len(rows) * clock(lambda: self.keep(rows[0]), kept.device)
+        ours += clock(lambda: gram_module.gram(found), kept.device)
+        return ours + clock(lambda: self.combine([kept] * len(rows), [0.5] * len(rows)), kept.device) - len(rows) * one
 
 
 _Layer = _Linear | _Embedding

@@ -26,6 +26,7 @@ class Report:
         norms: Row norms, (m,), where a method measures them without a Gram matrix, or None.
         flags: What was unusual.
         engine: How gradients were found.
+        reason: Why in that way.
 
     Attributes:
         names: Names of the tasks present in the call, (m,), in the order given.
@@ -35,6 +36,7 @@ class Report:
             (rows of one part of the model at a time; for both see `engine` of
             :class:`gradsurgery.surgery.base.Surgery`), "slices" (rows spread over processes), "streaming" (see
             :class:`gradsurgery.PCGrad`), or "one pass". None if nothing was differentiated.
+        reason: Why rows were formed or spared, in words. None where there was nothing to choose.
         flags: What was unusual, for example "stationary", "rank-deficient", "nonfinite", "warmup", "reused",
             "rounded-rows".
     """
@@ -48,10 +50,12 @@ class Report:
         norms: np.ndarray | None = None,
         flags: Sequence[str] = (),
         engine: str | None = None,
+        reason: str | None = None,
     ) -> None:
         self.names = tuple(names)
         self.flags = tuple(dict.fromkeys(flags))
         self.engine = engine
+        self.reason = reason
         self.weights = None if weights is None else dict(zip(self.names, map(float, weights), strict=True))
         self._losses = losses
         self._gram = gram

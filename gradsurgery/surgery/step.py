@@ -22,8 +22,8 @@ from gradsurgery.world import Slices, alike
 if TYPE_CHECKING:
     from gradsurgery.surgery.base import Surgery
 
-# Shared entries below which rows are always formed.
-_FEW = 30_000
+#: Shared entries below which rows are always formed.
+FEW = 30_000
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Step:
         self.inner = method.base if isinstance(method.base, Weighter) else None
         self.due = method._due()
         self.observes = method.observes and self.due == "act"
+        self.reason = ""
 
     def report(self) -> Report:
         """Take the step.
@@ -203,7 +204,9 @@ class Step:
             uniform = uniform * early
         engine = "slices" if found.slices is not None else "rows" if found.ghosts is None else found.ghosts.engine
         shown = gram[:m, :m] if found.shared else None
-        return Report(self.names, values, uniform, shown, flags=method._run["flags"], engine=engine)
+        return Report(
+            self.names, values, uniform, shown, flags=method._run["flags"], engine=engine, reason=self.reason or None
+        )
 
     def _direction(self, column: list[Tensor | None], applied: list[float], p: Tensor) -> Tensor | None:
         method, call = self.method, self.call
@@ -298,18 +301,31 @@ class Step:
     def _plan(self, shared: list[Tensor]) -> ghost.Plan | blocks.Plan | None:
         """How to do without rows, where the method needs no more than their inner products."""
         method, call = self.method, self.call
-        if method.engine == "rows" or not method.needs_gram_only or call.kept is not None or call.world is not None:
-            return None
-        if call.sharded or call.graph.masks is None:
-            return None
-        force = method.engine != "auto"
-        # For so few numbers it takes longer to look than to make the rows.
-        if not force and sum(p.numel() for p in shared) < _FEW:
+        refused = {
+            'engine="rows" was asked for': method.engine == "rows",
+            "the method looks at the rows themselves": not method.needs_gram_only,
+            "micro-batches are added up row by row": call.kept is not None,
+            "several processes share the work": call.world is not None or call.sharded,
+            "the graph cannot be read": call.graph.masks is None,
+            # For so few numbers it takes longer to look than to make the rows.
+            f"fewer than {FEW} shared entries": method.engine == "auto" and sum(p.numel() for p in shared) < FEW,
+            "a hook at a border would act twice": method.engine == "blocks" and method._run["hooked"],
+        }
+        self.reason = next((why for why, so in refused.items() if so), "")
+        if self.reason:
             return None
         roots = [root for root in call.tasks.roots if root is not None]
         if method.engine == "blocks":
-            return None if method._run["hooked"] else blocks.plan(roots, shared, call.graph.nodes)
-        return ghost.plan(roots, shared, call.graph.nodes, force)
+            cut = blocks.plan(roots, shared, call.graph.nodes)
+            self.reason = "the model cannot be cut" if cut is None else f"asked for; {len(cut.blocks)} blocks"
+            return cut
+        plan = ghost.plan(roots, shared, call.graph.nodes, method.engine == "ghosts")
+        if plan is None:
+            self.reason = "by their shapes all layers are cheaper as rows"
+        else:
+            spared = sum(plan.shared[place].numel() for place in plan.ghosts) / sum(p.numel() for p in shared)
+            self.reason = f"{len(plan.layers)} layers with {spared:.0%} of the shared entries need no rows"
+        return plan
 
     def _gather_ghosts(self, found: Found, plan: ghost.Plan | blocks.Plan) -> bool:
         """Differentiate the losses without the gradients of single losses, or without having them all at once.
@@ -325,6 +341,7 @@ class Step:
                 ghosts = plan.differentiate(roots, call.seeds, call.retain[-1], plain, single)
             except blocks.HookedError:
                 method._run["hooked"] = True
+                self.reason = "a hook at a border would act twice"
                 return False
         else:
             # The last loss goes alone, so that it takes three to have two side by side.
