@@ -238,6 +238,41 @@ def test_entries_on_another_device():
     assert (out.device.type, out.dtype) == ("meta", torch.float32)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that is added to another one only after it was sent to a device."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.add_:
+            raise RuntimeError("Expected all tensors to be on the same device.")
+        if func is torch.Tensor.to and any(isinstance(a, torch.device) for a in args):
+            return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_sums_bring_entries_back_one_by_one():
+    away = torch.full((3,), 2.0, dtype=torch.bfloat16).as_subclass(Elsewhere)
+    out = rows_module.combine([torch.ones(3), away, None], [1.0, 0.25, 1.0], torch.zeros(3))
+    assert type(out) is torch.Tensor
+    assert out.tolist() == [1.5] * 3
+
+
+def test_methods_that_look_at_entries_see_full_precision():
+    seen = []
+
+    class Looks(gradsurgery.Surgery):
+        def weights(self, gram, losses):
+            return np.ones(len(gram))
+
+        def direct(self, column, applied, like, share):
+            seen.extend(g.dtype for g in column if g is not None)
+            return super().direct(column, applied, like, share)
+
+    train(Looks, {"row_dtype": torch.bfloat16}, steps=1)
+    train(Looks, {"row_dtype": torch.bfloat16}, steps=1, dtype=torch.float64)
+    assert seen == [torch.float32] * 6 + [torch.float64] * 6, "three rows of two parameters, twice"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", [PCGrad, gradsurgery.GradDrop, gradsurgery.MGDA])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -430,6 +465,12 @@ def test_the_rest_of_a_sum_that_cancels_is_no_gradient(dtype):
         optimizer.backward([(p * r).sum() for r in rows])
         torch.testing.assert_close(p.grad, third)
         torch.testing.assert_close(optimizer.combine(rows), third)
+
+
+def test_the_rest_of_a_sum_that_cancels_in_inner_products():
+    gram = np.array([[1, -1, 0.5], [-1, 1 + 1e-12, -0.5 - 1e-9], [0.5, -0.5 - 1e-9, 1]])
+    np.testing.assert_allclose(geometry.streaming_pcgrad(gram, range(3), noise=1e-12), [2, 2, 1], rtol=1e-6)
+    assert geometry.streaming_pcgrad(gram, range(3), noise=0.0).max() > 100, "noise is what makes the difference"
 
 
 def stream_by_hand(net, losses, order, priorities=(1.0, 1.0, 1.0), present=NAMES):
