@@ -67,7 +67,7 @@ def test_rounded_rows_are_those_rows_exactly(row, dtype):
         for p, q in zip(found.parameters(), wanted.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=2e-4, atol=1e-5)
         torch.testing.assert_close(report.gram, told.gram, rtol=1e-3, atol=1e-5)
-    assert report.engine == "rows"
+    assert (report.engine, report.reason) == ("rows", "`row_dtype` and `row_device` put rows away")
     assert "rounded-rows" in report.flags
     assert "rounded-rows" not in told.flags
     assert same(optimizer.state_dict()["gradsurgery"]["class"], type(optimizer).__name__)

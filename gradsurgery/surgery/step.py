@@ -302,6 +302,7 @@ class Step:
         """How to do without rows, where the method needs no more than their inner products."""
         method, call = self.method, self.call
         refused = {
+            "`row_dtype` and `row_device` put rows away": method._puts_rows_away,
             'engine="rows" was asked for': method.engine == "rows",
             "the method looks at the rows themselves": not method.needs_gram_only,
             "micro-batches are added up row by row": call.kept is not None,
