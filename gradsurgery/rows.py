@@ -15,6 +15,9 @@ from torch.autograd.graph import GradientEdge
 
 from gradsurgery.gram import Row as Row
 
+# Entries up to which a parameter is small: calls then cost more than what they do.
+_SMALL = 2**14
+
 
 def gradient(root: Tensor | GradientEdge, params: Sequence[Tensor], seed: Tensor, retain_graph: bool) -> Row:
     """Differentiate one loss.
@@ -186,6 +189,44 @@ def combine_wide(column: Sequence[Tensor | None], weights: Sequence[float], like
     return out
 
 
+def together(rows: Sequence[Row], params: Sequence[Tensor]) -> list[list[int]]:
+    """Find small parameters whose rows can be added up in one call for many of them.
+
+    Args:
+        rows: m rows.
+        params: The parameters.
+
+    Returns:
+        Groups of places, each of one dtype and device.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for j, p in enumerate(params):
+        if p.numel() > _SMALL or p.dtype not in (torch.float32, torch.float64):
+            continue
+        shape = p.stride()
+        if all(
+            (g := row[j]) is not None and not g.is_sparse and g.dtype == p.dtype and g.stride() == shape for row in rows
+        ):
+            groups.setdefault((p.dtype, p.device), []).append(j)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def combine_together(rows: Sequence[Sequence[Tensor]], weights: Sequence[float]) -> Sequence[Tensor]:
+    """Add up the rows of many small parameters: Σ wᵢ gᵢ, in m calls whatever their number.
+
+    Args:
+        rows: m rows over parameters that :func:`together` found.
+        weights: (m,).
+
+    Returns:
+        New tensors, one a parameter.
+    """
+    total = torch._foreach_mul(list(rows[0]), weights[0])
+    for row, w in zip(rows[1:], weights[1:], strict=True):
+        torch._foreach_add_(total, list(row), alpha=w)
+    return total
+
+
 def mixed(rows: Tensor, weights: np.ndarray) -> Tensor:
     """Add up rows that lie in one matrix: Jᵀ w.
 
@@ -285,11 +326,12 @@ def peak(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     Returns:
         A scalar, float64; 0 if there are no entries.
     """
-    peaks = [
-        torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g, float("inf")).to(device, torch.float64)
-        for g in tensors
-        if (g._nnz() if g.is_sparse else g.numel())
-    ]
+    entries = [g.coalesce().values() if g.is_sparse else g for g in tensors]
+    entries = [g for g in entries if g.numel()]
+    if len({(g.device, g.dtype) for g in entries}) == 1:
+        peaks = [torch.stack(torch._foreach_norm(entries, float("inf"))).max().to(device, torch.float64)]
+    else:
+        peaks = [torch.linalg.vector_norm(g, float("inf")).to(device, torch.float64) for g in entries]
     return torch.stack(peaks).max() if peaks else torch.zeros((), dtype=torch.float64, device=device)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradsurgery.surgery.base import Surgery
 
 #: Shared entries below which rows are always formed.
-FEW = 30_000
+FEW = 100_000
 
 
 @dataclass
@@ -182,7 +182,7 @@ class Step:
         else:
             gradients = [None] * len(found.shared)
             for part, w in zip(parts, applied, strict=True):
-                for j in part:
+                for j in self._combine_small(found, part, w.tolist(), gradients):
                     column = [row[j] for row in found.rows]
                     for row in found.rows:
                         row[j] = None  # freed while consumed: never more than m rows and one parameter
@@ -207,6 +207,25 @@ class Step:
         return Report(
             self.names, values, uniform, shown, flags=method._run["flags"], engine=engine, reason=self.reason or None
         )
+
+    def _combine_small(
+        self, found: Found, part: list[int], weights: list[float], gradients: list[Tensor | None]
+    ) -> list[int]:
+        """Add up the rows of many small parameters at once. Returns the places that are left."""
+        method = self.method
+        if not method.needs_gram_only or self.observes or method._puts_rows_away or self.call.sharded:
+            return part
+        rows = found.rows[: len(weights)]
+        done: set[int] = set()
+        for group in rows_module.together([[row[j] for j in part] for row in rows], [found.shared[j] for j in part]):
+            places = [part[k] for k in group]
+            sums = rows_module.combine_together([[row[j] for j in places] for row in rows], weights)  # type: ignore[misc]
+            for j, g in zip(places, sums, strict=True):
+                gradients[j] = g
+                for row in found.rows:
+                    row[j] = None
+            done.update(places)
+        return [j for j in part if j not in done]
 
     def _direction(self, column: list[Tensor | None], applied: list[float], p: Tensor) -> Tensor | None:
         method, call = self.method, self.call
