@@ -72,6 +72,7 @@ def candidates(work: Workload) -> list[Candidate]:
         Candidate("floor", work, floor, ""),
         *(ours(work, name) for name in METHODS),
         ours(work, "PCGrad", 'PCGrad, engine="rows"', engine="rows"),
+        ours(work, "PCGrad", 'PCGrad, engine="blocks"', engine="blocks"),
         ours(work, "ConFIG"),
         *(ours(work, name) for name in WEIGHTERS),
     ]

@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--cheap", type=int, nargs="*", default=[4], help="numbers of tasks for the cheap modes")
     parser.add_argument("--curves", action="store_true", help="time and memory against m and the number of parameters")
     parser.add_argument("--curve-tasks", type=int, nargs="*", default=[2, 4, 8, 16, 32, 64])
-    parser.add_argument("--curve-sizes", type=float, nargs="*", default=[1e5, 1e6, 1e7])
+    parser.add_argument("--curve-sizes", type=float, nargs="*", default=[1e5, 1e6, 1e7, 1e8])
     parser.add_argument("--write", type=Path, help="write the page here, and the figures beside it as JSON")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # other libraries warn in every step
