@@ -32,8 +32,8 @@ of the backward phase beyond the model and the graph of the losses, in sizes of 
 own gradient is one such size.
 
 `PCGrad` and the other methods use the default engine, which spares weight gradients of single losses where the shapes
-say that it pays; `engine="rows"` always forms them; `engine="blocks"` forms those of one part of the model at a time and
-ends with one more backward pass. All methods here act on the trunk, the heads are private.
+say that it pays; `engine="rows"` always forms them; `engine="blocks"` forms those of one part of the model at a time
+and ends with one more backward pass. All methods here act on the trunk, the heads are private.
 `GradNormWeighter` measures gradient norms at the last shared weight: m short passes and a full one.
 
 TorchJD's settings: *sequential* and *vmapped* are `autojac.backward` with `parallel_chunk_size` 1 and None;

@@ -41,7 +41,7 @@ class EngineCost:
     """What one engine would cost.
 
     Args:
-        engine: "rows", "ghosts" or "blocks".
+        engine: "rows", "ghosts", "blocks" or "streaming".
         milliseconds: Predicted time of ``backward``, without the forward pass.
         times: The same, in units of m bare backward passes, one a loss.
         megabytes: Predicted memory beyond what the backward pass of the plain sum needs at its peak, in 10⁶ bytes.
@@ -160,9 +160,12 @@ def estimate(optimizer_or_model: Optimizer | nn.Module, losses: Losses) -> Estim
     free = _free(seeds[0].device)
     entries = sum(p.numel() for p in shared)
     wants = method.engine if isinstance(method, Surgery) else "auto"
-    found = {"rows": _rows(shared, m)}
+    if isinstance(method, Surgery) and method.streaming:
+        wants, found = "streaming", {"streaming": _streaming(shared, m)}
+    else:
+        found = {"rows": _rows(shared, m, method if isinstance(method, Surgery) else None)}
     reason = "the method looks at the rows themselves"
-    if not isinstance(method, Surgery) or method.needs_gram_only:
+    if wants != "streaming" and (not isinstance(method, Surgery) or method.needs_gram_only):
         reason = "by their shapes all layers are cheaper as rows"
         if entries < FEW and wants == "auto":
             reason = f"fewer than {FEW} shared entries"
@@ -173,7 +176,8 @@ def estimate(optimizer_or_model: Optimizer | nn.Module, losses: Losses) -> Estim
             found["blocks"] = _blocks(cut, m, floor)
     chosen = wants if wants in found else "ghosts" if wants == "auto" and "ghosts" in found else "rows"
     if wants != "auto":
-        reason = f'engine="{wants}"' + ("" if chosen == wants else " cannot serve here")
+        asked = "streaming=True" if wants == "streaming" else f'engine="{wants}"'
+        reason = asked + ("" if chosen == wants else " cannot serve here")
     engines = tuple(
         EngineCost(
             engine,
@@ -203,9 +207,18 @@ def _floor(roots: Sequence[Tensor | GradientEdge], seeds: Sequence[Tensor], para
     return sum(_shortest(once(i), seeds[i].device) for i in range(len(roots)))
 
 
-def _rows(shared: Sequence[Tensor], m: int) -> _More:
-    held = m * _bytes(shared) + max(map(_size, shared), default=0) + _BUCKET - _bytes(shared)
+def _rows(shared: Sequence[Tensor], m: int, method: Surgery | None) -> _More:
+    row = float(_bytes(shared))
+    if method is not None and method.row_dtype is not None:
+        row = float(sum(p.numel() * min(p.element_size(), method.row_dtype.itemsize) for p in shared))
+    # Rows in the memory of the host are not this device's affair, but for one.
+    kept = 1 if method is not None and method.row_device not in (None, *{p.device for p in shared}) else m
+    held = kept * row + max(map(_size, shared), default=0) + _BUCKET - _bytes(shared)
     return _More(sum(_products_and_sum(shared, m)), held)
+
+
+def _streaming(shared: Sequence[Tensor], m: int) -> _More:
+    return _More((m - 1) * sum(_products_and_sum(shared, 2)), float(_bytes(shared)))
 
 
 def _products_and_sum(shared: Sequence[Tensor], m: int) -> tuple[float, float]:

@@ -57,6 +57,8 @@ def test_the_first_engine_is_the_one_that_is_taken():
         (gradsurgery.MGDA, {"engine": "rows"}),
         (gradsurgery.MGDA, {"engine": "blocks"}),
         (gradsurgery.GradDrop, {}),
+        (gradsurgery.PCGrad, {"streaming": True}),
+        (gradsurgery.PCGrad, {"row_dtype": torch.bfloat16}),
     ]:
         optimizer = method(base, **options)
         found = gradsurgery.estimate(optimizer, losses_of(model, x))
@@ -64,6 +66,17 @@ def test_the_first_engine_is_the_one_that_is_taken():
         assert found.engines[0].engine == report.engine
         assert report.reason
         base.zero_grad()
+
+
+def test_rows_in_half_precision_take_half():
+    model, x = wide()
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    full, half = (
+        gradsurgery.estimate(gradsurgery.PCGrad(base, engine="rows", **options), losses_of(model, x))
+        for options in ({}, {"row_dtype": torch.bfloat16})
+    )
+    saved = full.engines[0].megabytes - half.engines[0].megabytes
+    assert saved == pytest.approx(full.tasks * 2 * full.shared / 1e6)
 
 
 def test_small_models_form_rows():

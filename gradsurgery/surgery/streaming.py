@@ -105,6 +105,7 @@ def report(step: Step) -> Report:
         norms=norms if shared else None,
         flags=method._run["flags"],
         engine="streaming",
+        reason="streaming=True was asked for",
     )
 
 
