@@ -159,7 +159,8 @@ class Monitor:
     def history(self) -> dict[str, np.ndarray]:
         """The numbers of all recorded steps, (steps,) each, nan where there was none.
 
-        Keys: "total", "loss/NAME", "weight/NAME", "norm/NAME", "cosine/NAME/NAME", "conflict_rate".
+        Keys: "total", "loss/NAME", "weight/NAME", "norm/NAME", "cosine/NAME/NAME", "conflict_rate",
+        "projections".
         """
         return {key: np.array(column) for key, column in self._columns.items()}
 
@@ -167,7 +168,7 @@ class Monitor:
         """One column of the history.
 
         Args:
-            kind: "loss", "weight", "norm", "cosine", "total" or "conflict_rate".
+            kind: "loss", "weight", "norm", "cosine", "total", "conflict_rate" or "projections".
             *names: The task, or two for a cosine, in any order.
 
         Returns:
@@ -424,7 +425,7 @@ def scalars(report: Report) -> dict[str, float]:
 
     Returns:
         "total", "loss/NAME", and where the method has them "weight/NAME", "norm/NAME", "cosine/NAME/NAME" for each pair
-        and "conflict_rate".
+        "conflict_rate", and "projections".
     """
     return dict(_scalars(report))
 
@@ -444,6 +445,8 @@ def _scalars(report: Report) -> Iterator[tuple[str, float]]:
         rate = report.conflict_rate
         assert rate is not None
         yield "conflict_rate", rate
+    if report.projections is not None:
+        yield "projections", float(report.projections)
 
 
 def needs(what: str, package: str) -> str:

@@ -602,6 +602,7 @@ class MultiLossOptimizer(Optimizer):
                 features=(),
                 call=None,
                 residuals=None,
+                projections=None,
             )
 
     def _check_names(self, tasks: Tasks) -> None:

@@ -27,6 +27,7 @@ class Report:
         flags: What was unusual.
         engine: How gradients were found.
         reason: Why in that way.
+        projections: How often one gradient was projected off another, or None.
 
     Attributes:
         names: Names of the tasks present in the call, (m,), in the order given.
@@ -37,6 +38,8 @@ class Report:
             :class:`gradsurgery.surgery.base.Surgery`), "slices" (rows spread over processes), "streaming" (see
             :class:`gradsurgery.PCGrad`), or "one pass". None if nothing was differentiated.
         reason: Why rows were formed or spared, in words. None where there was nothing to choose.
+        projections: How often a gradient was projected off another, for the methods that do so pair by pair (PCGrad,
+            GradVac); with one surgery a parameter or group, over all of them. None for all other methods.
         flags: What was unusual, for example "stationary", "rank-deficient", "nonfinite", "warmup", "reused",
             "rounded-rows".
     """
@@ -51,11 +54,13 @@ class Report:
         flags: Sequence[str] = (),
         engine: str | None = None,
         reason: str | None = None,
+        projections: int | None = None,
     ) -> None:
         self.names = tuple(names)
         self.flags = tuple(dict.fromkeys(flags))
         self.engine = engine
         self.reason = reason
+        self.projections = projections
         self.weights = None if weights is None else dict(zip(self.names, map(float, weights), strict=True))
         self._losses = losses
         self._gram = gram
@@ -115,7 +120,10 @@ class Report:
         Returns:
             Field names to values.
         """
-        fields = ("losses", "total", "objective", "weights", "norms", "cosines", "conflict_rate", "engine", "flags")
+        fields = (
+            *("losses", "total", "objective", "weights", "norms", "cosines"),
+            *("conflict_rate", "projections", "engine", "flags"),
+        )
         return {field: value for field in fields if (value := getattr(self, field)) is not None}
 
     def __repr__(self) -> str:

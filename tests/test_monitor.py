@@ -50,12 +50,13 @@ def test_records_every_number_of_every_step():
     history = monitor.history
     assert set(history) == {
         *("total", "loss/a", "loss/b", "weight/a", "weight/b"),
-        *("norm/a", "norm/b", "cosine/a/b", "conflict_rate"),
+        *("norm/a", "norm/b", "cosine/a/b", "conflict_rate", "projections"),
     }
     assert history["total"].tolist() == [4.0, 4.0]
     assert history["norm/b"] == pytest.approx([2.0, 1.0])
     assert history["cosine/a/b"] == pytest.approx([-0.6, 0.6])
     assert history["conflict_rate"].tolist() == [1.0, 0.0]
+    assert history["projections"].tolist() == [2.0, 0.0]
     assert history["weight/a"] == pytest.approx([first.weights["a"], 1.0])
     assert monitor.column("cosine", "b", "a").tolist() == history["cosine/a/b"].tolist()
     assert monitor.cosines == pytest.approx(np.array([[1.0, 0.0], [0.0, 1.0]]))
@@ -441,3 +442,19 @@ def test_balanced_conflict_is_quiet():
     theta, optimizer = linear()
     Monitor(optimizer)
     assert caught(lambda: walk(theta, optimizer, INACTIVE_STEPS + 1, a=A, b=B)) == []
+
+
+@pytest.mark.parametrize("engine", ["rows", "ghosts"])
+def test_projections_are_counted(engine):
+    """Two gradients that oppose each other: each is projected off the other. The third opposes neither."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([p], lr=0.1), engine=engine)
+    rows = torch.tensor([[1.0, 0.2], [-1.0, 0.2], [0.0, 1.0]])
+    with gradsurgery.Monitor(optimizer) as monitor:
+        for chosen in ([0, 1, 2], [0, 2]):
+            optimizer.zero_grad()
+            report = optimizer.backward({str(i): (rows[i] * p).sum() for i in chosen})
+            optimizer.step()
+    assert monitor.column("projections").tolist() == [2.0, 0.0]
+    assert report.as_dict()["projections"] == 0
+    assert gradsurgery.MGDA(optimizer.base).backward([(row * p).sum() for row in rows]).projections is None

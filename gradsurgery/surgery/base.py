@@ -248,6 +248,15 @@ class Surgery(MultiLossOptimizer):
         """
         return rows_module.combine(column, applied, like)
 
+    def count_projections(self, mixing: np.ndarray) -> None:
+        """Note for the report how many projections were made.
+
+        Args:
+            mixing: Row i holds the weights of task i's projected gradient, (m, m).
+        """
+        made = int(np.count_nonzero(mixing)) - int(np.count_nonzero(mixing.diagonal()))
+        self._run["projections"] = made + (self._run.get("projections") or 0)
+
     def row_state(self, key: str, name: str, params: Sequence[Tensor]) -> list[Tensor | None]:
         """Read a row kept in the memory.
 

@@ -62,4 +62,5 @@ class GradVac(Surgery):
             a: dict(zip(self.names, row, strict=True)) for a, row in zip(self.names, targets.tolist(), strict=True)
         }
         self.memory["targets"] = {**kept, **{a: {**kept.get(a, {}), **row} for a, row in moved.items()}}
+        self.count_projections(mixing)
         return mixing.sum(axis=0)

@@ -120,7 +120,9 @@ class PCGrad(Surgery):
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         if self.streaming:
             return geometry.streaming_pcgrad(gram, self.visiting_order(), noise=self.noise)
-        return geometry.pcgrad_mixing(gram, self.visiting_orders(self.shuffle)).sum(axis=0)
+        mixing = geometry.pcgrad_mixing(gram, self.visiting_orders(self.shuffle))
+        self.count_projections(mixing)
+        return mixing.sum(axis=0)
 
     def pc_backward(self, losses: Losses) -> Report:
         """The name that other implementations give to ``backward``.

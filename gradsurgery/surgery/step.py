@@ -205,7 +205,14 @@ class Step:
         engine = "slices" if found.slices is not None else "rows" if found.ghosts is None else found.ghosts.engine
         shown = gram[:m, :m] if found.shared else None
         return Report(
-            self.names, values, uniform, shown, flags=method._run["flags"], engine=engine, reason=self.reason or None
+            self.names,
+            values,
+            uniform,
+            shown,
+            flags=method._run["flags"],
+            engine=engine,
+            reason=self.reason or None,
+            projections=method._run.get("projections"),
         )
 
     def _combine_small(
