@@ -27,12 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="gradsurgery", description=gradsurgery.__doc__)
     parser.add_argument("--version", action="version", version=f"gradsurgery {gradsurgery.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:
         own = commands.add_parser(command.NAME, help=command.HELP, description=command.__doc__)
         command.arguments(own)
         own.set_defaults(run=command.run)
     args = parser.parse_args(argv)
+    if "run" not in args:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         code: int = args.run(args)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -23,6 +22,7 @@ from torch import Tensor
 
 import gradsurgery
 from gradsurgery import MGDA, GradNormWeighter, MultiLossOptimizer, PCGrad
+from gradsurgery.commands import complain, say_json, whole
 from gradsurgery.problems import digits
 from gradsurgery.problems.digits import DigitFinder, Scenes
 
@@ -552,21 +552,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("--quick", action="store_true", help="one seed and fewer steps: a first look, under a minute")
     parser.add_argument(
-        "--output", type=Path, default=Path("out/demo"), help="folder for pictures and numbers (%(default)s)"
+        "--output",
+        type=Path,
+        default=Path("out/demo"),
+        metavar="FOLDER",
+        help="folder for pictures and numbers (%(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (%(default)s)")
-    parser.add_argument("--seeds", type=_positive, help=f"number of seeds ({len(Settings.seeds)}; quick: 1)")
-    parser.add_argument("--steps", type=_positive, help=f"training steps ({Settings.steps}; quick: {QUICK_STEPS})")
-    parser.add_argument("--jobs", type=_positive, help="trainings at the same time (one a core, 4 at most)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="the first seed (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=whole(1), metavar="N", help=f"number of seeds ({len(Settings.seeds)}; quick: 1)"
+    )
+    parser.add_argument(
+        "--steps", type=whole(1), metavar="N", help=f"training steps ({Settings.steps}; quick: {QUICK_STEPS})"
+    )
+    parser.add_argument("--jobs", type=whole(1), metavar="N", help="trainings at the same time (one a core, 4 at most)")
     parser.add_argument("--all", action="store_true", help="more variants of the methods, at twice the time")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    parser.add_argument("--json", action="store_true", help="the numbers as JSON, instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -580,13 +582,13 @@ def run(args: argparse.Namespace) -> int:
     """
     missing = [package for module, package in EXTRA.items() if not _importable(module)]
     if missing:
-        _complain(f'the demo needs {" and ".join(missing)}. Install what it needs: pip install "gradsurgery[demo]"')
-        return 2
+        return complain(
+            NAME, f'the demo needs {", ".join(missing)}. Install what it needs: pip install "gradsurgery[demo]"'
+        )
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _complain(f"cannot write to {args.output}: {error.strerror}. Choose another folder with --output.")
-        return 2
+        return complain(NAME, f"cannot write to {args.output}: {error.strerror}. Choose another folder with --output.")
 
     count = args.seeds or (1 if args.quick else len(Settings.seeds))
     settings = Settings(
@@ -600,8 +602,12 @@ def run(args: argparse.Namespace) -> int:
         runs = train_all(methods, settings, watch)
     table = rows(methods, runs)
     seconds = time.perf_counter() - began
-    _show(methods, table, settings, seconds)
-    _save(methods, runs, table, settings, args.output)
+    numbers = summary(methods, runs, table, settings)
+    _save(table, numbers, settings, args.output)
+    if args.json:
+        say_json(numbers)
+    else:
+        _show(methods, table, settings, seconds, args.output)
     return 0
 
 
@@ -613,10 +619,6 @@ def _importable(module: str) -> bool:
     return True
 
 
-def _complain(message: str) -> None:
-    sys.stderr.write(f"gradsurgery {NAME}: {message}\n")
-
-
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # what this process may use, not what the machine has
         return len(os.sched_getaffinity(0))
@@ -625,6 +627,7 @@ def _cores() -> int:
 
 @contextmanager
 def _progress(methods: Sequence[Method], settings: Settings, shown: bool) -> Iterator[Callable[[Sequence[int]], None]]:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     steps = settings.steps * len(settings.seeds)
@@ -634,7 +637,8 @@ def _progress(methods: Sequence[Method], settings: Settings, shown: bool) -> Ite
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, disable=not shown) as progress:
+    # On standard error, so that what is piped is the result alone.
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         whole = progress.add_task("[bold]all methods", total=steps * len(methods))
         bars = [progress.add_task(method.name, total=steps) for method in methods]
 
@@ -646,7 +650,7 @@ def _progress(methods: Sequence[Method], settings: Settings, shown: bool) -> Ite
         yield watch
 
 
-def _show(methods: Sequence[Method], table: Sequence[Row], settings: Settings, seconds: float) -> None:
+def _show(methods: Sequence[Method], table: Sequence[Row], settings: Settings, seconds: float, folder: Path) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -654,7 +658,7 @@ def _show(methods: Sequence[Method], table: Sequence[Row], settings: Settings, s
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)  # a file or a pipe has room
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for number, heading in enumerate(COLUMNS):
         grid.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in table:
@@ -663,17 +667,12 @@ def _show(methods: Sequence[Method], table: Sequence[Row], settings: Settings, s
     for sentence in remarks(methods, table, settings):
         console.print(sentence, highlight=False)
     console.print(f"Trained in {seconds:.0f} s, {settings.jobs} at a time.", highlight=False)
+    console.print(f"Pictures and numbers are in {folder}.", highlight=False)
 
 
-def _save(
-    methods: Sequence[Method], runs: Sequence[Run], table: Sequence[Row], settings: Settings, folder: Path
-) -> None:
-    from rich.console import Console
-
+def _save(table: Sequence[Row], numbers: dict[str, Any], settings: Settings, folder: Path) -> None:
     from gradsurgery import demo_pictures
 
     (folder / "table.md").write_text(markdown(table), encoding="utf-8")
-    numbers = json.dumps(summary(methods, runs, table, settings), indent=1)
-    (folder / "numbers.json").write_text(numbers + "\n", encoding="utf-8")
+    (folder / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     demo_pictures.draw(table, held_out_scenes()[1], settings, folder)
-    Console().print(f"Pictures and numbers are in {folder}.", highlight=False)

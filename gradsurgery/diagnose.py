@@ -26,7 +26,7 @@ from gradsurgery.losses import Losses
 from gradsurgery.report import Report
 from gradsurgery.surgery.base import Surgery
 from gradsurgery.surgery.pcgrad import PCGrad
-from gradsurgery.text import grid, number, wrapped
+from gradsurgery.text import grid, number, terminal_width, wrapped
 from gradsurgery.weighting.softadapt import SoftAdaptWeighter
 
 #: A pair conflicts if its mean cosine is below −CONFLICT and more than ERRORS standard errors below 0. Gradients that
@@ -151,21 +151,32 @@ class Diagnosis:
             entry["conflicts"] = pair.conflicts
         return {key: _plain(value) for key, value in found.items()}
 
-    def __str__(self) -> str:
+    def text(self, width: int) -> str:
+        """Everything in words and tables.
+
+        Args:
+            width: Characters of a line.
+
+        Returns:
+            Lines.
+        """
         used = self.batches - self.skipped
         parts = [f"{_several(used, 'batch', 'batches')}, {_several(len(self.names), 'loss', 'losses')}"]
         if self.skipped:
             parts[0] += f" ({self.skipped} more left out: not finite)"
         parts[0] += ".\n"
-        parts.append(self._losses_table())
+        parts.append(self._losses_table(width))
         if self.pairs:
-            parts.append(self._pairs_table())
+            parts.append(self._pairs_table(width))
         if self.costs:
-            parts.append(self._costs_table())
-        parts.append(wrapped(self.advice, 100))
+            parts.append(self._costs_table(width))
+        parts.append(wrapped(self.advice, width))
         return "\n".join(parts)
 
-    def _losses_table(self) -> str:
+    def __str__(self) -> str:
+        return self.text(terminal_width())
+
+    def _losses_table(self, width: int) -> str:
         rows = []
         for name in self.names:
             low, middle, high = self.losses[name]
@@ -176,9 +187,9 @@ class Diagnosis:
                 cells[4:] = [_share(self.kept[name]), f"{self.rises[name]:.0%}"]
             rows.append(cells)
         headings = ("loss", "median", "range", "gradient norm", "keeps of its descent", "raised by the sum")
-        return grid(headings, rows)
+        return grid(headings, rows, width=width)
 
-    def _pairs_table(self) -> str:
+    def _pairs_table(self, width: int) -> str:
         rows = [
             (
                 f"{pair.first}, {pair.second}",
@@ -188,9 +199,9 @@ class Diagnosis:
             )
             for pair in self.pairs
         ]
-        return grid(("pair", "mean cosine", "in conflict", ""), rows, left=(0, 3))
+        return grid(("pair", "mean cosine", "in conflict", ""), rows, left=(0, 3), width=width)
 
-    def _costs_table(self) -> str:
+    def _costs_table(self, width: int) -> str:
         rows = [
             (
                 cost.family,
@@ -201,7 +212,8 @@ class Diagnosis:
             )
             for cost in self.costs
         ]
-        return grid(("forward and backward", "measured with", "ms", "× plain sum", "peak MB"), rows, left=(0, 1))
+        headings = ("forward and backward", "measured with", "ms", "× plain sum", "peak MB")
+        return grid(headings, rows, left=(0, 1), width=width)
 
 
 def diagnose(

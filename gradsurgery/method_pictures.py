@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def draw_paths(problem: Problem, paths: Mapping[str, Sequence[Tensor]], path: Pa
         The figure.
     """
     with style(DARK if dark else LIGHT) as palette:
-        across = min(3, len(paths) + 1)
+        across = min(3, len(paths) + 1) if len(paths) < 9 else 6
         down = -(-(len(paths) + 1) // across)
         figure = Figure(figsize=(0.3 + 2.75 * across, 2.8 * down), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False).ravel()
@@ -170,7 +171,7 @@ def draw_paths(problem: Problem, paths: Mapping[str, Sequence[Tensor]], path: Pa
         front = torch.stack(problem.losses(problem.pareto_set()), dim=-1).numpy()
         last = panels[len(paths)]
         last.plot(*front.T, color=palette.grey, alpha=0.45, lw=5, solid_capstyle="round")
-        for panel, (name, own), colour in zip(panels, paths.items(), palette.lines, strict=False):
+        for panel, (name, own), colour in zip(panels, paths.items(), cycle(palette.lines), strict=False):
             _landscape(panel, problem, frame, palette)
             for walk in own:
                 panel.plot(*walk[:, :2].numpy().T, color=colour, lw=1.3)
@@ -180,7 +181,16 @@ def draw_paths(problem: Problem, paths: Mapping[str, Sequence[Tensor]], path: Pa
                 last.plot(*values, "o", color=colour, mec=palette.paper, mew=0.7, ms=6, zorder=3, alpha=0.9)
             panel.set(xlim=frame[:2], ylim=frame[2:])
             panel.set_title(name, color=colour)
-        last.set_title("losses at the ends")
+        low, high = front.min(axis=0), front.max(axis=0)
+        room = 4 * np.where(high > low, high - low, 1.0)  # one method that diverges would make a point of the front
+        ends = np.array([[float(loss) for loss in problem.losses(walk[-1])] for own in paths.values() for walk in own])
+        outside = int((~(ends <= high + room).all(axis=1)).sum())
+        top = np.minimum(np.fmax(high, np.where(np.isfinite(ends), ends, high).max(axis=0)), high + room)
+        last.set(
+            xlim=(low[0] - 0.05 * (top - low)[0], low[0] + 1.05 * (top - low)[0]),
+            ylim=(low[1] - 0.05 * (top - low)[1], low[1] + 1.05 * (top - low)[1]),
+        )
+        last.set_title("losses at the ends" + (f", {outside} beyond" if outside else ""))
         last.set_xlabel("loss 1 (grey: Pareto front)", labelpad=1)
         last.set_ylabel("loss 2", labelpad=1)
         for panel in panels[len(paths) + 1 :]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
+from gradsurgery.text import number
 from gradsurgery.weighting.fixed import FixedWeighter
 
 if TYPE_CHECKING:
@@ -38,16 +39,20 @@ class Monitor:
     """Collect the reports of an optimizer, one for each committed step, without any more backward passes.
 
     It hears of a step by a hook behind the step of the wrapped optimizer, and reads the report that is there anyway. It
-    keeps numbers only, about 8 bytes each: no graph, no tensor. A step that a gradient scaler skipped is not seen. One
-    that committed nothing, such as a batch passed over under ``nonfinite="skip"``, is counted in `skipped`.
+    keeps numbers only, about 8 bytes each: no graph, no tensor. There are 4 m + 2 + m (m − 1) / 2 of them a step at
+    most, so that 100,000 steps take some 20 MB with 3 tasks and 200 MB with 20; `every` divides that. A step that a
+    gradient scaler skipped is not seen. One that committed nothing, such as a batch passed over under
+    ``nonfinite="skip"``, is counted in `skipped`.
 
     It warns, once for each task and reason, when
 
     * all weights have been those of the plain sum in 500 steps in a row, so that the method only costs time (outside of
       sum scale: equal, and the same in every step);
-    * a weight has been below 0.001 of the mean weight in 100 recorded steps in a row (collapsed), or above 1000 times
-      the mean weight of the first recorded step (run away);
-    * one task's share of the weighted gradient norms has been above 0.95 in 100 recorded steps in a row.
+    * a weight has been below 0.001 of the mean weight in 100 recorded steps in a row, and the weighted gradient norm
+      (the weighted loss, where norms are unknown) below 0.001 of its mean, too: collapsed. A small weight that only
+      evens out a large loss is what it is for;
+    * a weight has been above 1000 times the mean weight of the first recorded step in as many: run away;
+    * one task's share of the weighted gradient norms has been above 0.95 in as many.
 
     Steps of warm-up and steps with one task do not count. Methods with a primary task follow it on purpose, and are not
     looked at.
@@ -111,6 +116,7 @@ class Monitor:
         self.advice: list[str] = []
         self._columns: dict[str, array[float]] = {}
         self._names: list[str] = []
+        self._kinds: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all steps with the same flags
         self._last_report: Report | None = optimizer.report
         self._watch = _Watch(optimizer, self.advice)
         # Torch drops hooks when an optimizer is pickled or copied, so the copy is not watched and this monitor stays.
@@ -127,6 +133,7 @@ class Monitor:
             self.skipped += 1
             return
         step = run["pending"]["step"] + 1
+        self._watch.rest(report)
         if (step - 1) % self.every == 0:
             self._record(step, report)
 
@@ -142,11 +149,11 @@ class Monitor:
         for key, column in self._columns.items():
             column.append(values.get(key, math.nan))
         self.steps.append(step)
-        self.flags.append(report.flags)
+        self.flags.append(self._kinds.setdefault(report.flags, report.flags))
         if self.writer is not None:
             for key, value in values.items():
                 self.writer.add_scalar(f"gradsurgery/{key}", value, step)
-        self._watch.see(step, report)
+        self._watch.see(report)
         if self.callback is not None:
             self.callback(step, report)
 
@@ -244,9 +251,9 @@ class Monitor:
         """Sum the run up: a row a task.
 
         Returns:
-            A table to print with rich. It has the losses at both ends of the run, the mean weight with its extremes,
-            the median gradient norm, the mean share of the update, the task that it disagrees with most, and how often
-            it did.
+            A table to print with rich, in 60 columns or more. It has the losses at both ends of the run, the mean
+            weight with its extremes, the median gradient norm, the mean share of the update, and the task that it
+            disagrees with most, with their mean cosine and how often they were in conflict.
 
         Raises:
             RuntimeError: Rich is not installed.
@@ -254,50 +261,50 @@ class Monitor:
         try:
             from rich import box
             from rich.table import Table
+            from rich.text import Text
         except ModuleNotFoundError:
             raise RuntimeError(needs("table", "rich")) from None
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left")
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 0, 0, 1),
+            title_justify="left",
+            caption_justify="left",
+        )
         table.title = f"{self.optimizer._name}: {_counted(len(self), 'recorded step')}"
+        # In a narrow terminal a cell takes several lines; only names are broken within a word.
         for heading in (
             "task",
-            "loss\nfirst",
-            "loss\nlast",
+            "loss\nfirst → last",
             "weight\nmean (range)",
-            "gradient\nnorm",
-            "share of\nupdate",
+            "gradient norm,\nshare of update",
+            "most opposed,\ncosine, conflict",
         ):
-            table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=True)
-        table.add_column("most opposed\ncosine", justify="right", no_wrap=True)
-        table.add_column("conflict", justify="right", no_wrap=True)
-        shares = self.shares
-        for name in self._names:
+            left = heading.startswith(("task", "most"))
+            table.add_column(heading, justify="left" if left else "right", overflow="fold")
+        shares, cosines, rates = self.shares, self.cosines, self.conflict_rates
+        for i, name in enumerate(self._names):
             losses = _known(self.column("loss", name))
             weights, norms = _known(self.column("weight", name)), _known(self.column("norm", name))
-            other, cosine, rate = self._opposed(name)
-            table.add_row(
+            share = _mean(shares[name])
+            apart = np.where(np.arange(len(self._names)) == i, math.nan, cosines[i])
+            worst = None if np.isnan(apart).all() else int(np.nanargmin(apart))
+            cells = (
                 name,
-                f"{losses[0]:.4g}" if len(losses) else "",
-                f"{losses[-1]:.4g}" if len(losses) else "",
-                f"{weights.mean():.3g} ({weights.min():.3g}–{weights.max():.3g})" if len(weights) else "–",
-                f"{np.median(norms):.3g}" if len(norms) else "–",
-                "–" if math.isnan(share := _mean(shares[name])) else f"{share:.0%}",
-                "–" if other is None else f"{other} {cosine:+.2f}",
-                "–" if other is None else f"{rate:.0%}",
+                f"{number(losses[0])} → {number(losses[-1])}" if len(losses) else "–",
+                f"{number(weights.mean())} ({number(weights.min())} – {number(weights.max())})"
+                if len(weights)
+                else "–",
+                (number(np.median(norms)) if len(norms) else "–") + ("" if math.isnan(share) else f", {share:.0%}"),
+                "–" if worst is None else f"{self._names[worst]} {apart[worst]:+.2f}, {rates[i, worst]:.0%}",
             )
+            table.add_row(*map(Text, cells))
         counts = Counter(flag for flags in self.flags for flag in flags)
         lines = [f"flags: {', '.join(f'{flag} {n}' for flag, n in counts.most_common())}"] if counts else []
         lines += [f"{_counted(self.skipped, 'step')} committed nothing"] if self.skipped else []
-        table.caption = "\n".join([*lines, *self.advice]) or None
+        table.caption = Text("\n".join([*lines, *self.advice])) if lines or self.advice else None
         return table
-
-    def _opposed(self, name: str) -> tuple[str | None, float, float]:
-        """The task that another disagrees with most, their mean cosine, and how often they conflict."""
-        i = self._names.index(name)
-        others = [j for j in range(len(self._names)) if j != i and not math.isnan(self.cosines[i, j])]
-        if not others:
-            return None, math.nan, math.nan
-        j = min(others, key=lambda j: self.cosines[i, j])
-        return self._names[j], float(self.cosines[i, j]), float(self.conflict_rates[i, j])
 
     def plot(self, path: str | Path | None = None, *, dark: bool = False) -> Figure:
         """Draw the run: losses, weights, mean cosines and gradient norms.
@@ -323,6 +330,19 @@ class Monitor:
         return monitor_pictures.draw(self, path, dark)
 
 
+#: What to do about a task that drives the update: because its gradient is longest, or since the method prefers it.
+_LOUD = (
+    "Its gradient is the longest. Give it a smaller constant factor, or take a method that does not feel the size of a "
+    "loss (ConFIG, NashMTL, IMTLG), or put a weighter inside: PCGrad(GradNormWeighter(...)). gradsurgery.diagnose "
+    "suggests constants."
+)
+_CHOSEN = (
+    "Its gradient is not the longest: the method's weights make it so, as MGDA's do for the shortest. Bring the losses "
+    'to one size (constant factors, or normalize="loss" in a surgery), bound the weights (max_weight=), or take a '
+    "method that does not feel the size of a loss (ConFIG, NashMTL, IMTLG)."
+)
+
+
 class _Watch:
     """Looks for what goes wrong slowly.
 
@@ -333,39 +353,58 @@ class _Watch:
 
     def __init__(self, optimizer: MultiLossOptimizer, advice: list[str]) -> None:
         self.name = optimizer._name
-        self.by_priority = optimizer.scale == "priority"
         # Constant weights are meant to stay as they are.
         self.may_rest = isinstance(optimizer, FixedWeighter)
+        # Methods with a primary task follow it on purpose.
+        self.by_priority = optimizer.scale == "priority"
+        # In sum scale the weights of the plain sum are known.
         self.sum_scale = optimizer.scale == "sum"
         self.mean = optimizer.reduction == "mean"
-        self.last_mean = math.nan
         self.advice = advice
-        self.last_step: int | None = None
-        self.equal = 0
+        self.resting = 0
+        self.last_mean = math.nan
         self.first_mean = 0.0
         self.since: Counter[tuple[str, str]] = Counter()
         self.said: set[tuple[str, str]] = set()
 
-    def see(self, step: int, report: Report) -> None:
-        """Look at one step.
+    def rest(self, report: Report) -> None:
+        """Look whether a step, recorded or not, was that of the plain sum.
 
         Args:
-            step: Its number.
             report: What happened in it.
         """
-        passed = step - self.last_step if self.last_step is not None and step > self.last_step else 1
-        self.last_step = step
-        if report.weights is None or len(report.names) < 2 or "warmup" in report.flags or self.by_priority:
+        if self.may_rest or (weights := self._weights(report)) is None:
             return
-        sizes = {name: abs(weight) for name, weight in report.weights.items()}
-        mean = sum(sizes.values()) / len(sizes)
-        if not mean > 0:
-            return
-        self._see_rest(list(report.weights.values()), mean, passed)
+        mean = sum(map(abs, weights.values())) / len(weights)
+        # Outside of sum scale a method rests if all weights are equal and stay what they are.
+        rest = (1.0 / len(weights) if self.mean else 1.0) if self.sum_scale else self.last_mean
         self.last_mean = mean
+        rests = max(abs(weight - rest) for weight in weights.values()) <= EQUAL * mean
+        self.resting = self.resting + 1 if rests else 0
+        if self.resting >= INACTIVE_STEPS and ("inactive", "") not in self.said:
+            self.said.add(("inactive", ""))
+            self._say(
+                f"all weights have been equal for {self.resting} steps: every update was that of the plain sum, at the "
+                "method's price. Train the plain sum, or let gradsurgery.diagnose say what the losses need."
+            )
+
+    def see(self, report: Report) -> None:
+        """Look at a recorded step.
+
+        Args:
+            report: What happened in it.
+        """
+        if (weights := self._weights(report)) is None:
+            return
+        sizes = {name: abs(weight) for name, weight in weights.items()}
+        mean = sum(sizes.values()) / len(sizes)
         self.first_mean = self.first_mean or mean
+        norms = report.norms
+        parts = {name: size * abs((norms or report.losses)[name]) for name, size in sizes.items()}
+        total = sum(parts.values())
         for name, size in sizes.items():
-            if self._lasts("collapsed", name, size < COLLAPSED * mean):
+            collapsed = size < COLLAPSED * mean and not parts[name] * len(parts) >= COLLAPSED * total
+            if self._lasts("collapsed", name, collapsed):
                 self._say(
                     f"the weight of {name!r} has been below {COLLAPSED:g} of the mean weight for {LASTING} recorded "
                     "steps: the loss is hardly trained. Set min_weight=0.1 (or another floor), or divide the losses by "
@@ -377,30 +416,19 @@ class _Watch:
                     f"{self.first_mean:.3g} at the start. Set max_weight=10 (or another ceiling), or lower the "
                     "learning rate."
                 )
-        norms = report.norms
-        if norms is not None and (total := sum(sizes[name] * norms[name] for name in sizes)) > 0:
-            for name, size in sizes.items():
-                share = size * norms[name] / total
-                if self._lasts("drives", name, share > DRIVES):
-                    self._say(
-                        f"{name!r} drives the update: {share:.1%} of the weighted gradient norms are its own, for "
-                        f"{LASTING} recorded steps. Give it a smaller constant factor, or take a method that does not "
-                        "feel the size of a loss (ConFIG, NashMTL, IMTLG), or put a weighter inside: "
-                        "PCGrad(GradNormWeighter(...)). gradsurgery.diagnose suggests constants."
-                    )
+            if norms is not None and self._lasts("drives", name, parts[name] > DRIVES * total):
+                loudest = norms[name] >= max(norms.values())
+                self._say(
+                    f"{name!r} drives the update: {parts[name] / total:.1%} of the weighted gradient norms are its "
+                    f"own, for {LASTING} recorded steps. {_LOUD if loudest else _CHOSEN}"
+                )
 
-    def _see_rest(self, weights: list[float], mean: float, passed: int) -> None:
-        if self.may_rest:
-            return
-        # In sum scale the weights of the plain sum are known. Others rest if they are equal and stay what they are.
-        rest = (1.0 / len(weights) if self.mean else 1.0) if self.sum_scale else self.last_mean
-        self.equal = self.equal + passed if max(abs(weight - rest) for weight in weights) <= EQUAL * mean else 0
-        if self.equal >= INACTIVE_STEPS and ("inactive", "") not in self.said:
-            self.said.add(("inactive", ""))
-            self._say(
-                f"all weights have been equal for {self.equal} steps: every update was that of the plain sum, at the "
-                "method's price. Train the plain sum, or let gradsurgery.diagnose say what the losses need."
-            )
+    def _weights(self, report: Report) -> dict[str, float] | None:
+        """The weights of a step that says something about the method; None for others."""
+        weights = report.weights
+        if weights is None or len(weights) < 2 or "warmup" in report.flags or self.by_priority:
+            return None
+        return weights if sum(map(abs, weights.values())) > 0 else None
 
     def _lasts(self, what: str, name: str, holds: bool) -> bool:
         """Whether something is to be said now: it has lasted, and was not said yet."""

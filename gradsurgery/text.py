@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-import sys
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 
 def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,), width: int = 0) -> str:
@@ -15,40 +16,48 @@ def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[
         headings: One a column.
         rows: Cells, as many as headings.
         left: Columns that are aligned to the left; all others are to the right.
-        width: Characters of a line, 0 for no limit. If there are more, the last column is wrapped.
+        width: Characters of a line, 0 for no limit. If there are more, the widest columns are wrapped between words;
+            a word is never broken, so that lines of long words are longer.
 
     Returns:
         Lines, each with its line break.
     """
     table = [list(headings), *map(list, rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
-    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
-    room = max(24, width - indent) if width else 0
+    widths = _fitted(table, width)
     lines = []
     for number, row in enumerate(table):
-        cells = [
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        if room and len(cells[-1]) > room:
-            first, *rest = textwrap.wrap(row[-1], room) or [""]
-            lines.append("  ".join([*cells[:-1], first]).rstrip())
-            lines += [" " * indent + more for more in rest]
-        else:
-            lines.append("  ".join(cells).rstrip())
+        cells = [textwrap.wrap(cell, w, **_WHOLE_WORDS) or [""] for cell, w in zip(row, widths, strict=True)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            columns = enumerate(zip(parts, widths, strict=True))
+            lines.append("  ".join(part.ljust(w) if i in left else part.rjust(w) for i, (part, w) in columns).rstrip())
         if number == 0:
-            lines.append(
-                "  ".join("-" * (min(w, room) if room and i == len(widths) - 1 else w) for i, w in enumerate(widths))
-            )
+            lines.append("  ".join("-" * w for w in widths))
     return "".join(f"{line}\n" for line in lines)
 
 
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def _fitted(table: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Widths of columns that make lines of a width, as far as words allow: the widest gives way first."""
+    columns = list(zip(*table, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in [*cell.split(), ""]) for column in columns]
+    while width and sum(widths) + 2 * (len(widths) - 1) > width:
+        wide = [i for i in range(len(widths)) if widths[i] > least[i]]
+        if not wide:
+            break
+        widths[max(wide, key=lambda i: widths[i])] -= 1
+    return widths
+
+
 def terminal_width() -> int:
-    """How wide a line may be: that of the terminal, or 0 (no limit) for a file or a pipe.
+    """How wide a line may be: as wide as the terminal, or 100 characters in a file or a pipe.
 
     Returns:
-        Number of characters.
+        Number of characters. The environment variable ``COLUMNS`` overrules it.
     """
-    return shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 0
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def wrapped(text: str, width: int) -> str:

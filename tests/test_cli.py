@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gradsurgery
 from gradsurgery import catalogue
@@ -39,11 +40,12 @@ def broken():
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     (tmp_path / "beside.py").write_text("SIZE = 3\n", encoding="utf-8")
     path = tmp_path / "mine.py"
     path.write_text(SCRIPT, encoding="utf-8")
-    return path
+    yield path
+    for name in ("mine", "beside"):
+        sys.modules.pop(name, None)
 
 
 def outcome(capsys, *argv):
@@ -63,13 +65,45 @@ def test_help(capsys, argv):
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["nothing"], ["list", "--kind", "x"], ["compare", "x"], ["list", "--needs", "luck"]]
+    ("argv", "message"),
+    [
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["list", "--kind", "x"], "invalid choice: 'x'"),
+        (["list", "--needs", "luck"], "'luck' is none of values"),
+        (["list", "--common-descent", "1"], "must be at least 2, got 1"),
+        (["compare", "x"], "invalid choice: 'x'"),
+        (["compare", "quadratics", "--steps", "-1"], "must be at least 1, got -1"),
+        (["compare", "quadratics", "--lr", "fast"], "must be a positive number, got 'fast'"),
+        (["diagnose", "mine.py:make", "--batches", "many"], "must be a whole number, got 'many'"),
+        (["demo", "--seeds", "0"], "must be at least 1, got 0"),
+    ],
 )
-def test_wrong_arguments(capsys, argv):
+def test_wrong_arguments(capsys, argv, message):
     with pytest.raises(SystemExit) as end:
         main(argv)
     assert end.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage:" in err
+    assert message in err
+
+
+def test_without_a_command_all_are_named(capsys):
+    code, out, err = outcome(capsys)
+    assert (code, out) == (2, "")
+    assert all(command.HELP.split(",")[0] in " ".join(err.split()) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_lines_fit_the_terminal(capsys, monkeypatch, script, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for argv in (
+        ["list"],
+        ["explain", "MConFIG"],
+        ["compare", "quadratics", "--methods", "MGDA,FAMO", "--steps", "2"],
+        ["diagnose", f"{script}:make", "--batches", "2"],
+    ):
+        _, out, _ = outcome(capsys, *argv)
+        assert max(map(len, out.splitlines())) <= width, argv
 
 
 # ----------------------------------------------------------------------------------------------------------------- list
@@ -78,7 +112,9 @@ def test_wrong_arguments(capsys, argv):
 def test_list_names_every_method(capsys):
     code, out, err = outcome(capsys, "list")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()[2 : 2 + len(catalogue.facts())]] == list(catalogue.facts())
+    first = [line.split(" ")[0] for line in out.splitlines()]
+    assert [word for word in first if word in catalogue.facts()] == list(catalogue.facts())
+    assert max(map(len, out.splitlines())) <= 100
     assert "55 of 55 methods" in out
 
 
@@ -266,6 +302,18 @@ def test_compare(capsys, tmp_path):
     assert path.stat().st_size > 20_000
 
 
+def test_paths_of_many_methods(tmp_path):
+    from gradsurgery import method_pictures, problems
+
+    problem = problems.quadratics()
+    far = torch.full((2, 2), 1e9, dtype=torch.float64)  # a path that leaves the frame, as of a method that diverges
+    paths = {f"method {i}": [torch.stack([start, 0.5 * start])] for i, start in enumerate(2 * problem.starts[:5])}
+    figure = method_pictures.draw_paths(problem, {**paths, "diverges": [far]}, tmp_path / "paths.png")
+    titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
+    assert titles == [*paths, "diverges", "losses at the ends, 1 beyond"]
+    assert figure.axes[len(paths) + 1].get_xlim()[1] < 100
+
+
 def test_compare_as_json(capsys):
     code, out, _ = outcome(capsys, "compare", "concave", "--methods", "MGDA", "--steps", "50", "--json")
     found = json.loads(out)
@@ -284,12 +332,19 @@ def test_a_method_that_cannot_walk(capsys):
 
 def test_compare_unknown(capsys):
     assert outcome(capsys, "compare", "quadratics", "--methods", "Foo")[0] == 2
-    assert outcome(capsys, "compare", "quadratics", "--steps", "-1")[0] == 2
 
 
 @pytest.mark.parametrize("problem", list(comparing.PROBLEMS))
-def test_every_problem_is_walked(capsys, problem):
-    assert outcome(capsys, "compare", problem, "--methods", "MGDA", "--steps", "3")[0] == 0
+def test_every_method_walks_on_every_problem_or_says_why_not(capsys, problem):
+    code, out, err = outcome(capsys, "compare", problem, "--methods", "all", "--steps", "2", "--json")
+    walks = json.loads(out)["methods"]
+    assert err == ""
+    assert [walk["method"] for walk in walks] == ["plain sum", *catalogue.facts()]
+    failed = {walk["method"]: walk["error"] for walk in walks if walk["error"]}
+    assert code == (1 if failed else 0)
+    # Losses below zero are there on two of the landscapes, and some methods divide by losses.
+    assert all("every loss must be" in error or "must be >= 0" in error for error in failed.values())
+    assert failed.keys() <= {name for name, facts in catalogue.facts().items() if "values" in facts.needs}
 
 
 # ------------------------------------------------------------------------------------------------------------ catalogue

@@ -292,8 +292,9 @@ def test_the_command(small_demo, tmp_path, capsys, progress):
     threads = torch.get_num_threads()
     folder = tmp_path / "new" / "folder"
     assert main(["demo", "--steps", "2", "--seeds", "2", "--jobs", "1", "--output", str(folder), *progress]) == 0
-    shown = capsys.readouterr().out
-    assert ("all methods" in shown) == (not progress)
+    shown, watched = capsys.readouterr()
+    assert ("all methods" in watched) == (not progress)
+    assert "all methods" not in shown
     names = ["plain sum", "PCGrad"]
     for name in names:
         assert name in shown
@@ -304,6 +305,13 @@ def test_the_command(small_demo, tmp_path, capsys, progress):
     assert [line.split(" | ")[0] for line in files["table.md"].decode().splitlines()[2:]] == [f"| {n}" for n in names]
     assert [run["seed"] for run in json.loads(files["numbers.json"])["methods"][0]["runs"]] == [0, 1]
     assert torch.get_num_threads() == threads
+
+
+def test_the_command_as_json(small_demo, tmp_path, capsys):
+    assert main(["demo", "--json", "--quick", "--steps", "2", "--jobs", "1", "--output", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
+    assert [method["name"] for method in found["methods"]] == ["plain sum", "PCGrad"]
 
 
 def test_all_adds_the_extras(small_demo, tmp_path, capsys):
@@ -327,7 +335,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     assert "--output" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["demo", "--seeds", "0"], ["demo", "--jobs", "many"], ["nothing"], []])
+@pytest.mark.parametrize("words", [["demo", "--seeds", "0"], ["demo", "--jobs", "many"], ["nothing"]])
 def test_bad_arguments(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words)

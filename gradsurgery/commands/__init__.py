@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -19,6 +21,28 @@ def complain(command: str, message: str) -> int:
     """
     sys.stderr.write(f"gradsurgery {command}: {message}\n")
     return 2
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Make a reader of whole numbers, for ``add_argument(type=...)``.
+
+    Args:
+        least: The smallest number that is taken.
+
+    Returns:
+        A function of a text.
+    """
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        return number
+
+    return read
 
 
 def say(text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +19,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery import catalogue, problems
-from gradsurgery.commands import complain, no_pictures, say, say_json
+from gradsurgery.commands import complain, no_pictures, say, say_json, whole
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.problems import Problem
-from gradsurgery.text import grid, number
+from gradsurgery.text import grid, number, terminal_width, wrapped
 
 NAME = "compare"
 HELP = "let methods walk on a toy problem, and compare where they get"
@@ -93,13 +94,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default="PCGrad,MGDA,CAGrad",
         metavar="A,B",
-        help="names with commas between (%(default)s); the plain sum always comes first",
+        help="names with commas between, or all (%(default)s); the plain sum always comes first",
     )
-    parser.add_argument("--steps", type=int, help="number of steps (depends on the problem)")
-    parser.add_argument("--lr", type=float, help="learning rate (depends on the problem)")
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="number of steps (depends on the problem)")
+    parser.add_argument("--lr", type=_rate, help="learning rate (depends on the problem)")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the paths into this file")
     parser.add_argument("--dark", action="store_true", help="draw on dark paper")
     parser.add_argument("--json", action="store_true", help="the numbers as JSON")
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return rate
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,11 +125,8 @@ def run(args: argparse.Namespace) -> int:
     setting = PROBLEMS[args.problem]
     steps = setting.steps if args.steps is None else args.steps
     lr = setting.lr if args.lr is None else args.lr
-    if steps < 1 or not (0 < lr < math.inf):
-        return complain(NAME, f"--steps and --lr must be positive, got {steps} and {lr}.")
-    names = []
     try:
-        names = [catalogue.find(name.strip()).name for name in args.methods.split(",") if name.strip()]
+        names = _named(args.methods)
     except ValueError as error:
         return complain(NAME, str(error))
     if args.plot is not None:
@@ -129,10 +137,14 @@ def run(args: argparse.Namespace) -> int:
     problem = setting.build()
     walks, paths = [], {}
     for name in dict.fromkeys([SUM, *names]):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{name:<40}")
         walk, path = walk_from_all(problem, name, setting.base, lr, steps)
         walks.append(walk)
         if path:
             paths[name] = path
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{'':40}\r")
     if args.plot is not None:
         try:
             method_pictures.draw_paths(problem, paths, args.plot, dark=args.dark)
@@ -145,6 +157,12 @@ def run(args: argparse.Namespace) -> int:
         if args.plot is not None:
             say(f"The paths are in {args.plot}.\n")
     return 1 if any(walk.error for walk in walks) else 0
+
+
+def _named(methods: str) -> list[str]:
+    if methods.strip().lower() == "all":
+        return list(catalogue.facts())
+    return [catalogue.find(name.strip()).name for name in methods.split(",") if name.strip()]
 
 
 def walk_from_all(
@@ -167,8 +185,9 @@ def walk_from_all(
         optimizer = base(parameters, lr=lr)  # type: ignore[call-arg]
         return optimizer if name == SUM else built(name, optimizer)
 
-    began = time.perf_counter()
     try:
+        problem.trajectory(problem.starts[0], build, 1)  # what is loaded in the first step is not the method's time
+        began = time.perf_counter()
         paths = [problem.trajectory(start, build, steps) for start in problem.starts]
     except (RuntimeError, ValueError, TypeError) as error:
         return Walk(name, [], [], None, 0, None, str(error)), []
@@ -226,11 +245,16 @@ def _show(problem: Problem, setting: Setting, walks: Sequence[Walk], steps: int,
     tasks = len(problem.losses(problem.starts[0]))
     starts = f"{count} start{'s' if count > 1 else ''}"
     say(f"{problem.name}: {starts}, {steps} steps of {setting.base.__name__} at {lr:g}\n\n")
-    say(grid(("method", *(f"loss {i + 1}" for i in range(tasks)), "gap", "optimal", "ms a step"), rows))
+    width = terminal_width()
+    say(grid(("method", *(f"loss {i + 1}" for i in range(tasks)), "gap", "optimal", "ms a step"), rows, width=width))
     for walk in walks:
         if walk.error:
-            say(f"{walk.method} cannot walk here: {walk.error}\n")
+            say(wrapped(f"{walk.method} cannot walk here: {walk.error}", width))
     say(
-        "\nLosses and gap at the ends, means over the starts. Gap: by how much all losses could be lower at once.\n"
-        "Optimal: the gap is below one hundredth of the losses' range along the Pareto front.\n"
+        "\n"
+        + wrapped(
+            "Losses and gap at the ends, means over the starts. Gap: by how much all losses could be lower at once. "
+            "Optimal: the gap is below one hundredth of the losses' range along the Pareto front.",
+            width,
+        )
     )

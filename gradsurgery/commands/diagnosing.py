@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from gradsurgery.commands import complain, say, say_json
+from gradsurgery.commands import complain, say, say_json, whole
 from gradsurgery.diagnose import diagnose
 
 NAME = "diagnose"
@@ -29,17 +29,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         parser: Where to.
     """
     parser.add_argument("target", metavar="SCRIPT.py:FUNCTION", help="a Python file and a function in it")
-    parser.add_argument("--batches", type=_positive, default=20, metavar="N", help="look at N batches (%(default)s)")
+    parser.add_argument("--batches", type=whole(1), default=20, metavar="N", help="look at N batches (%(default)s)")
     parser.add_argument("--features", action="store_true", help="loss_fn returns (losses, shared representation)")
     parser.add_argument("--no-cost", action="store_true", help="do not measure time and memory")
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
-
-
-def _positive(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
-    return count
 
 
 def run(args: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         say_json({**facts.as_dict(), "explanation": facts.explanation})
     else:
-        say(text(facts, terminal_width() or 100))
+        say(text(facts, terminal_width()))
         if args.plot is not None:
             say(f"\nThe drawing is in {args.plot}.\n")
     return 0

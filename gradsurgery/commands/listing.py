@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from gradsurgery import catalogue
 from gradsurgery.catalogue import Facts
-from gradsurgery.commands import say, say_json
+from gradsurgery.commands import say, say_json, whole
 from gradsurgery.text import grid, terminal_width, wrapped
 
 NAME = "list"
 HELP = "name the methods, with needs, costs and guarantees"
 
+_TITLES = {
+    "surgery": "SURGERY combines the gradients of the losses",
+    "weighting": "WEIGHTING multiplies the losses",
+}
 _LEGEND = (
     "needs: values of the losses; norms of their gradients, inner products or entries of them; rows (gradients) kept "
     "between steps or of more batches. cost: backward passes a step for m losses. no loss rises: to first order, in "
@@ -38,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--common-descent",
         nargs="?",
         const=0,
-        type=_tasks,
+        type=whole(2),
         metavar="M",
         help="only those with which no loss rises, to first order, for M losses (any number if M is left out)",
     )
@@ -52,13 +57,6 @@ def _needs(text: str) -> frozenset[str]:
         if word not in catalogue.NEEDS:
             raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(catalogue.NEEDS)}")
     return frozenset(words)
-
-
-def _tasks(text: str) -> int:
-    count = int(text)
-    if count < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {count}")
-    return count
 
 
 def chosen(args: argparse.Namespace) -> list[Facts]:
@@ -97,18 +95,28 @@ def run(args: argparse.Namespace) -> int:
     if not methods:
         say("No method is like that.\n")
         return 1
-    rows = [
-        (
-            facts.name,
-            facts.kind,
-            ", ".join(facts.needs) or "–",
-            facts.cost,
-            facts.no_loss_rises.split(";")[0],
-            facts.scale[0],
-        )
+    for kind, title in _TITLES.items():
+        own = [facts for facts in methods if facts.kind == kind]
+        if own:
+            say(f"{title}\n\n{_table(own)}\n")
+    say(wrapped(f"{len(methods)} of {len(catalogue.facts())} methods. {_LEGEND}", terminal_width()))
+    return 0
+
+
+def _table(methods: Sequence[Facts]) -> str:
+    cells = [
+        {
+            "method": facts.name,
+            "needs": ", ".join(facts.needs) or "nothing",
+            "cost": facts.cost,
+            "no loss rises": facts.no_loss_rises.split(";")[0],
+            "scale": facts.scale[0],
+        }
         for facts in methods
     ]
-    headings = ("method", "kind", "needs", "cost", "no loss rises", "scale")
-    say(grid(headings, rows, left=range(len(headings))))
-    say("\n" + wrapped(f"{len(methods)} of {len(catalogue.facts())} methods. {_LEGEND}", terminal_width() or 100))
-    return 0
+    if methods[0].kind == "weighting":  # weights of positive losses promise nothing of the kind
+        for row in cells:
+            del row["no loss rises"]
+    return grid(
+        list(cells[0]), [list(row.values()) for row in cells], left=range(len(cells[0])), width=terminal_width()
+    )
