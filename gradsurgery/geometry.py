@@ -37,7 +37,9 @@ _AMPLIFICATION = 1e4
 _SMALL = 8
 # Cosine targets of GradVac stay this far from parallel at most, where a correction would have no bound.
 _TARGET = 1 - 1e-6
-_NEWTON_ROUNDS, _STALE_ROUNDS, _HALVINGS, _CAGRAD_ROUNDS = 100, 5, 40, 100
+_NEWTON_ROUNDS, _POINT_ROUNDS, _STALE_ROUNDS, _HALVINGS, _CAGRAD_ROUNDS = 100, 500, 5, 40, 100
+# Numbers and their powers keep within e^±600; beyond, their logarithms are used.
+_LOG_RANGE = 600.0
 
 
 def unit(gram: ArrayLike) -> tuple[Array, Array]:
@@ -129,6 +131,19 @@ def _least_distance(columns: Array, bounds: Array) -> Array:
     target = np.zeros(len(columns) + 1)
     target[-1] = 1.0
     return nnls(np.vstack((columns, bounds)), target)[0]
+
+
+def _shortest(columns: Array, bounds: Array) -> Array:
+    """The shortest e with ⟨u_i, e⟩ ≥ h_i, if there is one, up to a factor."""
+    x = _least_distance(columns, bounds)
+    support = np.flatnonzero(x)
+    if 0 < len(support) <= len(columns):
+        # Once more on the support, where the constraints are equations: Σ x_i u_i loses digits where it cancels.
+        q, r = np.linalg.qr(columns[:, support])
+        pivots = np.abs(r.diagonal())
+        if pivots.min() > 4 * len(x) * EPS * pivots.max():
+            return np.asarray(q @ solve_triangular(r, bounds[support], trans=1))
+    return np.asarray(columns @ x)
 
 
 def min_norm(gram: ArrayLike, factor: Factor | None = None, *, noise: float = EPS) -> tuple[Array, bool]:
@@ -451,10 +466,15 @@ def equal_projection(
     if rank == m:
         y = dpotrs(dpotrf(cosines)[0], np.ones(m))[0]
         pivot = float(triangle[-1, -1])
-        # An error E of the cosines turns v by |E| |y| / (σ_min |v|), and |v|² = 1ᵀy.
-        if factor is None or float(np.abs(y).sum()) < _AMPLIFICATION * pivot * sqrt(max(float(y.sum()), 0.0)):
+        if factor is None:
+            return y, m, False
+        # An error E of the cosines turns v by |E| |y| / (σ_min |v|), and |v|² = 1ᵀy; y itself errs by |E| |y| / σ_min².
+        sound = float(np.abs(y).sum()) < _AMPLIFICATION * pivot * sqrt(max(float(y.sum()), 0.0))
+        if sound and (not by_length or pivot * pivot * _AMPLIFICATION > 1):
             return y, m, False
     columns = _half(cosines, 16 * m * noise)[0] if factor is None else _full_rank(_rows(factor)[1])
+    if len(columns) == m:
+        return _foot(columns), m, False
     scale = norms / norms.max() if by_length else np.ones(m)
     left, sigma, _ = np.linalg.svd((columns * scale).T, full_matrices=False)
     y = scale * (left @ (scale @ left / sigma**2))
@@ -462,6 +482,39 @@ def equal_projection(
     if v @ v <= m * EPS:
         return np.zeros(m), len(columns), True
     return y, len(columns), False
+
+
+def _foot(columns: Array) -> Array:
+    """The y of ``equal_projection`` for independent unit columns, however close they lie to each other.
+
+    v / ‖v‖² is the point closest to zero in the plane through the ends of the columns. That plane is spanned by the
+    differences along the shortest tree through the ends, and of each difference u_j − u_i the part along another unit
+    vector r is ⟨u_j − u_i, r − (u_i + u_j) / 2⟩, since all columns have one length: no digit is lost to near-parallel
+    columns, which solving C y = 1 loses.
+    """
+    m = columns.shape[1]
+    near, distance = np.zeros(m, dtype=int), np.linalg.norm(columns - columns[:, :1], axis=0)
+    distance[0] = np.inf
+    edges = np.empty((columns.shape[0], m - 1))
+    ends, sizes, along = np.empty((2, m - 1), dtype=int), np.empty(m - 1), np.empty(m - 1)
+    for k in range(m - 1):
+        j = int(distance.argmin())
+        i = near[j]
+        ends[:, k], sizes[k], edges[:, k] = (i, j), distance[j], (columns[:, j] - columns[:, i]) / distance[j]
+        along[k] = edges[:, k] @ (columns[:, 0] - (columns[:, i] + columns[:, j]) / 2)
+        closer = np.linalg.norm(columns - columns[:, j : j + 1], axis=0)
+        distance[j] = np.inf
+        better = (closer < distance) & (distance < np.inf)
+        near[better], distance[better] = j, closer[better]
+    q, r = np.linalg.qr(edges)
+    down = solve_triangular(r, -along, trans=1)
+    steps = solve_triangular(r, down) / sizes
+    y = np.zeros(m)
+    y[0] = 1.0
+    np.add.at(y, ends[1], steps)
+    np.add.at(y, ends[0], -steps)
+    point = columns[:, 0] + q @ down
+    return y / float(point @ point)
 
 
 def power_fixed_point(
@@ -505,8 +558,11 @@ def power_fixed_point(
     top = norms.max()
     lengths = norms / top
     power = np.broadcast_to(np.asarray(strength, dtype=np.float64), m)
-    v, length, residual = _power_newton(cosines, None, lengths, power, 1 / alpha)
-    if length * _AMPLIFICATION < v.sum() or residual > 1e-10:
+    p = 1 / alpha
+    v, length, residual = _power_newton(cosines, power, lengths, p)
+    # An error E of the cosines moves ⟨u_i, d⟩ by |E| Σ v_j, and v_i, relative to itself, α times as much.
+    least = length if alpha < 1 else min(length, float((power * lengths ** (p - 1) * v**-p).min()) / alpha)
+    if not (v.sum() < _AMPLIFICATION * least and residual < 1e-10):
         if min_norm(g, factor, noise=noise)[1]:
             return np.zeros(m), False
         if factor is None:
@@ -514,38 +570,41 @@ def power_fixed_point(
         else:
             norms, columns = _rows(factor)
             lengths = norms / top
-        v, _, _ = _power_newton(cosines, columns, lengths, power, 1 / alpha, v)
+        v, solved = _power_point(columns, np.log(power) + (p - 1) * np.log(lengths), alpha)
+        if not solved:
+            return np.zeros(m), False
     return v / lengths * top ** (-2 * alpha / (1 + alpha)), True
 
 
-def _power_newton(
-    cosines: Array, columns: Array | None, lengths: Array, power: Array, p: float, start: Array | None = None
-) -> tuple[Array, float, float]:
+def _power_newton(cosines: Array, power: Array, lengths: Array, p: float) -> tuple[Array, float, float]:
     """Solution of C v = b v^(−p), b = power · lengths^(p − 1); ‖Σ v_i u_i‖; and the largest relative residual.
 
-    Given ``columns``, C is their product and is never formed: slower, but the condition number is not squared.
+    The residual is infinite where numbers have run out of range on the way.
     """
     m = len(lengths)
-    b = power * lengths ** (p - 1)
     # What is shorter than this part of its terms is rounding: the rows are stationary.
-    floor = m * EPS if columns is None else m * EPS * EPS
+    floor = m * EPS
+    smallest = np.exp(-_LOG_RANGE / max(1.0, abs(1 - p)))
+    if lengths.min() < smallest:
+        return np.ones(m), 0.0, np.inf
+    b = power * lengths ** (p - 1)
 
     def terms(v: Array) -> tuple[Array, Array]:
-        return cosines @ v if columns is None else (columns @ v) @ columns, b if p == 1 else b * v ** (1 - p)
+        return cosines @ v, b if p == 1 else b * v ** (1 - p)
 
     def worth(v: Array, cv: Array) -> float:
         if p == 1:
             return float(v @ cv / 2 - b @ np.log(v))
         return float(v @ cv / 2 - b @ np.expm1((1 - p) * np.log(v)) / (1 - p))
 
-    v = start
-    if v is None:
-        # The diagonal's solution, stretched to the best multiple unless it is stationary to rounding.
-        v = b ** (1 / (1 + p))
-        cv, q = terms(v)
-        square = float(v @ cv)
-        if square > m * EPS * v.sum() ** 2:
-            v *= (q.sum() / square) ** (1 / (1 + p))
+    # The diagonal's solution, stretched to the best multiple unless it is stationary to rounding.
+    v = b ** (1 / (1 + p))
+    if v.min() < smallest:
+        return v, 0.0, np.inf
+    cv, q = terms(v)
+    square = float(v @ cv)
+    if square > m * EPS * v.sum() ** 2:
+        v *= (q.sum() / square) ** (1 / (1 + p))
     cv, q = terms(v)
     kept, least, length = v, np.inf, 0.0
     stale, best = 0, np.inf
@@ -558,20 +617,12 @@ def _power_newton(
             kept, least, length = v, residual, sqrt(max(square, 0.0))
         if residual <= 2 * EPS or square <= floor * float(v.sum()) ** 2:
             break
-        if columns is None:
-            hessian = cosines * v
-            hessian *= v[:, None]
-            hessian.ravel()[:: m + 1] += p * q
-            _, y, failed = dposv(hessian, -gradient)
-            if failed:
-                break
-        else:
-            # The Hessian as a product, with heavy rows first and columns pivoted: rows of all sizes keep their digits.
-            spread = np.sqrt(v * v + p * q)
-            stacked = np.vstack((columns * v, np.diag(np.sqrt(p * q)))) / spread
-            sides = np.concatenate((-(columns @ v), np.sqrt(q / p)))
-            order = np.argsort(-np.abs(stacked).max(axis=1))
-            y = lstsq(stacked[order], sides[order], cond=0.0, lapack_driver="gelsy")[0] / spread
+        hessian = cosines * v
+        hessian *= v[:, None]
+        hessian.ravel()[:: m + 1] += p * q
+        _, y, failed = dposv(hessian, -gradient)
+        if failed:
+            break
         longest = float(np.abs(y).max())
         if longest < 1e-3:
             stale = stale + 1 if residual >= best / 2 else 0
@@ -591,6 +642,8 @@ def _power_newton(
             move = step * y
             # 1 + y, bent to 1 / (1 − y) below zero: weights stay positive and may fall by any factor in one round.
             trial = v * np.where(move < 0, 1 / (1 - np.minimum(move, 0.0)), 1 + move)
+            if trial.min() < smallest:
+                return kept, length, np.inf
             cv, q = terms(trial)
             if worth(trial, cv) <= value + 1e-4 * step * slope + blur:
                 break
@@ -599,6 +652,89 @@ def _power_newton(
             break
         v = trial
     return kept, length, least
+
+
+def _power_point(columns: Array, log_b: Array, alpha: float) -> tuple[Array, bool]:
+    """The same v for unit columns that are nearly stationary, or that differ by any factor; and whether there is one.
+
+    Two convex problems have this solution, with p_i = ⟨u_i, d⟩ and v_i = (b_i / p_i)^α: the least
+    ½ ‖d‖² − Σ b_i^α F(p_i) over d, and the least ½ ‖Σ v_i u_i‖² − Σ b_i φ(v_i) over v. Of p and v the one that is
+    raised to the power γ ≥ 1 varies less, and rounding hurts it less: that one is solved for. Newton steps are least
+    squares problems on the columns, with rows sorted by size, so that no condition number is squared and all sizes keep
+    their digits.
+    """
+    k, m = columns.shape
+    by_products = alpha >= 1
+    gamma = max(alpha, 1 / alpha)
+
+    def power(log: Array) -> Array:
+        return np.exp(np.minimum(log, _LOG_RANGE))
+
+    # x are the p or the v, vector is d.
+    if by_products:
+        vector = _shortest(columns, power(log_b - log_b.max()))
+        if (vector @ columns).min() <= 0:
+            vector = _shortest(columns, np.ones(m))
+        x, log_b = vector @ columns, alpha * log_b
+        if x.min() <= 0:
+            return np.zeros(m), False
+    else:
+        x = power(np.maximum(alpha * (log_b - log_b.max()), -_LOG_RANGE / gamma))
+        vector = columns @ x
+    # Of all multiples the best, unless this start is stationary to rounding.
+    square = float(vector @ vector)
+    if by_products or square > m * EPS * float(x.sum()) ** 2:
+        logs = log_b + (1 - gamma) * np.log(x)
+        total = float(logs.max() + np.log(power(logs - logs.max()).sum()))
+        stretch = np.exp((total - np.log(square)) / (1 + gamma))
+        vector, x = vector * stretch, x * stretch
+    stale, best = 0, np.inf
+    for _ in range(_POINT_ROUNDS):
+        q = power(log_b + (1 - gamma) * np.log(x))
+        heavy = np.sqrt(gamma * q)
+        if by_products:
+            stacked = np.vstack((np.eye(k), (columns / x * heavy).T))
+        else:
+            stacked = np.vstack((columns * x, np.diag(heavy)))
+        sides = np.concatenate((-vector, heavy / gamma))
+        order = np.argsort(-np.abs(stacked).max(axis=1))
+        step = lstsq(stacked[order], sides[order], cond=0.0, lapack_driver="gelsy")[0]
+        change = step @ columns / x if by_products else step
+        move = step if by_products else columns @ (x * step)
+        longest = float(np.abs(change).max()) * (1 + gamma)
+        if longest <= 4 * EPS:
+            break
+        if longest < 1e-2:
+            stale = stale + 1 if longest >= best / 2 else 0
+            if stale == _STALE_ROUNDS:
+                break
+            best = min(best, longest)
+        part = 1.0
+        if longest >= 0.2:
+            part = 0.95 / max(float(-change.min()), 0.95)
+            slope = float(vector @ move - q @ change)
+            for _ in range(_HALVINGS):
+                # Along a line the slope of a convex function only grows: stop before it has climbed too far.
+                if (vector + part * move) @ move - q * (1 + part * change) ** -gamma @ change <= -slope / 2:
+                    break
+                part /= 2
+        if by_products:
+            vector = vector + part * step
+            x = vector @ columns
+            if x.min() <= 0:
+                return np.zeros(m), False
+        else:
+            x = x * (1 + part * step)
+            vector = columns @ x
+    if not by_products:
+        return x, True
+    v = power(log_b - alpha * np.log(x))
+    # The weights whose sum is d, as close to these as can be: their rounding, about α eps ‖d‖ / p_i, may exceed d.
+    coarse = float(x.min() / (alpha * np.sqrt(vector @ vector)))
+    shares = lstsq(columns * v, vector - columns @ v, cond=coarse, lapack_driver="gelsy")[0]
+    if np.abs(shares).max() < 0.5:
+        v = v * (1 + shares)
+    return v, True
 
 
 def cagrad(gram: ArrayLike, c: float, factor: Factor | None = None, *, noise: float = EPS) -> tuple[Array, bool]:
@@ -641,7 +777,7 @@ def cagrad(gram: ArrayLike, c: float, factor: Factor | None = None, *, noise: fl
         cancellation = min(mean, c / total)
         if degenerate or pivot * cancellation * _AMPLIFICATION < 1:
             active = (x > 0) | (slack <= 100 * m * noise)
-            if _doubtful(columns, active, cancellation, noise):
+            if degenerate or _doubtful(columns, active, cancellation, noise):
                 norms, columns = _rows(factor)
                 x, _, mean, degenerate = _cagrad_multipliers(columns, norms, c, 16 * m * EPS)
     weights += x * (mean * norms.sum() / m) / norms

@@ -104,6 +104,53 @@ def with_copy(draw: st.DrawFn, sign: int | None = None) -> Matrix:
 
 
 @st.composite
+def nearly_dependent(draw: st.DrawFn) -> Matrix:
+    """Independent rows of which one lies 2**-3 to 2**-36 off a row, its opposite, or the plane of two others.
+
+    Why independent: the others are, and the part that this one has along its own coordinate is not zero.
+    """
+    m = draw(st.integers(2, 6))
+    others = draw(of_rank(m - 1, m - 1))
+    weights = np.zeros(m - 1)
+    weights[0] = draw(st.sampled_from((-2, -1, 1, 2)))
+    weights[-1] += draw(st.sampled_from((0, 0, -1, 1))) if m > 2 else 0
+    j = np.zeros((m, others.shape[1] + 1))
+    j[:-1, :-1], j[-1, :-1], j[-1, -1] = others, weights @ others, 2.0 ** -draw(st.integers(3, 36))
+    j *= 2.0 ** np.array(draw(st.lists(st.integers(-6, 6), min_size=m, max_size=m)))[:, None]
+    return j[draw(st.permutations(range(m)))]
+
+
+def signs(shape: tuple[int, int], count: int = 3) -> list[Matrix]:
+    """Matrices of ±1, always the same: which way rounding may push the entries."""
+    rng = np.random.default_rng(0)
+    return [rng.choice((-1.0, 1.0), shape) for _ in range(count)]
+
+
+@st.composite
+def bargains(draw: st.DrawFn, alpha: float) -> tuple[Matrix, Matrix, float]:
+    """Rows J made for weights w with J Jᵀ w = w^(−1/α); the direction Jᵀ w, and the length of its terms Σ w_i n_i.
+
+    Why: Σ w_i h_i = 0 for the rows h_i of all columns but the first, so that Jᵀ w = D e_1; the first column is
+    w_i^(−1/α) / D, which makes ⟨g_i, D e_1⟩ = w_i^(−1/α), and D² = Σ w_i^(1 − 1/α) makes D = Σ w_i g_i1. The weights
+    are powers of two, so that only the first column is rounded, each entry by its own part. Where weights are large,
+    first entries are small beside the h_i, and the rows nearly stationary.
+    """
+    m, n = draw(st.integers(2, 6)), draw(st.integers(1, 4))
+    largest = int(min(30, 30 * alpha))
+    spread = min(6, largest // 2)
+    own = draw(st.lists(st.integers(-spread, spread), min_size=m, max_size=m))
+    powers = draw(st.integers(-largest // 3, largest - spread)) + np.array(own)
+    w = 2.0**powers
+    h = draw(integer_matrices(m, n)) * draw(scales(10))
+    h[-1] = -(w[:-1] / w[-1]) @ h[:-1]
+    gains = w ** (-1 / alpha)
+    length = float(np.sqrt(w @ gains))
+    j = np.column_stack((gains / length, h))
+    order = draw(st.permutations(range(m)))
+    return j[order], length * np.eye(n + 1)[0], float(w @ np.linalg.norm(j, axis=1))
+
+
+@st.composite
 def badly_scaled(draw: st.DrawFn, base: st.SearchStrategy[Matrix], largest: int = 20) -> Matrix:
     """The rows of ``base`` with lengths changed by powers of two up to 2**±largest each.
 

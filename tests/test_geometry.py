@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import decimal
 import itertools
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -674,6 +676,53 @@ def test_equal_projection_of_opposite_rows_is_zero(seed: int) -> None:
         assert degenerate
 
 
+def exact_equal_projection(j: Matrix) -> Matrix:
+    """C y = 1 by Gaussian elimination in 60 digits."""
+    with decimal.localcontext() as context:
+        context.prec = 60
+        rows = [[Decimal(x) for x in row] for row in j.tolist()]
+        products = [[sum((a * b for a, b in zip(u, v, strict=True)), Decimal(0)) for v in rows] for u in rows]
+        norms = [products[i][i].sqrt() for i in range(len(j))]
+        table = [
+            [x / (n * k) for x, k in zip(row, norms, strict=True)] + [Decimal(1)]
+            for row, n in zip(products, norms, strict=True)
+        ]
+        m = len(table)
+        for k in range(m):
+            table[k] = [x / table[k][k] for x in table[k]]
+            for i in range(m):
+                if i != k:
+                    table[i] = [x - table[i][k] * t for x, t in zip(table[i], table[k], strict=True)]
+        return np.array([float(row[m]) for row in table])
+
+
+@given(samplers.nearly_dependent(), st.booleans())
+def test_equal_projection_of_nearly_dependent_rows(j: Matrix, by_length: bool) -> None:
+    """Weights that sum to one, and their direction, are off by no more than rounding of the rows makes of them."""
+    y, rank, degenerate = geometry.equal_projection(j @ j.T, lambda: j, by_length=by_length)
+    exact = exact_equal_projection(j)
+    moved = [exact_equal_projection(j * (1 + EPS * signs)) for signs in samplers.signs(j.shape)]
+    assert (rank, degenerate) == (len(j), False)
+    u = unit_rows(j)
+
+    def apart(z: Matrix) -> tuple[float, float]:
+        direction = u.T @ (z / z.sum() - exact / exact.sum())
+        return float(np.linalg.norm(direction)), float(np.abs(z / z.sum() - exact / exact.sum()).max())
+
+    sensitivity = np.max([apart(z) for z in moved], axis=0)
+    terms = np.abs(exact).sum() / exact.sum()
+    assert (np.array(apart(y)) <= 1e-11 * terms + 30 * len(j) * sensitivity).all()
+
+
+@pytest.mark.parametrize("angle", [1e-2, 1e-5, 1e-8, 1e-11])
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e5])
+def test_equal_projection_of_nearly_parallel_rows(angle: float, length: float) -> None:
+    """Both rows get 1 / (1 + cos): a half. Solving C y = 1 loses that, and IMTL-G divides by Σ y_i / n_i."""
+    j = np.array([[1.0, 0.0], [length * np.cos(angle), length * np.sin(angle)]])
+    y = geometry.equal_projection(j @ j.T, lambda: j, by_length=True)[0]
+    np.testing.assert_allclose(y, 1 / (1 + np.cos(angle)), rtol=1e-12)
+
+
 # --- Nash-MTL and FairGrad ---
 
 ALPHAS = (0.5, 1.0, 2.0, 5.0)
@@ -724,7 +773,39 @@ def test_power_fixed_point_of_nearly_opposite_rows(angle: float) -> None:
     np.testing.assert_allclose(w, 1 / (np.sqrt(2) * np.sin(angle)), rtol=1e-12 + 1e-15 / angle)
 
 
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, 2.0, 10.0, 100.0])
+@given(data=st.data())
+def test_power_fixed_point_of_rows_made_for_their_solution(alpha: float, data: st.DataObject) -> None:
+    """Nearly opposite rows, nearly dependent ones, and weights of any size, with the direction known."""
+    j, expected, terms = data.draw(samplers.bargains(alpha))
+    w, solved = geometry.power_fixed_point(j @ j.T, alpha, lambda: j)
+    assert solved
+    assert np.linalg.norm(j.T @ w - expected) <= 1e-11 * np.linalg.norm(expected) + 64 * len(j) * EPS * terms
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0, 100.0])
+def test_power_fixed_point_of_rows_that_need_no_help(alpha: float) -> None:
+    """Row 0 alone would help row 1 more than row 1 asks for, so that its weight leaves the range of float64 with α."""
+    j = np.array([[1e-3, 0.0], [1e3, 1e-3], [0.0, 1e-3]])
+    w, solved = geometry.power_fixed_point(j @ j.T, alpha, lambda: j)
+    d = j.T @ w
+    assert solved
+    assert np.isfinite(w).all()
+    np.testing.assert_allclose(w, np.exp(-alpha * np.log(j @ d)), rtol=1e-9)
+
+
 # --- CAGrad ---
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1e-6, 1e-8, 1e-10])
+def test_cagrad_of_nearly_opposite_rows(angle: float) -> None:
+    """The third row has more than it needs; the other two let d have no part along them, and the rest goes sideways."""
+    j = np.array([[-3.0, angle, 0.0], [1.0, angle, 0.0], [0.0, 5.0, 5.0]])
+    mean = j.mean(axis=0)
+    w, degenerate = geometry.cagrad(j @ j.T, 0.99, lambda: j)
+    sideways = np.sqrt(0.99**2 * (mean @ mean) - 4 / 9)
+    assert not degenerate
+    np.testing.assert_allclose(j.T @ w, [0.0, mean[1] + sideways, 5 / 3], atol=1e-13 + 1e-14 / angle)
 
 
 @pytest.mark.parametrize("c", [0.1, 0.4, 0.9])

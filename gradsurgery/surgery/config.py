@@ -37,11 +37,12 @@ class ConFIG(Surgery):
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         y, rank, degenerate = geometry.equal_projection(gram, self.factor, noise=self.noise)
         norms, cosines = geometry.unit(gram)
-        if rank < np.count_nonzero(norms):
+        deficient = rank < np.count_nonzero(norms)
+        if deficient:
             self.flag("rank-deficient")
         if degenerate:
             self.flag("stationary")
             return np.zeros_like(y)
-        # ⟨uᵢ, v⟩ = (C y)ᵢ and ‖v‖² = yᵀC y = 1ᵀy, the latter since y = C⁺1.
-        length = norms @ (cosines @ y) / y.sum()
-        return length * np.divide(y, norms, out=np.zeros_like(y), where=norms > 0)
+        # ⟨uᵢ, v⟩ is 1 for independent rows and else (C y)ᵢ, and ‖v‖² = yᵀC y = 1ᵀy since y = C⁺1.
+        length = norms @ (cosines @ y) if deficient else norms.sum()
+        return length / y.sum() * np.divide(y, norms, out=np.zeros_like(y), where=norms > 0)
