@@ -1,7 +1,8 @@
 """Write a page for each method before Sphinx reads the pages, and have the library draw what it does.
 
 Everything comes from the docstrings, from the tables of methods.md and from the methods themselves, so that there is
-nothing to forget when a method changes. What is written goes into ``docs/reference``, which git ignores. Drawings are
+nothing to forget when a method changes. What is written goes into ``docs/reference``, which git ignores: other pages
+link to labels, such as ``#drawn``, since a file would be missing where the pages are read without a build. Drawings are
 made anew when any source of the library is newer than they are.
 """
 
@@ -86,7 +87,7 @@ def contents(methods: Iterable[Facts]) -> str:
 
 def gallery() -> str:
     """All drawings side by side."""
-    parts = ["# Surgery methods, drawn\n", HOW_TO_READ, "Click a drawing for the method's page.\n"]
+    parts = ["(drawn)=\n\n# Surgery methods, drawn\n", HOW_TO_READ, "Click a drawing for the method's page.\n"]
     for section, methods in by_section(surgeries()).items():
         parts.append(f"## {section}\n\n:::::{{container}} gallery")
         for facts in methods:
@@ -104,7 +105,7 @@ def gallery() -> str:
 def weighting_list() -> str:
     """All weightings, a line each."""
     parts = [
-        "# Weighting methods\n",
+        "(weightings)=\n\n# Weighting methods\n",
         "They multiply each loss by a number and make one full backward pass for the sum. In the first step most of"
         " these numbers are equal, so that a drawing would show the plain sum."
         " [Toy problems](../toy-problems.md#gradnorms-regressions) show what one of them does over a run.\n",

@@ -70,7 +70,11 @@ def browser():
 def site(tmp_path_factory):
     """The page alone, built with the configuration of the documentation."""
     out = tmp_path_factory.mktemp("site")
-    settings = ["extensions=myst_parser,sphinx.ext.mathjax", "root_doc=playground", "include_patterns=playground.md"]
+    settings = [
+        "extensions=myst_parser,sphinx.ext.autodoc,site_math",
+        "root_doc=playground",
+        "include_patterns=playground.md",
+    ]
     defines = [part for setting in settings for part in ("-D", setting)]
     command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", *defines, str(DOCS), str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(DOCS.parent), os.environ.get("PYTHONPATH", "")])}
