@@ -34,6 +34,24 @@ def wrong():
 
 def broken():
     raise KeyError("mine")
+
+def made(change):
+    model, loss_fn, batches = make()
+    return model, lambda batch: change(loss_fn(batch)), batches
+
+def broken_loss():
+    def change(losses):
+        raise ValueError("mine: not finite")
+    return made(change)
+
+def empty():
+    return *make()[:2], []
+
+def detached():
+    return made(lambda losses: {"a": losses["a"], "b": losses["b"].detach()})
+
+def vector():
+    return made(lambda losses: {"a": losses["a"], "b": losses["b"].repeat(3)})
 """
 
 
@@ -279,9 +297,21 @@ def test_diagnose_what_is_not_there(capsys, script, monkeypatch, target, message
     assert message in err
 
 
-def test_errors_of_the_users_code_come_out(script):
-    with pytest.raises(KeyError, match="mine"):
-        main(["diagnose", f"{script}:broken"])
+@pytest.mark.parametrize("name", ["broken", "broken_loss"])
+def test_errors_of_the_users_code_come_out(script, name):
+    with pytest.raises((KeyError, ValueError), match="mine"):
+        main(["diagnose", f"{script}:{name}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("empty", "`batches` is empty"), ("detached", "loss 'b' has no graph"), ("vector", "scalar")]
+)
+def test_errors_of_losses_and_batches_are_one_line(capsys, script, name, message):
+    code, out, err = outcome(capsys, "diagnose", f"{script}:{name}")
+    assert (code, out) == (2, "")
+    assert err.startswith("gradsurgery diagnose: ")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_load_runs_beside_the_script(script):

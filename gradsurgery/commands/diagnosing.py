@@ -58,7 +58,14 @@ def run(args: argparse.Namespace) -> int:
         return complain(
             NAME, f"{args.target} must return (model or optimizer, loss_fn, batches), got {type(given).__name__}."
         )
-    found = diagnose(*given, limit=args.batches, features=args.features, cost=not args.no_cost)
+    try:
+        found = diagnose(*given, limit=args.batches, features=args.features, cost=not args.no_cost)
+    except (TypeError, ValueError, RuntimeError) as error:
+        # What is wrong with the losses or batches is said in a line. Where the user's code fails, its lines matter.
+        where, _, what = str(error).partition(": ")
+        if where.split(".")[0] != NAME:
+            raise
+        return complain(NAME, what)
     if args.json:
         say_json(found.as_dict())
     else:
