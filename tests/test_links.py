@@ -60,7 +60,7 @@ def anchors(text: str) -> set[str]:
 
 
 def generated() -> set[str]:
-    """Labels in the pages that the build writes. To the pages themselves nothing may link: they are missing without one."""
+    """Labels in the pages that the build writes. Nothing may link to the pages, which are missing without a build."""
     spec = importlib.util.spec_from_file_location("site_methods", DOCS / "site_methods.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

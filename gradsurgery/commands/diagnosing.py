@@ -36,13 +36,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. What the user's own code raises comes out as it is.
+    """Run the command.
 
     Args:
         args: As :func:`arguments` declares them.
 
     Returns:
         The exit code.
+
+    Raises:
+        Exception: Whatever the user's own code raises comes out as it is.
     """
     try:
         function = load(args.target)
