@@ -466,11 +466,9 @@ def equal_projection(
     if rank == m:
         y = dpotrs(dpotrf(cosines)[0], np.ones(m))[0]
         pivot = float(triangle[-1, -1])
-        if factor is None:
-            return y, m, False
         # An error E of the cosines turns v by |E| |y| / (σ_min |v|), and |v|² = 1ᵀy; y itself errs by |E| |y| / σ_min².
-        sound = float(np.abs(y).sum()) < _AMPLIFICATION * pivot * sqrt(max(float(y.sum()), 0.0))
-        if sound and (not by_length or pivot * pivot * _AMPLIFICATION > 1):
+        steep = float(np.abs(y).sum()) >= _AMPLIFICATION * pivot * sqrt(max(float(y.sum()), 0.0))
+        if factor is None or not (steep or pivot * pivot * _AMPLIFICATION < 1):
             return y, m, False
     columns = _half(cosines, 16 * m * noise)[0] if factor is None else _full_rank(_rows(factor)[1])
     if len(columns) == m:

@@ -701,7 +701,7 @@ def test_equal_projection_of_nearly_dependent_rows(j: Matrix, by_length: bool) -
     """Weights that sum to one, and their direction, are off by no more than rounding of the rows makes of them."""
     y, rank, degenerate = geometry.equal_projection(j @ j.T, lambda: j, by_length=by_length)
     exact = exact_equal_projection(j)
-    moved = [exact_equal_projection(j * (1 + EPS * signs)) for signs in samplers.signs(j.shape)]
+    moved = [exact_equal_projection(j + EPS * lengths(j)[:, None] * signs) for signs in samplers.signs(j.shape)]
     assert (rank, degenerate) == (len(j), False)
     u = unit_rows(j)
 
