@@ -35,6 +35,15 @@ Each drawing is made by the method itself, with its defaults, in its first step:
 how they begin, and of those that draw at random, one draw. The losses are 1, 2 and 1.5; the first is the primary one.
 """
 
+HOW_TO_READ_WEIGHTS = """\
+They multiply each loss by a number and make one full backward pass for the sum. In the first step most of these numbers are
+equal. So each is drawn, in the frame of the [surgery methods](surgery.md), after the same run of 60 steps: loss 1 falls
+from 1 to 0.1, loss 2 from 2 to 1.8, loss 3 from 1.5 to 0.75, and their gradients stay what they are. Below the
+drawing are the weights that the method has by then, with its defaults; ÷ 5 says that the arrow is drawn at a fifth of its
+length. None of them looks at the angles between gradients: whether a loss rises is chance.
+[Toy problems](../toy-problems.md#gradnorms-regressions) show what one of them does over a real run.
+"""
+
 
 def surgeries() -> list[Facts]:
     return [facts for facts in catalogue.facts().values() if facts.kind == "surgery"]
@@ -52,7 +61,8 @@ def by_section(methods: Iterable[Facts]) -> dict[str, list[Facts]]:
 
 
 def drawing(facts: Facts) -> str:
-    said = f"What {facts.name} does with two and with three conflicting gradients"
+    after = "" if facts.kind == "surgery" else ", after a run in which the losses fell at different paces"
+    said = f"What {facts.name} does with two and with three conflicting gradients{after}"
     return "\n".join(
         f"```{{image}} pictures/{facts.name}-{shade}.svg\n:class: only-{shade}\n:alt: {said}\n```"
         for shade in ("light", "dark")
@@ -73,7 +83,7 @@ def page(facts: Facts) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     return (
         f"# {facts.name}\n\n{facts.summary}\n\n"
-        + (f"{drawing(facts)}\n\n*[How to read this drawing](surgery.md)*\n\n" if facts.kind == "surgery" else "")
+        + f"{drawing(facts)}\n\n*[How to read this drawing]({facts.kind}.md)*\n\n"
         + f"| | |\n| --- | --- |\n{table}\n\n"
         + "[What these words mean](../methods.md)\n\n"
         + f"```{{eval-rst}}\n.. autoclass:: gradsurgery.{facts.name}\n   :members:\n"
@@ -85,12 +95,12 @@ def contents(methods: Iterable[Facts]) -> str:
     return "```{toctree}\n:hidden:\n\n" + "\n".join(facts.name for facts in methods) + "\n```\n"
 
 
-def gallery() -> str:
-    """All drawings side by side."""
-    parts = ["(drawn)=\n\n# Surgery methods, drawn\n", HOW_TO_READ, "Click a drawing for the method's page.\n"]
-    for section, methods in by_section(surgeries()).items():
+def gallery(methods: list[Facts], label: str, title: str, introduction: str) -> str:
+    """The drawings of one kind of method side by side."""
+    parts = [f"({label})=\n\n# {title}\n", introduction, "Click a drawing for the method's page.\n"]
+    for section, own in by_section(methods).items():
         parts.append(f"## {section}\n\n:::::{{container}} gallery")
-        for facts in methods:
+        for facts in own:
             pictures = "".join(
                 f"[![{facts.name}](pictures/{facts.name}-{shade}.svg){{.only-{shade}}}]({facts.name}.md)"
                 for shade in ("light", "dark")
@@ -99,28 +109,17 @@ def gallery() -> str:
                 f"::::{{container}} card\n{pictures}\n\n[**{facts.name}**]({facts.name}.md) {facts.when}\n::::"
             )
         parts.append(":::::\n")
-    return "\n".join([*parts, contents(surgeries())])
-
-
-def weighting_list() -> str:
-    """All weightings, a line each."""
-    parts = [
-        "(weightings)=\n\n# Weighting methods\n",
-        "They multiply each loss by a number and make one full backward pass for the sum. In the first step most of"
-        " these numbers are equal, so that a drawing would show the plain sum."
-        " [Toy problems](../toy-problems.md#gradnorms-regressions) show what one of them does over a run.\n",
-    ]
-    for section, methods in by_section(weightings()).items():
-        parts.append(f"## {section}\n\n| method | what it does |\n| --- | --- |")
-        parts += [f"| [{facts.name}]({facts.name}.md) | {facts.summary} |" for facts in methods]
-        parts.append("")
-    return "\n".join([*parts, contents(weightings())])
+    return "\n".join([*parts, contents(methods)])
 
 
 def pages() -> dict[str, str]:
     """All generated pages, by name."""
     found = {facts.name: page(facts) for facts in catalogue.facts().values()}
-    return {**found, "surgery": gallery(), "weighting": weighting_list()}
+    return {
+        **found,
+        "surgery": gallery(surgeries(), "drawn", "Surgery methods, drawn", HOW_TO_READ),
+        "weighting": gallery(weightings(), "weightings", "Weighting methods, drawn", HOW_TO_READ_WEIGHTS),
+    }
 
 
 def write_if_new(path: Path, text: str) -> None:
@@ -141,7 +140,7 @@ def write(folder: Path) -> None:
 
 
 def draw(folder: Path) -> None:
-    """Draw all surgery methods into a folder, on light and on dark paper."""
+    """Draw all methods into a folder, on light and on dark paper."""
     import matplotlib as mpl
 
     from gradsurgery import method_pictures
@@ -149,7 +148,7 @@ def draw(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     package = Path(gradsurgery.__file__).parent
     changed = max(path.stat().st_mtime for path in package.rglob("*.py"))
-    for facts in surgeries():
+    for facts in [*surgeries(), *weightings()]:
         for shade in ("light", "dark"):
             path = folder / f"{facts.name}-{shade}.svg"
             if path.exists() and path.stat().st_mtime > changed:

@@ -15,9 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
 from torch import Tensor
 
+from gradsurgery import catalogue
 from gradsurgery.commands.comparing import SUM, built
 from gradsurgery.pictures import DARK, LIGHT, Palette, style
 from gradsurgery.problems import Problem
+from gradsurgery.weighting.dwa import DWAWeighter
+from gradsurgery.weighting.ntk import NTKWeighter
 
 #: What every method is drawn on: two gradients of different length that oppose each other, and three of which two
 #: oppose the longest. The plain sum makes the shortest gradient's loss rise in both.
@@ -27,6 +30,9 @@ EXAMPLES = (
 )
 #: Values of the losses, for the methods that read them.
 LOSSES = (1.0, 2.0, 1.5)
+#: What becomes of them in the run that a weighting is drawn after: so many steps, ten to an epoch, in which each falls
+#: evenly to this share of its value, while the gradients stay what they are.
+STEPS, EPOCH, LEFT = 60, 10, (0.1, 0.9, 0.5)
 #: Half the width of the frame.
 REACH = 2.6
 #: Longer arrows are shortened, and say by how much.
@@ -34,9 +40,10 @@ LONGEST = 2.05
 
 
 def direction(name: str, rows: np.ndarray) -> np.ndarray | None:
-    """What a method gives for some gradients in its first step: minus the update of SGD at a learning rate of 1.
+    """What a method gives for some gradients: minus the update of SGD at a learning rate of 1.
 
-    The gradients are those of linear losses of one parameter, so that every method sees what it asks for.
+    The gradients are those of linear losses of one parameter, so that every method sees what it asks for. A surgery is
+    asked in its first step, a weighting in the last step of a short run.
 
     Args:
         name: The method, or "plain sum".
@@ -45,25 +52,61 @@ def direction(name: str, rows: np.ndarray) -> np.ndarray | None:
     Returns:
         (n,), or None if the method needs something that linear losses do not have.
     """
-    theta = torch.nn.Parameter(torch.zeros(rows.shape[1], dtype=torch.float64))
-    losses = {
-        f"l{i + 1}": (torch.from_numpy(row) * theta).sum() + value
-        for i, (row, value) in enumerate(zip(rows, LOSSES, strict=False))
-    }
     if name == SUM:
         return rows.sum(axis=0)
+    if catalogue.find(name).kind == "weighting":
+        return weights_after_a_run(name, rows) @ rows
+    theta = torch.nn.Parameter(torch.zeros(rows.shape[1], dtype=torch.float64))
     base = torch.optim.SGD([theta], lr=1.0)
     try:
         optimizer = built(name, base, len(rows))
-        optimizer.backward(losses)
+        optimizer.backward(_linear(theta, rows, LOSSES))
         optimizer.step()
     except (ValueError, TypeError, RuntimeError):
         return None
     return -theta.detach().numpy()
 
 
+def weights_after_a_run(name: str, rows: np.ndarray) -> np.ndarray:
+    """The weights that a weighting has after losses have fallen at different paces, their gradients staying the same.
+
+    Args:
+        name: The method.
+        rows: Gradients, (m, n), m at most 3.
+
+    Returns:
+        (m,).
+    """
+    theta = torch.nn.Parameter(torch.zeros(rows.shape[1], dtype=torch.float64))
+    optimizer = built(name, torch.optim.SGD([theta], lr=0.1), len(rows))
+    weights: dict[str, float] | None = None
+    for step in range(STEPS):
+        values = [value * left ** (step / (STEPS - 1)) for value, left in zip(LOSSES, LEFT, strict=True)]
+        losses = _linear(theta, rows, values)
+        more = {"residuals": {key: (loss - loss.detach())[None] for key, loss in losses.items()}}
+        optimizer.zero_grad()
+        weights = optimizer.backward(losses, **(more if isinstance(optimizer, NTKWeighter) else {})).weights
+        optimizer.step()
+        with torch.no_grad():
+            theta.zero_()
+        if isinstance(optimizer, DWAWeighter) and (step + 1) % EPOCH == 0:
+            optimizer.epoch_end()
+    assert weights is not None
+    return np.array(list(weights.values()))
+
+
+def _linear(theta: Tensor, rows: np.ndarray, values: Sequence[float]) -> dict[str, Tensor]:
+    """Losses with these gradients and, at theta = 0, these values."""
+    return {
+        f"l{i + 1}": (torch.from_numpy(row) * theta).sum() + value
+        for i, (row, value) in enumerate(zip(rows, values, strict=False))
+    }
+
+
 def draw(name: str, path: str | Path | None = None, *, dark: bool = False) -> Figure:
     """Draw a method's direction for two and for three gradients, in the same frame for every method.
+
+    A surgery is drawn in its first step, a weighting after a run in which losses fall at different paces.
 
     Args:
         name: The method.
@@ -124,8 +167,19 @@ def _fan(axes: Axes, name: str, rows: np.ndarray, palette: Palette) -> None:
         return
     shrunk = max(1.0, length / LONGEST)
     _arrow(axes, found / shrunk, palette.lines[0], 2.6)
+    if name != SUM and catalogue.find(name).kind == "weighting":
+        axes.text(0, -0.43, _sum(weights_after_a_run(name, rows), shrunk), **{**said, "fontsize": 7.5})
+        return
     note = " is the sum here" if np.allclose(found, total) else f", {shrunk:.1f} times as long" if shrunk > 1 else ""
     axes.text(0, -0.43, name + note, **said)
+
+
+def _sum(weights: np.ndarray, shrunk: float) -> str:
+    """The weighted sum of gradients in symbols, and by what its arrow was divided."""
+    if np.allclose(weights, 1.0):
+        return "all weights are 1: the sum"
+    terms = " + ".join(f"{round(float(w), 2 if abs(w) < 10 else 1):g} g{'₁₂₃'[i]}" for i, w in enumerate(weights))
+    return terms.replace("+ -", "− ").replace("-", "−") + (f", ÷ {shrunk:.1f}" if shrunk > 1.05 else "")
 
 
 def _arrow(axes: Axes, tip: np.ndarray, colour: str, width: float) -> None:

@@ -256,6 +256,25 @@ def test_every_method_has_a_direction(name):
             assert (rows @ direction >= -1e-9).all()
 
 
+def test_weightings_are_drawn_after_a_run():
+    from gradsurgery import method_pictures
+
+    rows = method_pictures.EXAMPLES[1]
+    weights = method_pictures.weights_after_a_run
+    # Losses of 1, 2 and 1.5 have fallen to 0.1, 1.8 and 0.75.
+    assert weights("FixedWeighter", rows) == pytest.approx([1, 1, 1])
+    assert weights("InitialLossWeighter", rows) == pytest.approx([1, 1 / 2, 1 / 1.5])
+    assert weights("RealTimeWeighter", rows) == pytest.approx([1 / 0.1, 1 / 1.8, 1 / 0.75])
+    slow, fast, middle = (weights("DWAWeighter", rows)[i] for i in (1, 0, 2))
+    assert slow > middle > fast  # the slower a loss falls, the more it gets
+    lengths = weights("NTKWeighter", rows) * (rows**2).sum(axis=1)
+    assert lengths == pytest.approx([lengths[0]] * 3)
+    figure = method_pictures.draw("RealTimeWeighter")
+    said = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert any(text.startswith("10 g₁ + 0.56 g₂ + 1.33 g₃, ÷ ") for text in said)
+    assert "all weights are 1: the sum" in [t.get_text() for t in method_pictures.draw("FixedWeighter").axes[0].texts]
+
+
 def test_the_pictures_show_a_conflict():
     from gradsurgery import method_pictures
 

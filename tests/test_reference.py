@@ -33,20 +33,20 @@ def test_everything_public_is_described_once(site):
     assert {name: found[name] for name in gradsurgery.__all__} == dict.fromkeys(gradsurgery.__all__, 1)
 
 
-def test_every_surgery_is_drawn_on_both_papers(site):
+def test_every_method_is_drawn_on_both_papers(site):
     pages = site.pages()
-    surgeries = {
-        name
+    kinds = {"surgery": gradsurgery.Surgery, "weighting": gradsurgery.Weighter}
+    methods = {
+        name: kind
         for name in gradsurgery.__all__
-        if inspect.isclass(value := getattr(gradsurgery, name))
-        and issubclass(value, gradsurgery.Surgery)
-        and value is not gradsurgery.Surgery
+        for kind, base in kinds.items()
+        if inspect.isclass(value := getattr(gradsurgery, name)) and issubclass(value, base) and value is not base
     }
     drawn = {name for name, text in pages.items() if f"pictures/{name}-light.svg" in text}
-    assert drawn == surgeries
-    for name in surgeries:
+    assert drawn == set(methods)
+    for name, kind in methods.items():
         for shade in ("light", "dark"):
-            assert pages["surgery"].count(f"(pictures/{name}-{shade}.svg)") == 1
+            assert pages[kind].count(f"(pictures/{name}-{shade}.svg)") == 1
             assert f"pictures/{name}-{shade}.svg\n:class: only-{shade}" in pages[name]
 
 
@@ -61,6 +61,7 @@ def test_pages_are_written_and_stale_ones_deleted(site, tmp_path):
 
 def test_drawings(site, tmp_path, monkeypatch):
     monkeypatch.setattr(site, "surgeries", lambda: [gradsurgery.catalogue.facts()["PCGrad"]])
+    monkeypatch.setattr(site, "weightings", list)
     site.draw(tmp_path)
     light, dark = ((tmp_path / f"PCGrad-{shade}.svg").read_text() for shade in ("light", "dark"))
     assert light.startswith("<?xml")
