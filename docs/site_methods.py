@@ -36,12 +36,13 @@ how they begin, and of those that draw at random, one draw. The losses are 1, 2 
 """
 
 HOW_TO_READ_WEIGHTS = """\
-They multiply each loss by a number and make one full backward pass for the sum. In the first step most of these numbers are
-equal. So each is drawn, in the frame of the [surgery methods](surgery.md), after the same run of 60 steps: loss 1 falls
-from 1 to 0.1, loss 2 from 2 to 1.8, loss 3 from 1.5 to 0.75, and their gradients stay what they are. Below the
-drawing are the weights that the method has by then, with its defaults; ÷ 5 says that the arrow is drawn at a fifth of its
-length. None of them looks at the angles between gradients: whether a loss rises is chance.
-[Toy problems](../toy-problems.md#gradnorms-regressions) show what one of them does over a real run.
+They multiply each loss by a number and make one full backward pass for the sum. In the first step most of these numbers
+are equal. So each is drawn, in the frame of the [surgery methods](surgery.md), after the same run of 60 steps: loss 1
+falls from 1 to 0.1, loss 2 from 2 to 1.8, loss 3 from 1.5 to 0.75, and their gradients stay what they are.
+
+Below the drawing are the weights that the method has by then, with its defaults; ÷ 5 says that the arrow is drawn at a
+fifth of its length. None of them looks at the angles between gradients: whether a loss rises is chance. [Toy
+problems](../toy-problems.md#gradnorms-regressions) show what one of them does over a real run.
 """
 
 

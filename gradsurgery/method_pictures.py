@@ -83,9 +83,11 @@ def weights_after_a_run(name: str, rows: np.ndarray) -> np.ndarray:
     for step in range(STEPS):
         values = [value * left ** (step / (STEPS - 1)) for value, left in zip(LOSSES, LEFT, strict=True)]
         losses = _linear(theta, rows, values)
-        more = {"residuals": {key: (loss - loss.detach())[None] for key, loss in losses.items()}}
+        more: dict[str, Any] = {}
+        if isinstance(optimizer, NTKWeighter):
+            more["residuals"] = {key: (loss - loss.detach())[None] for key, loss in losses.items()}
         optimizer.zero_grad()
-        weights = optimizer.backward(losses, **(more if isinstance(optimizer, NTKWeighter) else {})).weights
+        weights = optimizer.backward(losses, **more).weights
         optimizer.step()
         with torch.no_grad():
             theta.zero_()
