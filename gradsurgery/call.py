@@ -189,7 +189,7 @@ def prepare(
     """
     others = list(others)
     device = tasks.tensors[0].device if tasks.tensors else parameters(method)[0].device
-    values = losses_module.values(tasks.tensors, device)
+    values = here = losses_module.values(tasks.tensors, device)
     shares = None
     if world is not None:
         kind = f"{method._name} accumulate={accumulate} features={bool(features)} step={method.memory['step']}"
@@ -215,6 +215,7 @@ def prepare(
     spread = bool(shards.sharded(mine))
     if spread and world is not None:
         _require_everywhere(method, tasks, world)
+        _require_exchanged(method, mine, float(here.nan_to_num().sum()), world)
     seeds = rows_module.seeds(tasks.tensors, scaler)
     loss_scale = seeds[0] if seeds else method._run["kept"].loss_scale
     if shares is not None:
@@ -336,6 +337,21 @@ def _require_everywhere(method: MultiLossOptimizer, tasks: Tasks, world: World) 
             f"{method._name}.backward: with sharded parameters every process must have every loss, and {missing} "
             "is absent on one process. Give it a loss of no samples, such as 0.0 * output.sum(), and its "
             "`batch_size`, or use DistributedDataParallel."
+        )
+
+
+def _require_exchanged(method: MultiLossOptimizer, mine: Sequence[Tensor], total: float, world: World) -> None:
+    """Next to sharded parameters, plain ones are right only where every process has the same batch.
+
+    So it is under a tensor-parallel plan. Under fully_shard each has its own, and what lies outside of it is left with
+    the gradient of one process.
+    """
+    loose = [p for p in mine if not hasattr(p, "device_mesh")]
+    if loose and not world.is_same(total):
+        raise RuntimeError(
+            f"{method._name}.backward: {len(loose)} parameters of the optimizer (the first has shape "
+            f"{tuple(loose[0].shape)}) lie outside of fully_shard, while the processes have different batches: nobody "
+            "would add up their gradients. Shard the whole model, fully_shard(model), after its parts."
         )
 
 

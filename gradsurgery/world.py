@@ -237,26 +237,40 @@ class World:
         return result
 
     def require_replicas(self, params: Sequence[Tensor]) -> None:
-        """Compare the parameters of all processes.
+        """Compare the parameters that all processes have whole.
 
         Args:
-            params: The parameters.
+            params: The parameters; DTensors are left out.
 
         Raises:
             RuntimeError: One differs.
         """
-        if not params:
+        whole = [p.detach() for p in params if not hasattr(p, "device_mesh")]
+        if not whole:
             return
-        sums = [torch.stack([p.detach().double().sum(), p.detach().double().square().sum()]).cpu() for p in params]
+        real = [torch.view_as_real(p) if p.is_complex() else p for p in whole]
+        sums = [torch.stack([p.double().sum(), p.double().square().sum()]).cpu() for p in real]
         # As integers, so that the comparison is of bits, nan included.
         lowest, highest = self._extremes(torch.stack(sums).view(torch.int64) // 2)
         different = (lowest != highest).any(dim=1).nonzero().flatten().tolist()
         if different:
             raise RuntimeError(
-                f"{self.owner}.backward: the replicas differ between processes in {len(different)} of {len(params)} "
-                f"parameters; the first is number {different[0]}, of shape {tuple(params[different[0]].shape)}. "
+                f"{self.owner}.backward: the replicas differ between processes in {len(different)} of {len(whole)} "
+                f"parameters; the first is number {different[0]}, of shape {tuple(whole[different[0]].shape)}. "
                 "Something outside this library writes to the parameters, or they started from different values."
             )
+
+    def is_same(self, number: float) -> bool:
+        """Whether all processes have the same number, up to rounding.
+
+        Args:
+            number: A finite number.
+
+        Returns:
+            True if they do.
+        """
+        lowest, highest = (x.item() for x in self._extremes(torch.tensor([number], dtype=torch.float64)))
+        return bool(highest - lowest <= 1e-3 * max(abs(lowest), abs(highest)))
 
 
 class Slices:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -50,7 +51,7 @@ def _process(rank: int, cases_of: Callable[[int, int], Cases], size: int, folder
         try:
             case()
             told[name] = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):  # the latter is no Exception
             told[name] = traceback.format_exc()
         # All begin the next case together, so that a case that failed on one rank only does not run into it.
         dist.barrier()

@@ -360,6 +360,17 @@ def replicas_that_differ(rank, size):
         optimizer.backward(losses_of(net, data(size)[0, rank]))
 
 
+def complex_replicas(rank, size):
+    """Both parts of an entry are compared."""
+    p = nn.Parameter(torch.complex(torch.ones(3), torch.ones(3)))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([p], lr=0.01), distributed=True, debug=True)
+    optimizer.backward([p.abs().sum(), -p.real.sum()])
+    with torch.no_grad():
+        p.imag.add_(rank)
+    with pytest.raises(RuntimeError, match="the replicas differ"):
+        optimizer.backward([p.abs().sum(), -p.real.sum()])
+
+
 def a_group_of_its_own(rank, size):
     pairs = [dist.new_group([0]), dist.new_group(list(range(1, size)))]
     group = pairs[min(rank, 1)]
@@ -602,7 +613,8 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
     )
     for case in (
         nothing_on_one_rank, bad_gradient_on_one_rank, scaler, residuals, half_precision_rows, mixed_dtypes,
-        private_after_all, zero_redundancy, different_losses, replicas_that_differ, a_group_of_its_own, words,
+        private_after_all, zero_redundancy, different_losses, replicas_that_differ, complex_replicas, a_group_of_its_own,
+        words,
         under_autocast, a_copy_works_with_the_same_processes, nothing_finite_in_the_last_micro_batch,
     ):  # fmt: skip
         found[case.__name__.replace("_", " ")] = lambda case=case: case(*here)

@@ -230,3 +230,31 @@ def test_fenced_blocks():
 def test_fences_that_would_not_run_are_refused(page, message):
     with pytest.raises(ValueError, match=message):
         runnable(page)
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def broken_rows(text: str) -> list[int]:
+    """Lines of tables that are not one row with as many cells as the head, from 1."""
+    inside = {n for block in fenced_blocks(text) for n in range(block.line, block.line + block.code.count("\n") + 1)}
+    broken, width = [], 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if number in inside or not line.strip().startswith("|"):
+            width = 0
+            continue
+        cells = len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line)))
+        width = width or cells
+        if cells != width or not line.rstrip().endswith("|"):
+            broken.append(number)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_whole(page):
+    assert not broken_rows(page.read_text(encoding="utf-8"))
+
+
+def test_a_row_that_was_wrapped_is_found():
+    assert broken_rows("| a | b |\n| - | - |\n| c | `x|y` |\n| d | long\nline | | e | f |\n") == [4]
+    assert broken_rows("| a | b |\n| - | - |\n| c | d | | e | f |\n") == [3]

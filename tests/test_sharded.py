@@ -181,6 +181,28 @@ def fsdp_refuses(rank, size):
         optimizer.backward(losses_of(net, x, present))
 
 
+def debug_compares_what_is_whole_everywhere(rank, size):
+    """Pieces differ by nature. A parameter outside of the mesh must not."""
+    net = sharded(Net())
+    trained(net, gradsurgery.MGDA, data(size)[:, rank], debug=True)
+    net.loose = nn.Parameter(torch.full((3,), float(rank)))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.01), debug=True)
+    with pytest.raises(RuntimeError, match=r"the replicas differ between processes in 1 of 1 .* of shape \(3,\)"):
+        optimizer.backward(losses_of(net, data(size)[0, rank]))
+
+
+def a_parameter_that_nobody_exchanges(rank, size):
+    """The heads lie outside of what was sharded: their gradients, and so their products, are those of one process."""
+    x = data(size)[0, rank]
+    net = Net()
+    for block in (net.first, net.second):
+        fully_shard(block)
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.01))
+    with pytest.raises(RuntimeError, match=r"8 parameters .* outside of fully_shard.*fully_shard\(model\)"):
+        optimizer.backward(losses_of(net, x))
+    assert all(p.grad is None for p in net.parameters())
+
+
 def old_fsdp_is_refused(rank, size):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -216,7 +238,7 @@ def cases(rank, size):
         found[f"fully_shard: {row.name}"] = lambda build=row.build: fsdp(build, *here)
     for case in (
         fsdp_unequal, fsdp_accumulation, fsdp_scaler, fsdp_half, fsdp_gradients_there_before, fsdp_checkpointing,
-        fsdp_refuses,
+        fsdp_refuses, debug_compares_what_is_whole_everywhere, a_parameter_that_nobody_exchanges,
     ):  # fmt: skip
         found[case.__name__.replace("_", " ")] = lambda case=case: case(*here)
     for name in ("PCGrad", "MGDA", "GradDrop", "MoCo", "ExcessMTL", "DWAWeighter"):
