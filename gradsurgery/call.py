@@ -78,7 +78,7 @@ class Call:
             the processes then, and features a row for each of them, one behind the other.
 
         Raises:
-            RuntimeError: A graph hides its parameters.
+            RuntimeError: A graph hides its parameters, or all of these are frozen.
         """
         if self.kept is not None:
             for found in self.kept.rows:
@@ -90,10 +90,18 @@ class Call:
                 f"{self.owner}.backward: gradients at some parameters only cannot be found under reentrant activation "
                 "checkpointing or fully_shard. Use use_reentrant=False, or a method that measures no gradients."
             )
+        trained = [j for j, p in enumerate(params) if p.requires_grad]
+        if not trained:
+            raise RuntimeError(
+                f"{self.owner}.backward: all parameters at which gradients are to be measured are frozen. Name others, "
+                "or unfreeze one."
+            )
         for root, seed in zip(self.tasks.roots, self.seeds, strict=True):
             row: list[Tensor | None] = [None] * len(params)
             if root is not None:
-                row = rows_module.gradient(root, params, seed, retain_graph=True)
+                new = rows_module.gradient(root, [params[j] for j in trained], seed, retain_graph=True)
+                for j, g in zip(trained, new, strict=True):
+                    row[j] = g
             if self.world is None or not whole:
                 yield row
             elif self.features:
@@ -164,7 +172,7 @@ def prepare(
     batch_size: float | Mapping[str, float] | None,
     scaler: torch.amp.GradScaler | None,
     retain_graph: bool,
-    others: Iterable[Optimizer],
+    others: Optimizer | Iterable[Optimizer],
     features: tuple[Tensor, ...],
     world: World | None,
 ) -> Call | None:
@@ -185,9 +193,15 @@ def prepare(
         The call; None if no loss is left.
 
     Raises:
+        TypeError: An argument is of a wrong kind.
         ValueError: The arguments exclude each other.
     """
-    others = list(others)
+    others = _optimizers(method._name, others)
+    if scaler is not None and not callable(getattr(scaler, "scale", None)):
+        raise TypeError(
+            f"{method._name}.backward: `scaler` must be a gradient scaler, such as torch.amp.GradScaler, or None, got "
+            f"{scaler!r}."
+        )
     device = tasks.tensors[0].device if tasks.tensors else parameters(method)[0].device
     values = here = losses_module.values(tasks.tensors, device)
     shares = None
@@ -265,6 +279,47 @@ def prepare(
             call.tasks = Tasks(tasks.names, call.kept.present, tuple(call.values.unbind()), ())
             method._run["tasks"] = call.tasks
     return call
+
+
+def representation(owner: str, features: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """Check the shared representation.
+
+    Args:
+        owner: The class that errors should name.
+        features: One tensor, several, or None.
+
+    Returns:
+        Its parts; empty if there is none.
+
+    Raises:
+        TypeError: A part is no tensor that can be differentiated with respect to.
+    """
+    if features is None:
+        return ()
+    parts = tuple(features) if isinstance(features, Iterable) and not isinstance(features, Tensor) else (features,)
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"{owner}.backward: `features` must be a tensor or several, the output of the trunk that every loss is "
+                f"computed from, got {type(part).__name__}."
+            )
+        if not part.requires_grad:
+            raise TypeError(
+                f"{owner}.backward: `features` must have a graph, and a tensor of shape {tuple(part.shape)} has none. "
+                "Pass the output of the trunk as the losses use it, not a detached copy."
+            )
+    return parts
+
+
+def _optimizers(owner: str, others: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    found = list(others) if isinstance(others, Iterable) else [others]
+    for other in found:
+        if not isinstance(other, Optimizer):
+            raise TypeError(
+                f"{owner}.backward: `others` must be optimizers, one or several, got {type(other).__name__}. To leave "
+                "parameters out of the surgery, name the shared ones in `shared_params`."
+            )
+    return found
 
 
 def _reached(
@@ -370,7 +425,8 @@ def require_reached(method: MultiLossOptimizer, reached: Sequence[bool]) -> None
             raise RuntimeError(
                 f"{method._name}.backward: loss {name!r} reaches no parameter of the optimizer. Was the "
                 "model run under torch.no_grad(), are its parameters frozen, or do they belong to another "
-                "optimizer? Name that one in `others`."
+                "optimizer? Name that one in `others`. If torch.func.functional_call ran the model on copies, build "
+                "the optimizer over these."
             )
 
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from gradsurgery import losses as losses_module
 from gradsurgery import rows as rows_module
 from gradsurgery import shards
-from gradsurgery.call import Call, parameters, prepare
+from gradsurgery.call import Call, parameters, prepare, representation
 from gradsurgery.losses import Losses, Tasks
 from gradsurgery.report import Report
 from gradsurgery.world import World
@@ -209,6 +209,20 @@ class MultiLossOptimizer(Optimizer):
     _optimizer_load_state_dict_pre_hooks = property(lambda self: self.base._optimizer_load_state_dict_pre_hooks)
     _optimizer_load_state_dict_post_hooks = property(lambda self: self.base._optimizer_load_state_dict_post_hooks)
 
+    @property
+    def train(self) -> Callable[[], Any]:
+        """``train`` of the wrapped optimizer, where it has one, as schedule-free optimizers do."""
+        base: Any = self.base
+        found: Callable[[], Any] = base.train
+        return found
+
+    @property
+    def eval(self) -> Callable[[], Any]:
+        """``eval`` of the wrapped optimizer, where it has one."""
+        base: Any = self.base
+        found: Callable[[], Any] = base.eval
+        return found
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make the step of the wrapped optimizer, and commit what the last ``backward`` proposed.
 
@@ -301,14 +315,20 @@ class MultiLossOptimizer(Optimizer):
         self._run.update(committed=memory, pending=None, kept=None)
 
     def _require_whole(self, saved: Any) -> None:
-        missing = [key for key in ("class", "version", "memory", "inner") if key not in saved]
-        if not missing and "step" not in saved["memory"]:
-            missing = ["memory['step']"]
-        if missing:
-            raise ValueError(
-                f"{self._name}.load_state_dict: the entry {_KEY!r} of the state lacks {', '.join(missing)}: it was cut "
-                "off or changed. Nothing was loaded. Delete the entry to load the rest; the method then starts afresh."
-            )
+        if not isinstance(saved, Mapping):
+            wrong = f"is a {type(saved).__name__}"
+        elif missing := [key for key in ("class", "version", "memory", "inner") if key not in saved]:
+            wrong = f"lacks {', '.join(missing)}"
+        elif not isinstance(saved["memory"], Mapping):
+            wrong = f"has a {type(saved['memory']).__name__} as its 'memory'"
+        elif "step" not in saved["memory"]:
+            wrong = "lacks memory['step']"
+        else:
+            return
+        raise ValueError(
+            f"{self._name}.load_state_dict: the entry {_KEY!r} of the state {wrong}: it was cut off or changed. "
+            "Nothing was loaded. Delete the entry to load the rest; the method then starts afresh."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # What pickle and deepcopy keep: all but a `step` that a scheduler has put on the instance, and the processes.
@@ -344,7 +364,7 @@ class MultiLossOptimizer(Optimizer):
         batch_size: float | Mapping[str, float] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         retain_graph: bool = False,
-        others: Iterable[Optimizer] = (),
+        others: Optimizer | Iterable[Optimizer] = (),
         features: Tensor | Sequence[Tensor] | None = None,
         residuals: Mapping[str, Tensor] | Iterable[Tensor] | None = None,
     ) -> Report:
@@ -364,7 +384,8 @@ class MultiLossOptimizer(Optimizer):
             scaler: The gradient scaler of mixed precision. The method sees unscaled gradients, ``.grad`` gets scaled
                 ones, and ``scaler.step(optimizer)`` follows as usual.
             retain_graph: Keep the graph, as in torch.
-            others: More optimizers whose parameters the losses reach. They get the plain gradient of the sum.
+            others: One more optimizer, or several, whose parameters the losses reach. They get the plain gradient of
+                the sum.
             features: The shared representation, one tensor or several. Weights then come from the gradients there
                 (MGDA-UB and its like), and one backward pass through the trunk follows: cheaper, and another method.
                 Every loss must reach it.
@@ -374,7 +395,7 @@ class MultiLossOptimizer(Optimizer):
             What happened; also kept as `report`.
 
         Raises:
-            TypeError: The losses are of a kind that cannot be differentiated.
+            TypeError: The losses are of a kind that cannot be differentiated, or another argument is of a wrong kind.
             ValueError: There is no loss, or one is not a scalar, or was passed twice.
             RuntimeError: A loss has no graph, reaches no parameter, or is not finite under ``nonfinite="raise"``.
         """
@@ -387,7 +408,7 @@ class MultiLossOptimizer(Optimizer):
         # With several processes this call may be the first to see a task, so the names are those of the whole list.
         with self._proposal(tasks):
             self._run["residuals"] = residuals
-            at = tuple([features] if isinstance(features, Tensor) else features or ())
+            at = representation(self._name, features)
             # A micro-batch without any task adds nothing; the last one acts on what was kept all the same.
             nothing = accumulate and world is None and not tasks.present
             call = (
@@ -585,6 +606,9 @@ class MultiLossOptimizer(Optimizer):
     def _proposal(self, tasks: Tasks) -> Iterator[None]:
         """Open a draft of the memory. It becomes the proposal if nothing raises and the draft was not thrown away."""
         run = self._run
+        # Gradients that are gone were cleared by `model.zero_grad()`, and what was proposed with them is void too.
+        if run["pending"] is not None and run["kept"] is None and all(p.grad is None for p in parameters(self)):
+            run["pending"] = None
         run.update(draft=dict(run["committed"] if run["pending"] is None else run["pending"]), tasks=tasks, flags=[])
         try:
             self._check_names(tasks)

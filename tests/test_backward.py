@@ -916,6 +916,27 @@ def test_combine_keeps_the_dtype(net, dtype):
     assert gradsurgery.MGDA(sgd(net)).combine(torch.randn(2, 5).to(dtype)).dtype == dtype
 
 
+def test_combine_goes_on_where_named_losses_left_off(net):
+    """Rows stand for the losses in the order in which the method met them."""
+    base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+    rows = torch.tensor([[1.0, 0, 0], [-1, 1, 0], [0, -1, 1]])
+    found = []
+    for names in ("abc", "012"):
+        optimizer = gradsurgery.GradVac(base)
+        (p,) = base.param_groups[0]["params"]
+        optimizer.backward({name: (p * row).sum() for name, row in zip(names, rows, strict=True)})
+        optimizer.step()
+        found.append(optimizer.combine(rows))
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match=r"GradVac\.combine.*keeps something for each of \['0', '1', '2'\]"):
+        optimizer.combine(rows[:2])
+    keeps_rows = gradsurgery.MoCo(base)
+    keeps_rows.backward([(p * row).sum() for row in rows])
+    keeps_rows.step()
+    with pytest.raises(RuntimeError, match=r"MoCo\.combine: .*rows of the model"):
+        keeps_rows.combine(rows)
+
+
 def test_combine_checks_its_input(net):
     optimizer = gradsurgery.MGDA(sgd(net), normalize="loss")
     good = torch.eye(2)

@@ -268,6 +268,22 @@ def test_a_memory_without_its_count_of_steps_is_refused():
     assert same(everything(net, optimizer), before)
 
 
+@pytest.mark.parametrize("broken", [None, 3, "cut", []])
+@pytest.mark.parametrize("part", ["memory", "gradsurgery"])
+def test_a_part_that_is_no_dict_is_refused_by_name(part, broken):
+    _, source = trained()
+    saved = copy.deepcopy(source.state_dict())
+    (saved if part in saved else saved["gradsurgery"])[part] = broken
+    net, optimizer = trained(steps=2)
+    before = everything(net, optimizer)
+    if part == "gradsurgery" and broken is None:  # as if it were not there
+        optimizer.load_state_dict(saved)
+        return
+    with pytest.raises(ValueError, match=f"'{part}'.*Nothing was loaded"):
+        optimizer.load_state_dict(saved)
+    assert same(everything(net, optimizer), before)
+
+
 def test_a_state_of_another_model_is_refused_and_nothing_moves():
     _, source = trained()
     net = nn.Linear(2, 2)

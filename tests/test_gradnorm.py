@@ -228,3 +228,17 @@ def test_losses_must_be_positive_and_initial_losses_complete():
     optimizer = gradsurgery.GradNormWeighter(torch.optim.SGD([p], lr=0.1), p, initial_losses={"a": 1.0})
     with pytest.raises(ValueError, match=r"`initial_losses` must name every loss, \['b'\] is missing"):
         optimizer.backward({"a": p.sum(), "b": p.sum() * 2})
+
+
+def test_frozen_parameters_among_those_measured_count_for_nothing():
+    p, frozen = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    found = []
+    for measured in ([p], [p, frozen]):
+        frozen.requires_grad_(False)
+        optimizer = gradsurgery.GradNormWeighter(torch.optim.SGD([p, frozen], lr=0.0), measured)
+        optimizer.backward([p.sum() + frozen.sum(), (3 * p).square().sum()])
+        found.append(optimizer.state_dict()["gradsurgery"]["memory"] if optimizer.step() is None else None)
+    assert found[0] == found[1]
+    optimizer = gradsurgery.GradNormWeighter(torch.optim.SGD([p, frozen], lr=0.0), frozen)
+    with pytest.raises(RuntimeError, match=r"GradNormWeighter\.backward: .*are frozen"):
+        optimizer.backward([p.sum(), p.square().sum()])

@@ -202,3 +202,40 @@ def test_a_function_may_find_its_task_absent():
     assert optimizer.backward({"a": lambda: p.sum(), "b": lambda: None}).names == ("a",)
     with pytest.raises(ValueError, match="every loss is None"):
         optimizer.backward([lambda: None])
+
+
+# ------------------------------------------------------------------------------------------- the other arguments
+
+ARGUMENTS = {
+    "others: a module": ({"others": [nn.Linear(1, 1)]}, r"`others` must be optimizers.*Linear"),
+    "others: parameters": ({"others": list(nn.Linear(1, 1).parameters())}, r"`others` must be optimizers.*Parameter"),
+    "others: None": ({"others": None}, r"`others` must be optimizers.*NoneType"),
+    "features: a name": ({"features": "z"}, r"`features` must be .*str"),
+    "features: a number": ({"features": 3}, r"`features` must be .*int"),
+    "features: None in a list": ({"features": [None]}, r"`features` must be .*NoneType"),
+    "features: without a graph": ({"features": torch.zeros(3)}, r"`features` must .*graph"),
+    "features: a dict": ({"features": {"z": torch.zeros(3)}}, r"`features` must be .*str"),
+    "scaler: a scale": ({"scaler": 1024.0}, r"`scaler` must be a gradient scaler.*1024\.0"),
+}
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_arguments_that_cannot_be_used_are_named(setting, kind):
+    model, optimizer, x = setting
+    options, message = ARGUMENTS[kind]
+    with pytest.raises(TypeError, match=rf"{type(optimizer).__name__}\.backward: {message}"):
+        optimizer.backward(list(model(x)), **options)
+    assert all(g is None for g in grads(model))
+
+
+def test_one_other_optimizer_needs_no_list():
+    found = []
+    for listed in (True, False):
+        model, x = Model().double(), torch.ones(2, 3, dtype=torch.float64)
+        torch.nn.init.ones_(model.right.weight)
+        other = torch.optim.SGD(model.right.parameters(), lr=0.1)
+        rest = [*model.trunk.parameters(), *model.left.parameters()]
+        optimizer = gradsurgery.PCGrad(torch.optim.SGD(rest, lr=0.1))
+        optimizer.backward(list(model(x)), others=[other] if listed else other)
+        found.append(model.right.weight.grad is not None)
+    assert found == [True, True]

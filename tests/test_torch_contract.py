@@ -811,6 +811,23 @@ def test_row10_zero_grad_clears_as_torch_does(method: str, optimizer: str) -> No
     train(wrapped, model, range(1))  # after torch's own zero_grad had patched the class, this would raise
 
 
+@METHOD_TABLE
+def test_row10_gradients_that_the_model_clears_take_the_proposal_with_them(method: str) -> None:
+    """Many loops call ``model.zero_grad()``. After a step that was skipped nothing of it may be learnt."""
+    memories = []
+    for lost in (False, True):
+        model, wrapped = build(method, "sgd")
+        train(wrapped, model, range(2))
+        model.zero_grad()
+        if lost:
+            wrapped.backward(losses(model, 5))
+            model.zero_grad()
+        wrapped.backward(losses(model, 2))
+        wrapped.step()
+        memories.append(wrapped.state_dict()["gradsurgery"])
+    assert_same(*memories)
+
+
 # -------------------------------------------------------------------------------------------------------- row 11: hooks
 
 HOOKS: dict[str, Callable[[list[Any]], Callable[..., None]]] = {
@@ -1220,6 +1237,31 @@ def test_row15_nothing_is_forwarded_wholesale(method: str) -> None:
     assert not hasattr(wrapped, "odd")
     with pytest.raises(AttributeError):
         wrapped.no_such_thing  # noqa: B018
+
+
+@METHOD_TABLE
+def test_row15_the_modes_of_schedule_free_optimizers_are_handed_through(method: str) -> None:
+    """Such a base steps only after it was told to train. Frameworks ask with hasattr whether it has to be."""
+
+    class ScheduleFree(SGD):
+        mode = ""
+
+        def train(self) -> None:
+            self.mode = "train"
+
+        def eval(self) -> None:
+            self.mode = "eval"
+
+    model = Net()
+    wrapped: Any = METHODS[method](ScheduleFree(model.parameters(), lr=0.1), model)
+    base: Any = innermost(wrapped)
+    wrapped.train()
+    assert base.mode == "train"
+    wrapped.eval()
+    assert base.mode == "eval"
+    plain = METHODS[method](SGD(model.parameters(), lr=0.1), model)
+    assert not hasattr(plain, "train")
+    assert not hasattr(plain, "eval")
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -395,7 +395,9 @@ class Surgery(MultiLossOptimizer):
 
         Raises:
             TypeError: `rows` is not a matrix of real floating point numbers.
-            ValueError: `rows` is empty or not finite, or `losses` is missing or of the wrong length.
+            ValueError: `rows` is empty or not finite, or of another number than the losses that the method knows, or
+                `losses` is missing or of the wrong length.
+            RuntimeError: The method keeps rows of the model that it trains.
         """
         where = f"{self._name}.combine"
         if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
@@ -410,7 +412,7 @@ class Surgery(MultiLossOptimizer):
         if values.shape != (m,):
             raise ValueError(f"{where}: `losses` must have shape ({m},), one value a row, got {values.shape}.")
         rows = rows.detach()
-        names = _numbers(m)
+        names = self._names_of_rows(m)
         share = 1.0 / m if self.reduction == "mean" else 1.0
         pending, self._run["pending"] = self._run["pending"], None
         try:
@@ -434,6 +436,21 @@ class Surgery(MultiLossOptimizer):
             self._run["pending"] = pending
         assert out is not None
         return out
+
+    def _names_of_rows(self, m: int) -> tuple[str, ...]:
+        """Rows stand for the losses that the method knows, in their order; otherwise for "0", "1" and so on."""
+        if self.observes and "reached" in self._run["committed"]:
+            raise RuntimeError(
+                f"{self._name}.combine: the method keeps rows of the model that it trains, and cannot go on with "
+                "others. Make another one for `combine`."
+            )
+        known = tuple(self._run["committed"].get("tasks", ()))
+        if self.stateful and known and len(known) != m:
+            raise ValueError(
+                f"{self._name}.combine: the method keeps something for each of {list(known)}, so `rows` must have a "
+                f"row for each, in this order; got {m}."
+            )
+        return known if self.stateful and known else _numbers(m)
 
     def _combined(
         self, rows: Tensor, values: np.ndarray, coefficients: np.ndarray | None, share: float
