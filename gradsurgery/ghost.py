@@ -42,6 +42,19 @@ _SAFE_SQUARES = (1e-24, 1e30)
 _TRAFFIC, _CALLS = 16.0, 1e6
 
 
+# Where nodes keep the tensor that was their input. If it has hooks, somebody looks at its gradient.
+_INPUTS = {
+    "AddmmBackward0": "mat1",
+    "BmmBackward0": "self",
+    "ConvolutionBackward0": "input",
+    "GeluBackward0": "self",
+    "MmBackward0": "self",
+    "MulBackward0": "self",
+    "NativeLayerNormBackward0": "input",
+    "PowBackward0": "self",
+    "SiluBackward0": "self",
+}
+
 #: Seconds that a function takes on a device.
 Clock = Callable[[Callable[[], object], torch.device], float]
 
@@ -398,6 +411,17 @@ class Plan:
         total = sum(p.numel() for p in self.shared)
         return 20 * sum(self.shared[place].numel() for place in self.direct) <= total
 
+    @cached_property
+    def is_watched(self) -> bool:
+        """Whether hooks look at gradients on the way, as far as the graph tells.
+
+        With several losses side by side they would get one tensor for all, and nothing is left of it after the pass.
+
+        Returns:
+            True if hooks were seen.
+        """
+        return self._reader.is_watched()
+
     @property
     def ghosts(self) -> list[int]:
         """Places of the ghosts among the shared parameters.
@@ -449,7 +473,15 @@ class Plan:
             for i in range(start, m):
                 seen.clear()
                 keep = retain_graph or i < m - 1
-                grads = rows_module.gradient(roots[i], [*inner, *others], seeds[i], keep)
+                try:
+                    grads = rows_module.gradient(roots[i], [*inner, *others], seeds[i], keep)
+                except RuntimeError as error:
+                    if not found.batched or "vmap" not in str(error):
+                        raise
+                    raise RuntimeError(
+                        "A tensor in the model keeps its gradient (retain_grad), and several losses were "
+                        'differentiated side by side. Pass engine="rows" to the method: one after the other.'
+                    ) from error
                 found._keep([seen.get(k, g) for k, g in enumerate(grads[: len(inner)])])
                 found.others.append(grads[len(inner) :])
         return found
@@ -568,6 +600,19 @@ class _Reader:
     def _count(self, node: Node) -> None:
         key = node.variable if _kind(node) == "AccumulateGrad" else node  # type: ignore[attr-defined]
         self.uses[key] = self.uses.get(key, 0) + 1
+
+    def is_watched(self) -> bool:
+        for node in self.nodes:
+            kind = _kind(node)
+            if kind == "BackwardHookFunctionBackward":
+                return True
+            try:
+                inputs = _saved(node, _INPUTS[kind])
+            except (KeyError, AttributeError, RuntimeError):
+                continue
+            if isinstance(inputs, Tensor) and (_has_tensor_hooks(inputs) or _retains(inputs)):
+                return True
+        return False
 
     def layer(self, node: Node) -> _Layer | None:
         try:
@@ -691,6 +736,11 @@ def _has_tensor_hooks(tensor: Tensor | None) -> bool:
     return tensor is not None and bool(
         tensor._backward_hooks or (tensor._base is not None and tensor._base._backward_hooks)
     )
+
+
+def _retains(tensor: Tensor) -> bool:
+    """Whether a tensor between the leaves and the losses was asked to keep its gradient."""
+    return tensor.retains_grad or (tensor._base is not None and tensor._base.retains_grad)
 
 
 def _is_hooked(node: Node) -> bool:

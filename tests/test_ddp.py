@@ -614,7 +614,8 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
     for case in (
         nothing_on_one_rank, bad_gradient_on_one_rank, scaler, residuals, half_precision_rows, mixed_dtypes,
         private_after_all, zero_redundancy, different_losses, replicas_that_differ, complex_replicas,
-        a_group_of_its_own, words, under_autocast, a_copy_works_with_the_same_processes, nothing_finite_in_the_last_micro_batch,
+        a_group_of_its_own, words, under_autocast, a_copy_works_with_the_same_processes,
+        nothing_finite_in_the_last_micro_batch,
     ):  # fmt: skip
         found[case.__name__.replace("_", " ")] = lambda case=case: case(*here)
     return found

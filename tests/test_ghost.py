@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import gradsurgery
 from gradsurgery import ghost, graph
 
 Losses = Callable[[nn.Module], list[Tensor]]
@@ -778,3 +779,69 @@ def test_hooks_at_the_trunk_act_once() -> None:
         assert plan.trunk is not None
         found = plan.differentiate(values, [torch.ones_like(v) for v in values], batched=True)
         np.testing.assert_allclose(found.gram(), want := gram_of(rows), atol=1e-6 * want.max())
+
+
+WATCHERS: dict[str, Callable[[nn.Module, list[Tensor], list[Tensor]], None]] = {
+    "a hook on the inputs of a layer": lambda body, h, seen: h[0].register_hook(seen.append) and None,
+    "a hook on the output of the trunk": lambda body, h, seen: h[1].register_hook(seen.append) and None,
+    "a hook on a module": lambda body, h, seen: body[1].register_full_backward_hook(
+        lambda _, grads, __: seen.append(grads[0])
+    ) and None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_who_looks_at_gradients_in_the_trunk_sees_those_of_each_loss(watcher: str) -> None:
+    """Side by side they would be one tensor, of which nothing is left when the pass is over."""
+    found = []
+    for engine in ("ghosts", "rows"):
+        torch.manual_seed(1)
+        model, seen = mlp(), []
+        optimizer = gradsurgery.MGDA(torch.optim.SGD(model.parameters(), lr=0.1), engine=engine)
+        if "module" in watcher:
+            WATCHERS[watcher](model.body, [], seen)
+        x = torch.randn(4, 8)
+        h = [model.body[1](model.body[0](x))]
+        h.append(model.body[2:](h[0]))
+        if "module" not in watcher:
+            WATCHERS[watcher](model.body, h, seen)
+        report = optimizer.backward([head(h[1]).square().sum() for head in model.heads])
+        assert report.engine == engine
+        found.append(seen)
+    torch.testing.assert_close(*found)
+    assert len(found[0]) == len(model.heads)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_gradients_that_are_retained_in_the_trunk_are_those_of_all_losses(place: int) -> None:
+    found = []
+    for engine in ("ghosts", "rows"):
+        torch.manual_seed(1)
+        model = mlp()
+        optimizer = gradsurgery.MGDA(torch.optim.SGD(model.parameters(), lr=0.1), engine=engine)
+        h = [model.body[1](model.body[0](torch.randn(4, 8)))]
+        h.append(model.body[2:](h[0]))
+        h[place].retain_grad()
+        optimizer.backward([head(h[1]).square().sum() for head in model.heads])
+        found.append(h[place].grad)
+    torch.testing.assert_close(*found)
+
+
+def test_a_retained_gradient_that_nothing_tells_of_is_an_error_with_the_cure() -> None:
+    """Here the tensor is the input of no layer."""
+    model = mlp()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(model.parameters(), lr=0.1), engine="ghosts")
+
+    held = []
+
+    def losses() -> list[Tensor]:
+        held.append(2 * model.body[0](torch.ones(4, 8)))
+        held[-1].retain_grad()
+        z = model.body[2](held[-1].sin())
+        return [head(z).square().sum() for head in model.heads]
+
+    with pytest.raises(RuntimeError, match=r"retain_grad.*engine=\"rows\""):
+        optimizer.backward(losses())
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.engine = "rows"
+    optimizer.backward(losses())

@@ -372,7 +372,7 @@ class Step:
                 return False
         else:
             # The last loss goes alone, so that it takes three to have two side by side.
-            batched = self.m > 2 and plan.is_mostly_ghosts and not method._run["unbatched"]
+            batched = self.m > 2 and plan.is_mostly_ghosts and not method._run["unbatched"] and not plan.is_watched
             ghosts = plan.differentiate(roots, call.seeds, call.retain[-1], plain, batched)
             if batched and plan.trunk is not None and not ghosts.batched:
                 method._run["unbatched"] = True
