@@ -53,8 +53,9 @@ def _explained(error: RuntimeError) -> RuntimeError:
         return RuntimeError(
             "The model is compiled, and its compiled backward may run only once a forward. Set "
             "torch._functorch.config.donated_buffer = False before the first compilation; a warm compile cache needs "
-            "torch._dynamo.reset() as well. Or pass each loss as a function without arguments, which costs one forward "
-            f"pass a loss. ({text})"
+            "torch._dynamo.reset() as well. If it came with batches of sizes that change, torch.compile(dynamic=False) "
+            "does, too. Or pass each loss as a function without arguments, which costs one forward pass a loss. "
+            f"({text})"
         )
     return error
 

@@ -111,6 +111,29 @@ def test_surgery_after_a_plain_step_is_refused_with_the_cure(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_a_batch_of_another_size_may_be_refused_with_the_cures(backend):
+    """Torch then compiles for all sizes, backward and all, before it can know how often that one will run."""
+
+    def run_sizes(chosen, dynamic=None):
+        net, optimizer, _ = setting(gradsurgery.MGDA)
+        model = torch.compile(net, backend=chosen, dynamic=dynamic) if chosen else net
+        for t, size in enumerate((8, 8, 5, 8, 3)):
+            optimizer.zero_grad()
+            optimizer.backward(model(inputs(t, torch.float32)[:size]))
+            optimizer.step()
+        return [p.detach() for p in net.parameters()]
+
+    wanted = run_sizes(None)
+    with pytest.raises(RuntimeError, match=r"donated_buffer = False.*sizes that change.*dynamic=False"):
+        run_sizes(backend)
+    torch._dynamo.reset()
+    torch.testing.assert_close(run_sizes(backend, dynamic=False), wanted, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+    with functorch.patch(donated_buffer=False):
+        torch.testing.assert_close(run_sizes(backend), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("switches", [{}, {"warmup": 1}], ids=["surgery", "warmup"])
 def test_losses_as_functions_run_after_a_plain_step(switches, backend):
     """One forward pass a loss: each compiled backward runs once, whatever buffers it gives away."""

@@ -1,8 +1,10 @@
 """Data-parallel processes take the step that one process takes on the concatenated batch."""
 
 import copy
+import io
 import os
 import pickle
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -12,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import gradsurgery
 from gradsurgery import world
 from tests.catalogue import CATALOGUE
+from tests.loops import same
 from tests.processes import run_cases, same_everywhere
 from tests.weighting_catalogue import CATALOGUE as WEIGHTERS
 
@@ -193,6 +198,53 @@ def bad_gradient_on_one_rank(rank, size):
     with pytest.raises(RuntimeError, match="gradient of 'b' is not finite"):
         optimizer.backward(losses)
     assert all(p.grad is None for p in net.parameters())
+
+
+def resume_from_distributed_checkpoint(start, batches, folder, key="gradsurgery"):
+    """The recipe of the pages: torch's part as always, the method's memory as one opaque entry."""
+    ends = []
+    for again in (False, True):
+        net, optimizer = start()
+        if not again:
+            steps(net, optimizer, batches[:2])
+        parts = dict(zip(("model", "optimizer"), get_state_dict(net, optimizer), strict=True))
+        if again:
+            parts[key] = b""
+            dcp.load(parts, checkpoint_id=folder)
+            set_state_dict(net, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+            memory = torch.load(io.BytesIO(parts[key]), weights_only=True)
+            optimizer.load_state_dict({**optimizer.state_dict(), "gradsurgery": memory})
+        else:
+            torch.save(optimizer.state_dict()["gradsurgery"], buffer := io.BytesIO())
+            parts[key] = buffer.getvalue()
+            dcp.save(parts, checkpoint_id=folder)
+        steps(net, optimizer, batches[2:])
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in net.parameters()]
+        ends.append(([p.detach().clone() for p in local], optimizer.state_dict()["gradsurgery"]))
+    assert same(*ends)
+
+
+def steps(net, optimizer, batches):
+    for x in batches:
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(net, x))
+        optimizer.step()
+
+
+def shared_folder():
+    """A new folder that all processes know."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
+def distributed_checkpoint(build, rank, size):
+    def start():
+        net = Net()
+        net.unused.requires_grad_(False)  # torch would look for its moments
+        return DDP(net), build(torch.optim.AdamW(net.parameters(), lr=0.01), distributed=True)
+
+    resume_from_distributed_checkpoint(start, data(size, 4)[:, rank], shared_folder())
 
 
 def scaler(rank, size):
@@ -576,6 +628,7 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
         found[f"unequal shards: {name}"] = lambda build=build: unequal_shards(build, *here)
         found[f"absent on one rank: {name}"] = lambda build=build: absent_on_one_rank(build, *here)
         found[f"accumulation: {name}"] = lambda build=build: accumulation(build, *here)
+        found[f"distributed checkpoint: {name}"] = lambda build=build: distributed_checkpoint(build, *here)
     for policy in ("raise", "skip", "drop"):
         found[f"nan on one rank: {policy}"] = lambda policy=policy: nan_on_one_rank(policy, *here)
     for text, options in {

@@ -19,7 +19,14 @@ from torch.distributed.tensor.parallel import (
 import gradsurgery
 from tests.catalogue import CATALOGUE
 from tests.processes import run_cases
-from tests.test_ddp import alone, assert_same, data, losses_of
+from tests.test_ddp import (
+    alone,
+    assert_same,
+    data,
+    losses_of,
+    resume_from_distributed_checkpoint,
+    shared_folder,
+)
 from tests.weighting_catalogue import CATALOGUE as WEIGHTERS
 
 # These differentiate down to a few parameters only, which autograd cannot do where parameters are gathered on the way.
@@ -169,6 +176,16 @@ def fsdp_checkpointing(rank, size):
     assert_same(whole(net), wanted)
 
 
+def fsdp_checkpoint(build, rank, size):
+    """Rows that a method keeps are pieces: each process has an entry of its own."""
+
+    def start():
+        net = sharded(Net())
+        return net, build(torch.optim.AdamW(net.parameters(), lr=0.01))
+
+    resume_from_distributed_checkpoint(start, data(size, 4)[:, rank], shared_folder(), f"gradsurgery.{rank}")
+
+
 def fsdp_refuses(rank, size):
     x = data(size)[0, rank]
     net = sharded(Net())
@@ -244,6 +261,7 @@ def cases(rank, size):
     for name in ("PCGrad", "MGDA", "GradDrop", "MoCo", "ExcessMTL", "DWAWeighter"):
         build = next(row.build for row in (*CATALOGUE, *WEIGHTERS) if row.name == name)
         found[f"tensor parallel: {name}"] = lambda build=build: tensor_parallel(build, *here)
+        found[f"distributed checkpoint: {name}"] = lambda build=build: fsdp_checkpoint(build, *here)
     found["old fsdp is refused"] = lambda: old_fsdp_is_refused(*here)
     return found
 
