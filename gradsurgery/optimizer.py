@@ -356,6 +356,11 @@ class MultiLossOptimizer(Optimizer):
         report: Report | None = self._run["report"]
         return report
 
+    @property
+    def accumulated(self) -> tuple[str, ...]:
+        """Names of the losses whose gradients were accumulated, and that no call of ``backward`` has acted on yet."""
+        return () if self._run["kept"] is None else tuple(self._run["kept"].present)
+
     def backward(
         self,
         losses: Losses,

@@ -27,7 +27,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
@@ -358,6 +358,37 @@ def test_a_step_may_be_skipped() -> None:
     module, optimizer = fitted(lambda self, batch, index: None)
     assert_same(module.net.state_dict(), Net().state_dict())
     assert optimizer.report is None
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+@METHOD_TABLE
+def test_a_batch_of_a_window_may_be_skipped(method: str, skipped: int) -> None:
+    """The last one too: the step is then that of the others, as with one loss."""
+
+    class Skipping(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == skipped else super().training_step(batch, batch_idx)
+
+    module, twin = Skipping(METHODS[method]), Module(METHODS[method])
+    run = trainer(accumulate_grad_batches=3, max_epochs=1)
+    run.fit(module, loader(24))
+    optimizer = twin.build(twin.base(twin.net.parameters()), twin.net)
+    batches = [batch for index, batch in enumerate(loader(24)) if index != skipped]
+    for index, batch in enumerate(batches):
+        losses = {name: loss / 3 for name, loss in losses_of(twin.net, batch).items()}
+        optimizer.backward(losses, accumulate=index == 0)
+    optimizer.step()
+    assert_same(module.net.state_dict(), twin.net.state_dict())
+    assert_same(run.optimizers[0].state_dict()["gradsurgery"], optimizer.state_dict()["gradsurgery"])
+
+
+def test_deepspeed_is_refused() -> None:
+    class DeepSpeedStrategy(SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(RuntimeError, match=r"DeepSpeedStrategy makes the backward pass its own.*fully_shard"):
+        trainer(strategy=DeepSpeedStrategy(torch.device("cpu"))).fit(Module(METHODS["pcgrad"]), loader())
 
 
 def test_a_step_may_extend_that_of_its_base() -> None:

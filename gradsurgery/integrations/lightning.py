@@ -42,6 +42,7 @@ class MultiLossModuleMixin:
     Raises:
         TypeError: The mixin stands after LightningModule, a loss is neither a tensor nor None, or the optimizer is not
             one of this library.
+        RuntimeError: The strategy is that of DeepSpeed.
     """
 
     _named: Mapping[str, Tensor | None] | None = None  # between training_step and backward only: they hold the graph
@@ -108,8 +109,16 @@ class MultiLossModuleMixin:
     def _take(self, output: Any) -> Any:
         """Keep the losses for ``backward``; give Lightning their sum, and nothing that holds the graph."""
         self._named = None
+        if output is None:
+            self._act_without_losses()
         if not isinstance(output, Mapping) or ("loss" in output and "losses" not in output):
             return output
+        strategy = type(getattr(getattr(self, "_trainer", None), "strategy", None)).__name__
+        if strategy == "DeepSpeedStrategy":
+            raise RuntimeError(
+                f"{type(self).__name__}: {strategy} makes the backward pass its own, and the method never sees the "
+                "losses. Use the DDP strategy with distributed=True, or ModelParallelStrategy with fully_shard."
+            )
         named = output.get("losses", output)
         for name, loss in named.items() if isinstance(named, Mapping) else [("losses", named)]:
             if loss is not None and not isinstance(loss, Tensor):
@@ -123,6 +132,18 @@ class MultiLossModuleMixin:
         rest = {key: value for key, value in output.items() if key != "losses"} if "losses" in output else {}
         total = torch.stack([value.sum().to(present[0]) for value in present]).sum() if present else torch.zeros(())
         return {"loss": total, **rest, "losses": values}
+
+    def _act_without_losses(self) -> None:
+        """The last batch of a window was skipped, so that no ``backward`` follows: act on what the others have left."""
+        module: Any = self
+        if getattr(module, "_trainer", None) is None:  # somebody calls the step by hand
+            return
+        optimizer = module.optimizers(use_pl_optimizer=False)
+        if not isinstance(optimizer, MultiLossOptimizer) or not (names := optimizer.accumulated):
+            return
+        if not module.trainer.fit_loop._should_accumulate():
+            scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+            self.log_report(optimizer.backward(dict.fromkeys(names), scaler=scaler))
 
 
 def _taking(step: Callable[..., Any]) -> Callable[..., Any]:
