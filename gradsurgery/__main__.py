@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 if all went well, 1 if there is no answer, 2 for arguments or an installation that do not do,
         130 when interrupted.
     """
-    parser = argparse.ArgumentParser(prog="gradsurgery", description=gradsurgery.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="gradsurgery", description=gradsurgery.__doc__, epilog="`gradsurgery COMMAND --help` says more."
+    )
     parser.add_argument("--version", action="version", version=f"gradsurgery {gradsurgery.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:

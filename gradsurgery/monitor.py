@@ -17,6 +17,7 @@ import numpy as np
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
 from gradsurgery.text import number
+from gradsurgery.weighting.dwa import DWAWeighter
 from gradsurgery.weighting.fixed import FixedWeighter
 
 if TYPE_CHECKING:
@@ -353,8 +354,9 @@ class _Watch:
 
     def __init__(self, optimizer: MultiLossOptimizer, advice: list[str]) -> None:
         self.name = optimizer._name
-        # Constant weights are meant to stay as they are.
-        self.may_rest = isinstance(optimizer, FixedWeighter)
+        # Constant weights are meant to stay as they are, and an epoch may have many steps.
+        by_epoch = isinstance(optimizer, DWAWeighter) or getattr(optimizer, "interval", None) == "epoch"
+        self.may_rest = by_epoch or isinstance(optimizer, FixedWeighter)
         # Methods with a primary task follow it on purpose.
         self.by_priority = optimizer.scale == "priority"
         # In sum scale the weights of the plain sum are known.

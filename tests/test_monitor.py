@@ -468,10 +468,19 @@ def test_one_conflict_starts_the_count_anew():
     assert caught(lambda: walk(theta, optimizer, INACTIVE_STEPS - 1, a=A, b=A)) == []
 
 
-@pytest.mark.parametrize("method", [gradsurgery.FixedWeighter, gradsurgery.GradDrop, gradsurgery.AGEM])
+@pytest.mark.parametrize(
+    ("method", "switches"),
+    [
+        (gradsurgery.FixedWeighter, {}),
+        (gradsurgery.GradDrop, {}),
+        (gradsurgery.AGEM, {}),
+        (gradsurgery.DWAWeighter, {}),  # these two move at the end of an epoch, which may have many steps
+        (gradsurgery.SoftAdaptWeighter, {"interval": "epoch"}),
+    ],
+)
 @pytest.mark.usefixtures("hasty")
-def test_methods_that_may_rest(method):
-    theta, optimizer = linear(method)
+def test_methods_that_may_rest(method, switches):
+    theta, optimizer = linear(method, **switches)
     Monitor(optimizer)
     assert caught(lambda: walk(theta, optimizer, INACTIVE_STEPS + 1, a=A, b=A)) == []
 

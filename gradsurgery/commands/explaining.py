@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         say(text(facts, terminal_width()))
         if args.plot is not None:
-            say(f"\nThe drawing is in {args.plot}.\n")
+            after = ", after a run in which losses fell at different paces" if facts.kind == "weighting" else ""
+            say(f"\nThe drawing is in {args.plot}{after}.\n")
     return 0
 
 
