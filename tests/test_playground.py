@@ -16,6 +16,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 # LAPACK differs from machine to machine; the reference cases are well beyond that only where two gradients are nearly
 # opposite, and there the weights are.
 DIRECTION, WEIGHT, WEIGHT_NEARLY_SINGULAR = 1e-12, 1e-12, 1e-7
+# Between two equal gradients MGDA may share their weight as it likes; the direction is the same.
+NOT_UNIQUE = {("mgda", "two equal of three")}
 
 _spec = importlib.util.spec_from_file_location("playground_cases", DOCS / "playground_cases.py")
 playground_cases = importlib.util.module_from_spec(_spec)
@@ -49,7 +51,8 @@ def test_cases_are_what_the_library_answers(case):
     for method, answer in case["answers"].items():
         direction, weights = errors(case["rows"], answer, now[method])
         assert direction <= DIRECTION, method
-        assert weights <= weight_tolerance(case["name"]), method
+        if (method, case["name"]) not in NOT_UNIQUE:
+            assert weights <= weight_tolerance(case["name"]), method
 
 
 def test_a_wrong_answer_is_seen():

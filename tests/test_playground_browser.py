@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_playground import CASES, DIRECTION, DOCS, errors, playground_cases, weight_tolerance
+from test_playground import CASES, DIRECTION, DOCS, NOT_UNIQUE, errors, playground_cases, weight_tolerance
 
 pytestmark = pytest.mark.browser
 
@@ -37,8 +37,6 @@ FLAGS = [
 PRESETS = list(playground_cases.PRESETS)
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 DESK = {"viewport": {"width": 1280, "height": 900}}
-# Between two equal gradients MGDA may share their weight as it likes; the direction is the same.
-NOT_UNIQUE = {("mgda", "two equal of three")}
 
 
 def chromium() -> str:
