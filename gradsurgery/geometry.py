@@ -30,6 +30,7 @@ Array = NDArray[np.float64]
 Factor = Callable[[], ArrayLike]
 
 EPS = float(np.finfo(np.float64).eps)
+_EPS_SINGLE = float(np.finfo(np.float32).eps)
 
 # Rounding of the Gram may reach the answer multiplied by this, 2e-16 as 2e-12, before the factor is asked for.
 _AMPLIFICATION = 1e4
@@ -88,11 +89,15 @@ def _half(cosines: Array, tolerance: float = -1.0) -> tuple[Array, float]:
     return half, float(triangle[rank - 1, rank - 1]) if rank == m else 0.0
 
 
-def _full_rank(columns: Array) -> Array:
-    """Columns with the same dot products and as many entries as their rank: (k, m) becomes (rank, m)."""
+def _full_rank(columns: Array, noise: float) -> Array:
+    """Columns with the same dot products and as many entries as their rank: (k, m) becomes (rank, m).
+
+    Rows in single precision, told by a Gram with more ``noise`` than float64's, are rounded that coarsely themselves.
+    """
     triangle, order = qr(columns, mode="r", pivoting=True)
     diagonal = np.abs(triangle.diagonal())
-    rank = int(np.count_nonzero(diagonal > 4 * max(columns.shape) * EPS * diagonal[0]))
+    rounding = 4 * EPS if noise <= EPS else _EPS_SINGLE
+    rank = int(np.count_nonzero(diagonal > max(columns.shape) * rounding * diagonal[0]))
     reduced = np.empty((rank, columns.shape[1]))
     reduced[:, order] = triangle[:rank]
     return reduced
@@ -470,7 +475,7 @@ def equal_projection(
         steep = float(np.abs(y).sum()) >= _AMPLIFICATION * pivot * sqrt(max(float(y.sum()), 0.0))
         if factor is None or not (steep or pivot * pivot * _AMPLIFICATION < 1):
             return y, m, False
-    columns = _half(cosines, 16 * m * noise)[0] if factor is None else _full_rank(_rows(factor)[1])
+    columns = _half(cosines, 16 * m * noise)[0] if factor is None else _full_rank(_rows(factor)[1], noise)
     if len(columns) == m:
         return _foot(columns), m, False
     scale = norms / norms.max() if by_length else np.ones(m)
@@ -874,7 +879,7 @@ def align(
     columns, pivot = _half(cosines, 16 * m * noise)
     if factor is not None and pivot * pivot * _AMPLIFICATION < 1:
         norms, columns = _rows(factor)
-        columns = _full_rank(columns)
+        columns = _full_rank(columns, noise)
     rank = len(columns)
     top = norms.max()
     lengths = norms / top

@@ -131,7 +131,8 @@ def gram_of_matrix(rows: Tensor) -> np.ndarray:
             return j @ j.T
         if rows.dtype is torch.float32 and rows.shape[1] <= _CHUNK:
             j = rows.numpy()
-            return (j @ j.T).astype(np.float64)
+            with np.errstate(over="ignore", invalid="ignore"):  # such products are made again, in float64
+                return (j @ j.T).astype(np.float64)
     return gram(as_rows(rows)).cpu().numpy()
 
 

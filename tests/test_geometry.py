@@ -723,6 +723,23 @@ def test_equal_projection_of_nearly_parallel_rows(angle: float, length: float) -
     np.testing.assert_allclose(y, 1 / (1 + np.cos(angle)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_of_rows_in_single_precision(seed: int) -> None:
+    """20 rows of rank 5 have full rank once each entry is rounded to float32; weights must not be made of that."""
+    rng = np.random.default_rng(seed)
+    exact = rng.standard_normal((20, 5)) @ rng.standard_normal((5, 30))
+    j = exact.astype(np.float32).astype(np.float64)
+    gram, noise = (j.astype(np.float32) @ j.astype(np.float32).T).astype(np.float64), 2e-7
+    y, rank, _ = geometry.equal_projection(gram, lambda: j, noise=noise)
+    assert rank == 5
+    expected = geometry.equal_projection(exact @ exact.T, lambda: exact)[0]
+    np.testing.assert_allclose(y, expected, atol=1e-4 * np.abs(expected).max())
+    balance, rank = geometry.align(gram, "min", lambda: j, noise=noise)
+    assert rank == 5
+    expected = exact.T @ geometry.align(exact @ exact.T, "min", lambda: exact)[0].sum(axis=1)
+    np.testing.assert_allclose(j.T @ balance.sum(axis=1), expected, atol=1e-3 * np.linalg.norm(expected))
+
+
 # --- Nash-MTL and FairGrad ---
 
 ALPHAS = (0.5, 1.0, 2.0, 5.0)

@@ -241,6 +241,13 @@ def test_half_and_single_precision(row, dtype, tolerance):
         assert (d.double() - exact).norm() <= tolerance * exact.norm()
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_products_that_leave_single_precision_are_made_again(scale):
+    rows = torch.tensor([[2.0, 1.0], [-1.0, 1.0]]) * scale
+    d = gradsurgery.MGDA(any_optimizer(), reduction="mean").combine(rows)
+    assert (d / scale).tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+
+
 @every(GRAM)
 def test_combine_agrees_with_backward(row):
     rows = torch.tensor([[2.0, 1.0, 0.5], [-10.0, 1.0, 0.0], [1.0, -1.0, 1.0]], dtype=torch.float64)

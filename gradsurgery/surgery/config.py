@@ -36,13 +36,18 @@ class ConFIG(Surgery):
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         y, rank, degenerate = geometry.equal_projection(gram, self.factor, noise=self.noise)
-        norms, cosines = geometry.unit(gram)
+        norms = np.sqrt(gram.diagonal())
         deficient = rank < np.count_nonzero(norms)
         if deficient:
             self.flag("rank-deficient")
         if degenerate:
             self.flag("stationary")
             return np.zeros_like(y)
-        # ⟨uᵢ, v⟩ is 1 for independent rows and else (C y)ᵢ, and ‖v‖² = yᵀC y = 1ᵀy since y = C⁺1.
-        length = norms @ (cosines @ y) if deficient else norms.sum()
-        return length / y.sum() * np.divide(y, norms, out=np.zeros_like(y), where=norms > 0)
+        weights = np.divide(y, norms, out=np.zeros_like(y), where=norms > 0)
+        if deficient:
+            # Σ ⟨gᵢ, v⟩ from the rows: the y of nearly dependent ones magnify what the Gram matrix has lost.
+            rows = self.factor()
+            length = float((rows @ (weights @ rows)).sum())
+        else:
+            length = float(norms.sum())  # every ⟨uᵢ, v⟩ is 1
+        return length / y.sum() * weights  # ‖v‖² = yᵀC y = 1ᵀy, since y = C⁺1
