@@ -252,10 +252,11 @@ def test_products_that_leave_single_precision_are_made_again(scale):
 def test_combine_agrees_with_backward(row):
     rows = torch.tensor([[2.0, 1.0, 0.5], [-10.0, 1.0, 0.0], [1.0, -1.0, 1.0]], dtype=torch.float64)
     p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    optimizer = row.build(torch.optim.SGD([p], lr=0.0))
+    optimizer, twin = row.build(torch.optim.SGD([p], lr=0.0)), row.build(any_optimizer())
     for _ in range(3):
         optimizer.zero_grad()
-        expected = optimizer.combine(rows, losses=[1.0, 2.0, 3.0])
+        expected = twin.combine(rows, losses=[1.0, 2.0, 3.0])
+        assert torch.equal(twin.combine(rows, losses=[1.0, 2.0, 3.0], update=True), expected)
         optimizer.backward([g @ p + i for i, g in enumerate(rows, 1)])
         torch.testing.assert_close(p.grad, expected, rtol=1e-13, atol=0)
         optimizer.step()
