@@ -397,7 +397,7 @@ class Surgery(MultiLossOptimizer):
             TypeError: `rows` is not a matrix of real floating point numbers.
             ValueError: `rows` is empty or not finite, or of another number than the losses that the method knows, or
                 `losses` is missing or of the wrong length.
-            RuntimeError: The method keeps rows of the model that it trains.
+            RuntimeError: The method keeps rows of the parameters that it trains, and these are of another size.
         """
         where = f"{self._name}.combine"
         if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
@@ -412,7 +412,7 @@ class Surgery(MultiLossOptimizer):
         if values.shape != (m,):
             raise ValueError(f"{where}: `losses` must have shape ({m},), one value a row, got {values.shape}.")
         rows = rows.detach()
-        names = self._names_of_rows(m)
+        names = self._names_of_rows(rows)
         share = 1.0 / m if self.reduction == "mean" else 1.0
         pending, self._run["pending"] = self._run["pending"], None
         try:
@@ -437,11 +437,13 @@ class Surgery(MultiLossOptimizer):
         assert out is not None
         return out
 
-    def _names_of_rows(self, m: int) -> tuple[str, ...]:
+    def _names_of_rows(self, rows: Tensor) -> tuple[str, ...]:
         """Rows stand for the losses that the method knows, in their order; otherwise for "0", "1" and so on."""
-        if self.observes and "reached" in self._run["committed"]:
+        m, size = rows.shape
+        first = self.param_groups[0]["params"][0]
+        if any(j or first.numel() != size for j in self._reached_ever()):  # `combine` has all in place 0
             raise RuntimeError(
-                f"{self._name}.combine: the method keeps rows of the model that it trains, and cannot go on with "
+                f"{self._name}.combine: the method keeps rows of the parameters that it trains, and cannot go on with "
                 "others. Make another one for `combine`."
             )
         known = tuple(self._run["committed"].get("tasks", ()))
