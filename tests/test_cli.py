@@ -32,6 +32,9 @@ def make(features=False):
 def wrong():
     return 3
 
+def two():
+    return make()[:2]
+
 def broken():
     raise KeyError("mine")
 
@@ -307,6 +310,7 @@ def test_diagnose_as_json(capsys, script):
         ("nowhere.py:make", "there is no file nowhere.py"),
         ("mine.py:nothing", "has no function 'nothing'"),
         ("mine.py:wrong", "must return (model or optimizer, loss_fn, batches), got int"),
+        ("mine.py:two", "must return (model or optimizer, loss_fn, batches), got Linear, function."),
     ],
 )
 def test_diagnose_what_is_not_there(capsys, script, monkeypatch, target, message):

@@ -1,6 +1,7 @@
 """Measure on your own model, without training, whether its losses need help, which, and at what price.
 
-FUNCTION takes no argument and returns what ``gradsurgery.diagnose`` takes: (model or optimizer, loss_fn, batches).
+FUNCTION takes no argument and returns what gradsurgery.diagnose takes: (model or optimizer, loss_fn, batches). The file
+is run as by an import, so that what trains belongs under `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
         or not isinstance(given[0], (nn.Module, Optimizer))
         or not callable(given[1])
     ):
+        types = [type(part).__name__ for part in given] if isinstance(given, tuple) else [type(given).__name__]
         return complain(
-            NAME, f"{args.target} must return (model or optimizer, loss_fn, batches), got {type(given).__name__}."
+            NAME, f"{args.target} must return (model or optimizer, loss_fn, batches), got {', '.join(types)}."
         )
     try:
         found = diagnose(*given, limit=args.batches, features=args.features, cost=not args.no_cost)
