@@ -208,13 +208,14 @@ def walk_from_all(
     return walk, paths
 
 
-def built(name: str, optimizer: Optimizer, tasks: int = 2) -> MultiLossOptimizer:
+def built(name: str, optimizer: Optimizer, tasks: int = 2, **given: Any) -> MultiLossOptimizer:
     """Wrap an optimizer in a method with its defaults, and with the least of what its constructor asks for besides.
 
     Args:
         name: The method.
         optimizer: The torch optimizer.
         tasks: Number of losses.
+        **given: Arguments of its constructor that are known better.
 
     Returns:
         The method.
@@ -224,7 +225,7 @@ def built(name: str, optimizer: Optimizer, tasks: int = 2) -> MultiLossOptimizer
         "Krum": {"n_byzantine": 0},
         "PriorLossWeighter": {"priors": [1.0] * tasks},
     }
-    found = catalogue.find(name).method(optimizer, **extra.get(name, {}))
+    found = catalogue.find(name).method(optimizer, **{**extra.get(name, {}), **given})
     assert isinstance(found, MultiLossOptimizer)
     return found
 

@@ -1,0 +1,181 @@
+"""Sentences about the results, each worked out from the summary."""
+
+from __future__ import annotations
+
+import statistics as means
+
+from benchmarks.evidence.contenders import SUM, TUNED
+from benchmarks.evidence.reading import Data, mean_score, named, ordered, percent, real_problems, span, tally
+from benchmarks.evidence.results import scores
+
+#: Over fewer problems than this nothing is said of a method.
+LEAST_PROBLEMS = 3
+#: Losses whose largest is this many times the smallest at the start are of different size.
+DIFFERENT = 10.0
+
+
+def conclusions(data: Data) -> list[str]:
+    """What the figures bear out.
+
+    Args:
+        data: The summary.
+
+    Returns:
+        Sentences in Markdown.
+    """
+    found = [
+        against(data, "sum", "the plain sum"),
+        against(data, "tuned", "the tuned fixed weights"),
+        tuned_weights(data),
+        by_size(data),
+        winners(data),
+        by_kind(data),
+        together(data),
+        yardsticks(data),
+    ]
+    return [sentence for sentence in found if sentence]
+
+
+def against(data: Data, key: str, label: str) -> str:
+    """How many methods have fewer and more errors than a baseline, over all problems."""
+    methods = [row for row in data["overall"] if key in row and row["name"] not in (SUM, TUNED)]
+    methods.sort(key=lambda row: row[key]["ratio"][0])
+    few = [row["name"] for row in methods if row["problems"] < LEAST_PROBLEMS]
+    methods = [row for row in methods if row["problems"] >= LEAST_PROBLEMS]
+    if not methods:
+        return ""
+
+    def sides(level: str) -> tuple[list[str], list[str]]:
+        fewer = [row["name"] for row in methods if row[key][level][2] < 1]
+        more = [row["name"] for row in reversed(methods) if row[key][level][1] > 1]
+        return fewer, more
+
+    fewer, more = sides("ratio")
+    surely_fewer, surely_more = sides("strict")
+    return (
+        f"**Against {label}**, over all problems, {len(fewer)} of {len(methods)} methods have fewer errors and "
+        f"{len(more)} have more (the 95 % interval of the ratio lies on one side of 1); the other "
+        f"{len(methods) - len(fewer) - len(more)} cannot be told from it. Fewer, the best first: {named(fewer)}. More, "
+        f"the worst first: {named(more)}. Of so many intervals some are wrong by chance: at a level that allows for "
+        f"{len(data['plan']['contenders'])} comparisons at once, there remain on the side of fewer errors "
+        f"{named(surely_fewer)}; on that of more {named(surely_more)}."
+        + (f" Too few problems to say: {named(few)}." if few else "")
+    )
+
+
+def tuned_weights(data: Data) -> str:
+    """The two baselines against each other."""
+    rows = {row["name"]: row for row in data["overall"]}
+    if TUNED not in rows or "sum" not in rows[TUNED]:
+        return ""
+    versus, places = rows[TUNED]["sum"], [row["name"] for row in data["overall"]]
+    _, low, high = versus["ratio"]
+    judged = "fewer errors" if high < 1 else "more errors" if low > 1 else "no clear difference over all"
+    return (
+        f"**Tuned fixed weights against the plain sum: {judged}.** Their error is {span(versus['ratio'])} times as "
+        f"large; they are better on {versus['better']} and worse on {versus['worse']} of {rows[TUNED]['problems']} "
+        f"problems. By mean rank they are number {places.index(TUNED) + 1} of {len(places)}, the plain sum is number "
+        f"{places.index(SUM) + 1}."
+    )
+
+
+def by_size(data: Data) -> str:
+    """Where losses differ in size at the start, and where they do not."""
+    parts = []
+    for differ in (True, False):
+        names = [
+            problem["name"]
+            for problem in real_problems(data)
+            if differ == (max(problem["sizes"].values()) >= DIFFERENT * min(problem["sizes"].values()))
+        ]
+        counts = [tally(data, name) for name in names]
+        better, worse, count = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+        if not count:
+            return ""
+        parts.append((len(names), 100 * better / count, 100 * worse / count))
+    (many, up, down), (others, up_there, down_there) = parts
+    return (
+        f"**By the size of the losses.** On the {many} problems whose losses start a factor of {DIFFERENT:g} or more "
+        f"apart, a method is better than the plain sum in {up:.0f} % of the cases and worse in {down:.0f} %. On the "
+        f"{others} whose losses start closer together it is better in {up_there:.0f} % and worse in {down_there:.0f} %."
+    )
+
+
+def winners(data: Data) -> str:
+    """Whether one contender wins everywhere."""
+    orders = [order for order in (ordered(data, problem["name"]) for problem in real_problems(data)) if order]
+    if not orders:
+        return ""
+
+    def among(ends: list[list[str]]) -> dict[str, int]:
+        return {name: sum(name in end for end in ends) for name in data["plan"]["contenders"]}
+
+    top = among([order[: max(1, len(order) // 4)] for order in orders])
+    bottom = among([order[-max(1, len(order) // 4) :] for order in orders])
+    most = max(top.values())
+    both = sum(top[name] > 0 and bottom[name] > 0 for name in top)
+    lead = "One wins everywhere" if most == len(orders) else "None wins everywhere"
+    return (
+        f"**{lead}.** {len({order[0] for order in orders})} contenders share the first places of {len(orders)} "
+        f"problems. Most often among the best quarter, on {most} of {len(orders)}: "
+        f"{named([name for name, count in top.items() if count == most])}. {both} of {len(top)} contenders are among "
+        "the best quarter on one problem and among the worst quarter on another."
+    )
+
+
+def by_kind(data: Data) -> str:
+    """Surgery against weighting."""
+    parts = []
+    for kind in ("surgery", "weighting"):
+        rows = [row for row in data["overall"] if row["kind"] == kind and "sum" in row]
+        if not rows:
+            return ""
+        ratio = means.median(row["sum"]["ratio"][0] for row in rows)
+        rank = means.fmean(row["rank"][0] for row in rows)
+        parts.append(f"{kind} {ratio:.2f} and {rank:.1f} ({len(rows)} methods)")
+    return (
+        "**Surgery against weighting.** Median over the methods of the error relative to the plain sum, and mean of "
+        f"their mean ranks among {len(data['overall'])}: {', '.join(parts)}."
+    )
+
+
+def together(data: Data) -> str:
+    """Whether learning together helps at all."""
+    rows = {row["name"]: row["delta_m"] for row in data["overall"] if "delta_m" in row}
+    if SUM not in rows:
+        return ""
+    best = max(rows, key=lambda name: rows[name][0])
+    return (
+        f"**Learning together against one model a task.** Δm of the plain sum is {percent(rows[SUM])}. The interval "
+        f"lies above 0 for {sum(low > 0 for _, low, _ in rows.values())} of {len(rows)} contenders and below for "
+        f"{sum(high < 0 for _, _, high in rows.values())}. It is highest for {named([best])}: {percent(rows[best])}."
+    )
+
+
+def yardsticks(data: Data) -> str:
+    """How far things lie apart that are equal, or drawn at random."""
+    rows = {row["name"]: row["sum"]["ratio"] for row in data["overall"] if "sum" in row}
+    spreads = []
+    for problem in real_problems(data):
+        if mean_score(data, problem["name"], SUM) is None:
+            continue
+        values = list(scores(data["results"][problem["name"]][SUM]).values())
+        spreads.append((max(values) - min(values)) / means.fmean(values))
+    if not spreads or "FixedWeighter" not in rows or "RandomWeighter" not in rows:
+        return ""
+    return (
+        "**Yardsticks.** `FixedWeighter` with its defaults is the plain sum: its error is "
+        f"{span(rows['FixedWeighter'], 3)} times as large. `RandomWeighter`, a baseline that any method should beat, "
+        f"has {span(rows['RandomWeighter'])}. From its best seed to its worst the plain sum's error varies by "
+        f"{100 * means.median(spreads):.0f} % of its mean, in the median over the problems."
+    )
+
+
+def edges(data: Data) -> str:
+    """How often the best rate lay at an end of the grid."""
+    rates = [result["rate"] for here in data["results"].values() for result in here.values()]
+    low, high = rates.count(0), rates.count(data["plan"]["rates"] - 1)
+    return (
+        f"In {low + high} of {len(rates)} cases the chosen rate is at an end of the grid ({low} times the lowest, "
+        f"{high} times the highest), so that a wider grid might have found a better one."
+    )

@@ -1,0 +1,295 @@
+"""The page on evidence: every figure and every sentence about figures comes from the summary of the results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.evidence.conclusions import conclusions, edges
+from benchmarks.evidence.contenders import SUM, TUNED
+from benchmarks.evidence.problem import LEAST, MOST
+from benchmarks.evidence.reading import (
+    TOYS,
+    Data,
+    mean_score,
+    named,
+    number,
+    ordered,
+    percent,
+    real_problems,
+    single_task,
+    span,
+    tally,
+)
+from benchmarks.evidence.results import dumps, scores
+from benchmarks.page import grid
+
+#: A gap below this share of the front's range counts as Pareto optimal, as in `gradsurgery compare`.
+NEAR = 0.01
+
+HEAD = """# Which method helps?
+
+Every method of [the catalogue](methods.md), with its defaults, on {problems} small problems, against the plain sum and
+against constant weights that were tuned. Written by `make evidence ARGS="--write docs/evidence.md"`;
+`evidence.json` beside this page has all figures, and every sentence that quotes one is written from that file.
+
+## What was done
+
+* **Same budget.** Model, batches, steps and base optimizer are the same for all contenders on a problem. {steps} steps,
+  with the learning rate rising over the first tenth and then falling to zero.
+* **Same grid.** Each contender chooses among the same {rates} learning rates, a factor of 3 apart, on validation data
+  with one seed. Everything else has its default.
+* **Fresh seeds.** At the chosen rate it is trained again with {seeds} other seeds (weights, data and batches), and
+  evaluated on test data. These are the figures below.
+* **Tuned fixed weights** choose among {vectors} weight vectors at each of the {rates} rates: {budget} trainings to
+  choose, where every other contender has {rates}. The vectors: the plain sum; one over each loss at the start; and
+  random ones around both, log-uniform within factors of 30 and 10.
+* **Error.** Each task has one error, 0 if all is right and about 1 if nothing was learnt (wrong labels in shares of
+  guessing, 1 − R², 1 − IoU, relative distance from the solution). A training counts with the mean over its tasks, each
+  clipped to between {least:g} and {most:g}; one that failed or diverged counts {most:g}.
+* **Single-task models**, one a task, get the same grid and seeds. Δm is the mean relative improvement of the errors
+  over theirs: positive where learning together helps.
+* **Intervals** (95 %) come from a bootstrap over problems, and over seeds within each. Comparisons are paired by seed.
+  *Better* and *worse* on a problem: with every seed, and by 1 % or more on average.
+"""
+
+CANNOT = """## What cannot be concluded
+
+* **Nothing about long trainings or large models.** {steps} steps of models of a few thousand parameters. Methods that
+  learn their weights with a step size of their own (`UncertaintyWeighter`, `IMTLLWeighter`, `GradNormWeighter`,
+  `FAMOWeighter`, `GroupDROWeighter`, `MoCo`, `MoDo`) have little time to do so, and may do better in longer runs.
+* **Nothing about a method at its best.** Only the learning rate was tuned; every other constant is a default, and none
+  was chosen for these problems.
+* **Little about small differences.** {seeds} seeds a problem: the single figure of a method on a problem moves with the
+  seed as much as many methods differ. Learning rates were chosen with one seed. {edge}
+* **Nothing about goals other than the mean error.** `AGEM`, `Bloop`, `MetaBalance`, `PCD` put one loss first, `EPO`,
+  `PMGDA`, `PBIWeighter`, `STCHWeighter` and `COSMOSWeighter` aim at a given trade-off, `Krum` and `TrimmedMean` at
+  outliers: here all of them are asked for something they were not made for. A common-descent promise is not measured
+  either.
+* **Nothing about problems of another kind.** {real} problems, of {families} families, are a small sample, and those of
+  a family resemble each other. The intervals over problems say how far {real} such problems can tell, not what holds
+  for yours.
+* **Not the price of tuning.** The plain sum and the weighters make one backward pass a step; surgery makes one a loss.
+  The budget here is in steps. With a budget in seconds the cheap ones would have had more steps, or more weights tried.
+"""
+
+
+def write(path: Path, data: Data) -> None:
+    """Write the page, its data and its pictures.
+
+    Args:
+        path: The page; data and pictures are put beside it.
+        data: The summary.
+    """
+    from benchmarks.evidence import pictures
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(dumps(data), encoding="utf-8")
+    # From the file, so that the page can be written again from it.
+    data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    pictures.draw(data, path.parent / "_static" / "evidence")
+    path.write_text(text(data), encoding="utf-8")
+
+
+def text(data: Data) -> str:
+    """The page.
+
+    Args:
+        data: The summary.
+
+    Returns:
+        Markdown.
+    """
+    plan = data["plan"]
+    steps = [problem["steps"] for problem in data["problems"]]
+    real = [problem for problem in data["problems"] if problem["family"] != TOYS]
+    facts = {
+        "problems": len(data["problems"]),
+        "steps": f"{min(steps)} to {max(steps)}",
+        "rates": plan["rates"],
+        "seeds": len(plan["seeds"]),
+        "vectors": plan["vectors"],
+        "budget": plan["rates"] * plan["vectors"],
+        "least": LEAST,
+        "most": MOST,
+        "real": len(real),
+        "families": len({problem["family"] for problem in real}),
+        "edge": edges(data),
+    }
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    parts = [
+        HEAD.format(**facts),
+        f"{ran(data)} With {versions}.\n",
+        "## What can be concluded\n\n" + "".join(f"* {sentence}\n" for sentence in conclusions(data)),
+        CANNOT.format(**facts),
+        "## All contenders\n\n" + contender_text(data),
+        "## All problems\n\n" + problem_text(data),
+        "## Problem by problem\n\n" + pictures_text(data),
+        "## Who does not take part, and what failed\n\n" + absent_text(data),
+    ]
+    return "\n".join(parts)
+
+
+def brief(data: Data) -> str:
+    """The conclusions, for a terminal.
+
+    Args:
+        data: The summary.
+
+    Returns:
+        Lines.
+    """
+    lines = [ran(data), *conclusions(data)]
+    return "\n".join(re.sub(r"[*`]", "", line) for line in lines)
+
+
+def ran(data: Data) -> str:
+    """How much of the plan was trained."""
+    plan = data["plan"]
+    if plan["finished"] == plan["planned"]:
+        return f"All {plan['planned']} trainings of the plan were made."
+    return (
+        f"Of the {plan['planned']} trainings of the plan {plan['finished']} were made when this was written. What is "
+        "missing is left out: a contender without its choice of rate, or a seed that was not tested yet."
+    )
+
+
+# ----------------------------------------------------------------------------------------------- tables
+
+
+def contender_text(data: Data) -> str:
+    """The table of all contenders."""
+    costs = data["costs"]
+    lines = []
+    for row in data["overall"]:
+        name = row["name"]
+        times = [f"{cost['ratio'][name]:.1f}" if name in cost["ratio"] else "–" for cost in costs.values()]
+        lines.append(
+            [
+                name if row["kind"] == "baseline" else f"`{name}`",
+                span(row["rank"], 1),
+                *versus(row.get("sum")),
+                *versus(row.get("tuned")),
+                percent(row["delta_m"]) if "delta_m" in row else "–",
+                f"{100 * row['median_delta_m']:+.0f} %".replace("-", "−") if "median_delta_m" in row else "–",
+                *times,
+                f"{row['failed']} of {row['trainings']}" if row["failed"] else "0",
+                f"{row['edge']} of {row['problems']}",
+            ]
+        )
+    head = ["contender", "mean rank", "error / plain sum", "better, even, worse", "error / tuned weights"]
+    head += ["better, even, worse", "Δm, mean", "Δm, median", *(f"time, {name.split(', ')[-1]}" for name in costs)]
+    head += ["failed", "rate at an end"]
+    text = (
+        f"Over the {len(real_problems(data))} problems that are not toys, sorted by mean rank (1 is best, "
+        f"{len(data['overall'])} last; where fewer take part, ranks are stretched to the same range). *Error / plain "
+        "sum* is the geometric mean of the ratios. "
+    )
+    if costs:
+        milliseconds = " and ".join(f"{cost['milliseconds']:.2f}" for cost in costs.values())
+        text += (
+            "*Time* is that of a whole step relative to the plain sum's, on GradNorm's toy, where the plain sum takes "
+            f"{milliseconds} ms: processor time of one thread, median over rounds in which all take turns, apart from "
+            "the trainings. "
+        )
+    text += "*Rate at an end*: on how many problems the chosen learning rate is the lowest or highest of the grid.\n\n"
+    text += "![Error of every contender relative to the plain sum](_static/evidence/overall.png)\n\n"
+    return text + grid(head, lines) + "\n"
+
+
+def versus(comparison: Data | None) -> list[str]:
+    """Two cells: the ratio of errors, and the count of verdicts."""
+    if comparison is None:
+        return ["–", "–"]
+    return [span(comparison["ratio"]), f"{comparison['better']}, {comparison['even']}, {comparison['worse']}"]
+
+
+def problem_text(data: Data) -> str:
+    """What came of each problem, and the weights that were chosen."""
+    lines, weights = [], []
+    for problem in data["problems"]:
+        name, sizes, order = problem["name"], problem["sizes"].values(), ordered(data, problem["name"])
+        if not order:
+            continue
+        better, worse, count = tally(data, name)
+        lines.append(
+            [
+                name,
+                str(len(problem["losses"])),
+                f"{max(sizes) / min(sizes):.2g}" if min(sizes) > 0 else "–",
+                *map(number, (single_task(data, problem), mean_score(data, name, SUM), mean_score(data, name, TUNED))),
+                f"{number(mean_score(data, name, order[0]))}, {named(order[:1])}",
+                f"{better}, {count - better - worse}, {worse}",
+            ]
+        )
+        if TUNED in data["results"][name]:
+            chosen = data["results"][name][TUNED]["weights"]
+            weights.append([name, ", ".join(f"{loss} {weight:g}" for loss, weight in chosen.items())])
+    head = ["problem", "m", "size ratio", "one model a task", SUM, TUNED, "lowest error", "methods better, even, worse"]
+    return (
+        "Mean test error. *Size ratio*: the largest loss over the smallest, at the start. The last column counts "
+        "methods against the plain sum. The lowest of so many errors is a lucky one, too.\n\n"
+        f"{grid(head, lines)}\n\n"
+        "Error relative to the plain sum, contenders by mean rank; a dash: takes no part.\n\n"
+        "![Error of each contender on each problem](_static/evidence/map.png)\n\n"
+        f"Weights that were chosen, with a sum of m:\n\n{grid(['problem', TUNED], weights)}\n"
+    )
+
+
+def slug(name: str) -> str:
+    """A problem's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def pictures_text(data: Data) -> str:
+    """A picture of each problem, with what was set for it."""
+    text = (
+        "All contenders, the lowest mean error first; a dot a seed, a bar the mean. Vertical lines: plain sum "
+        "(orange), tuned fixed weights (black), mean of the single-task models (dotted). Crosses: trainings that "
+        "failed or diverged.\n"
+    )
+    for problem in data["problems"]:
+        name = problem["name"]
+        if not ordered(data, name):
+            continue
+        rates = ", ".join(f"{rate:g}" for rate in problem["rates"])
+        said = f"{problem['says']} {problem['steps']} steps of {problem['base']}, rates {rates}. "
+        said += toy_sentence(data, problem)
+        text += f"\n### {name[0].upper()}{name[1:]}\n\n{said.strip()}\n\n"
+        text += f"![All contenders on this problem](_static/evidence/{slug(name)}.png)\n"
+    return text
+
+
+def toy_sentence(data: Data, problem: Data) -> str:
+    """On a toy: who gets there."""
+    if problem["family"] != TOYS:
+        return ""
+    order = ordered(data, problem["name"])
+    there = [c for c in order if max(scores(data["results"][problem["name"]][c]).values()) <= NEAR]
+    rest = [c for c in order if c not in there]
+    text = f"{len(there)} of {len(order)} contenders come within {NEAR:g} with every seed"
+    return text + (f": {named(there)}." if len(there) <= len(rest) else f"; not {named(rest)}." if rest else ".")
+
+
+def absent_text(data: Data) -> str:
+    """Refusals and failures."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for problem, refused in data["refused"].items():
+        for contender, reason in refused.items():
+            reasons.setdefault((contender, reason), []).append(problem)
+    together: dict[tuple[str, str], list[str]] = {}
+    for (contender, reason), problems in reasons.items():
+        together.setdefault((reason, ", ".join(problems)), []).append(contender)
+    lines = [[named(who), reason, problems] for (reason, problems), who in together.items()]
+    text = f"{grid(['contender', 'why not', 'where'], lines)}\n\n" if lines else "All take part everywhere.\n\n"
+    failures = [
+        [named([contender]), problem, seed, reason.replace("|", "\\|")]
+        for problem, here in data["results"].items()
+        for contender, result in here.items()
+        for seed, reason in result["failed"].items()
+    ]
+    if not failures:
+        return text + "No training with a chosen rate failed.\n"
+    head = ["contender", "problem", "seed", "what happened"]
+    return f"{text}Trainings with the chosen rate that failed:\n\n{grid(head, failures)}\n"

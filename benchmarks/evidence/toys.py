@@ -1,0 +1,72 @@
+"""The toy problems with known Pareto sets, walked with the settings of ``gradsurgery compare``."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from benchmarks.evidence.problem import Losses, Problem, Split, Start
+from gradsurgery.commands.comparing import PROBLEMS as SETTINGS
+from gradsurgery.problems import Problem as Toy
+
+_BUILT = {name: setting.build() for name, setting in SETTINGS.items()}
+
+
+class Point(nn.Module):
+    """A point that is trained.
+
+    Args:
+        theta: Where it begins.
+    """
+
+    def __init__(self, theta: torch.Tensor) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(theta)
+
+
+def breadth(toy: Toy) -> float:
+    """How far a loss varies along the Pareto front; its size where the front is one point."""
+    front = torch.stack(toy.losses(toy.pareto_set()))
+    return float((front.amax(dim=1) - front.amin(dim=1)).max()) or float(front.abs().max())
+
+
+def walk(seed: int, name: str) -> Start:
+    toy = _BUILT[name]
+    # One start a seed, a little off the toy's own, since some have one only.
+    off = 0.2 * torch.randn(2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    point = Point(toy.starts[seed % len(toy.starts)] + off)
+
+    def losses(step: int, draw: int) -> Losses:
+        return dict(zip(("first", "second"), toy.losses(point.theta), strict=True))
+
+    def errors(split: Split) -> dict[str, float]:
+        if not torch.isfinite(point.theta).all():
+            return {"gap": float("nan")}
+        return {"gap": toy.gap(point.theta) / breadth(toy)}
+
+    return Start(point, [point.theta], losses, errors)
+
+
+_LIKE = {"quadratics": (60, 0.1), "concave": (100, 0.05), "basin": (200, 0.1), "valleys": (300, 0.03)}
+
+PROBLEMS = tuple(
+    Problem(
+        name,
+        "toys",
+        f"{SETTINGS[name].says[0].upper()}{SETTINGS[name].says[1:]}. Error: by how much both losses could be lower at "
+        "once, in shares of their range along the Pareto front. Each seed has another start.",
+        ("first", "second"),
+        ("gap",),
+        functools.partial(walk, name=name),
+        steps,
+        lr,
+        base=SETTINGS[name].base,
+        alone=False,
+        positive=name in ("quadratics", "concave"),
+        has_priors=False,
+        batches=False,
+    )
+    for name, (steps, lr) in _LIKE.items()
+)
