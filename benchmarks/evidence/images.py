@@ -64,7 +64,7 @@ def _block(inputs: int, outputs: int, size: int, stride: int = 1) -> tuple[nn.Mo
     return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
 
 
-FIND_STEPS = 160
+FIND_STEPS = 120
 
 
 def find(seed: int) -> Start:
@@ -132,7 +132,7 @@ def _overlapping(split: Literal["train", "validation", "test"], many: int, seed:
     return overlapping(split, many, 4000 if split == "train" else 1500, seed)
 
 
-READ_STEPS = 150
+READ_STEPS = 100
 
 
 def read(seed: int, many: int) -> Start:
@@ -209,7 +209,7 @@ def off_colour(images: Tensor, truth: Tensor) -> Tensor:
     return 1.0 - F.cosine_similarity(images + 0.02, truth + 0.02, dim=1).mean()
 
 
-LIGHT_STEPS = 120
+LIGHT_STEPS = 90
 
 
 def light(seed: int) -> Start:

@@ -102,7 +102,7 @@ def heat(data: Data) -> Figure:
                 table[i, j] = np.log2(mine / base)
     above, middle, below = LIGHT.diverging
     shades = LinearSegmentedColormap.from_list("better or worse", [below, middle, above])
-    shades.set_bad(LIGHT.paper)
+    shades = shades.with_extremes(bad=LIGHT.paper)
     figure = Figure(figsize=(7.4, 2.0 + _ROW * len(names)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap=shades, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")

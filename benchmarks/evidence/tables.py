@@ -77,7 +77,7 @@ def _tensor(values: Any) -> Tensor:
 
 #: Rows for validation and for testing; the rest is for training. Every seed splits anew.
 HELD_OUT = {"linnerud": (5, 5), "diabetes": (80, 120), "wine": (36, 50)}
-TABLE_STEPS = 150
+TABLE_STEPS = 100
 
 
 def predict(seed: int, name: str) -> Start:
@@ -128,7 +128,7 @@ def predict(seed: int, name: str) -> Start:
     return Start(model, model.last_shared, losses, errors, priors, None if labels else residuals)
 
 
-TOY_STEPS = {2: 150, 10: 100}
+TOY_STEPS = {2: 120, 10: 70}
 
 
 def scaled(seed: int, scales: tuple[float, ...]) -> Start:

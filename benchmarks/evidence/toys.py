@@ -49,7 +49,7 @@ def walk(seed: int, name: str) -> Start:
     return Start(point, [point.theta], losses, errors)
 
 
-_LIKE = {"quadratics": (60, 0.1), "concave": (100, 0.05), "basin": (200, 0.1), "valleys": (300, 0.03)}
+_LIKE = {"quadratics": (40, 0.1), "concave": (80, 0.05), "basin": (150, 0.1), "valleys": (200, 0.03)}
 
 PROBLEMS = tuple(
     Problem(
