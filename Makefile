@@ -12,7 +12,7 @@ PARALLEL ?= -n auto --dist loadfile
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-browser lint format docs bench bench-solvers conformance clean
+.PHONY: help demo test test-all test-browser lint format docs bench bench-solvers conformance evidence clean
 
 help: ## Say what the targets are
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -54,6 +54,10 @@ bench-solvers: $(VENV)/peers.stamp ## Time the methods against TorchJD's on the 
 
 conformance: $(VENV)/peers.stamp ## Ask this library and others about every known defect
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.conformance $(ARGS)
+
+# The library's own threads would fight with the trainings that run side by side.
+evidence: $(VENV)/demo.stamp ## Train with all methods on real problems; hours, goes on where it stopped (ARGS=--quick for minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence $(ARGS)
 
 clean: ## Remove the environment, the caches and the built pages
 	rm -rf $(VENV) docs/_build docs/reference .pytest_cache .mypy_cache .ruff_cache .hypothesis
