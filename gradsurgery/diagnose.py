@@ -55,6 +55,9 @@ class Pair:
         error: Standard error of that mean; nan for one batch.
         conflict_rate: Share of the batches with a negative cosine.
         batches: Number of batches that had both.
+        first_loses: Share of its own descent that the first loses to the second in the step of the plain sum,
+            −⟨gᵢ, gⱼ⟩ / ‖gᵢ‖², median; negative where it gains.
+        second_loses: The same of the second.
     """
 
     first: str
@@ -63,6 +66,8 @@ class Pair:
     error: float
     conflict_rate: float
     batches: int
+    first_loses: float = math.nan
+    second_loses: float = math.nan
 
     @property
     def conflicts(self) -> bool:
@@ -73,7 +78,9 @@ class Pair:
     def word(self) -> str:
         """What that means, in words."""
         if self.conflicts:
-            return "oppose each other"
+            losses = ((self.first, self.first_loses), (self.second, self.second_loses))
+            known = [f"{name} loses {_share(share)}" for name, share in losses if not math.isnan(share)]
+            return "oppose each other" + (f": {', '.join(known)}" if known else "")
         if self.cosine >= CONFLICT and not self.cosine - ERRORS * self.error < 0:
             return "agree"
         return "nothing steady"
@@ -448,12 +455,14 @@ def _kept(grams: Grams, weights: Mapping[str, float]) -> tuple[dict[str, float],
 
 def _pairs(names: tuple[str, ...], grams: Grams) -> Iterator[Pair]:
     for first, second in itertools.combinations(names, 2):
-        cosines = []
+        cosines, first_loses, second_loses = [], [], []
         for present, gram in grams:
             if first in present and second in present:
                 i, j = present.index(first), present.index(second)
                 if gram[i, i] > 0 and gram[j, j] > 0:
                     cosines.append(float(gram[i, j] / math.sqrt(gram[i, i]) / math.sqrt(gram[j, j])))
+                    first_loses.append(-float(gram[i, j] / gram[i, i]))
+                    second_loses.append(-float(gram[i, j] / gram[j, j]))
         if cosines:
             n = len(cosines)
             yield Pair(
@@ -463,6 +472,8 @@ def _pairs(names: tuple[str, ...], grams: Grams) -> Iterator[Pair]:
                 error=statistics.stdev(cosines) / math.sqrt(n) if n > 1 else math.nan,
                 conflict_rate=sum(c < 0 for c in cosines) / n,
                 batches=n,
+                first_loses=statistics.median(first_loses),
+                second_loses=statistics.median(second_loses),
             )
 
 

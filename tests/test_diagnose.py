@@ -51,6 +51,17 @@ def test_numbers_of_made_up_gradients():
     assert result.weights == {"a": 1.3, "b": 0.67}
 
 
+def test_who_hurts_whom():
+    """Of two gradients that oppose each other the shorter one pays."""
+    result = found(*[{"long": 4 * A, "short": B}] * 6)
+    (pair,) = result.pairs
+    # ⟨long, short⟩ = −2.4, and the squared lengths are 16 and 1.
+    assert (pair.first_loses, pair.second_loses) == pytest.approx((0.15, 2.4))
+    assert pair.word == "oppose each other: long loses 15%, short loses 240%"
+    assert pair.word in str(result)
+    assert result.as_dict()["pairs"][0]["second_loses"] == pytest.approx(2.4)
+
+
 def test_no_conflict_means_that_the_sum_is_fine():
     result = found(*[{"a": A, "b": A + torch.tensor([0.0, 0.2 * k])} for k in range(8)])
     assert result.verdict == "sum"
