@@ -898,7 +898,9 @@ def align(
     return balance * scale / norms[:, None], rank
 
 
-def gradvac_mixing(gram: ArrayLike, orders: ArrayLike, targets: ArrayLike, beta: float = 0.01) -> tuple[Array, Array]:
+def gradvac_mixing(
+    gram: ArrayLike, orders: ArrayLike, targets: ArrayLike, beta: float = 0.01, factor: Factor | None = None
+) -> tuple[Array, Array]:
     """Mixing matrix of GradVac and the new cosine targets (Wang et al. 2021, algorithm 1).
 
     Where φ = cos(p_i, g_j) is below its target t_ij, p_i gains
@@ -910,24 +912,43 @@ def gradvac_mixing(gram: ArrayLike, orders: ArrayLike, targets: ArrayLike, beta:
         orders: (m, m − 1) integers; row i lists the j ≠ i in the order of task i's visits.
         targets: (m, m) cosine targets; used within ±(1 − 1e-6), beyond which the step would have no bound.
         beta: step of the moving average.
+        factor: called for B (m, k) with B Bᵀ = J Jᵀ when some p_i becomes too short for the Gram to tell its length.
 
     Returns:
         ``(mixing, targets)``, both (m, m): row i of ``mixing`` holds the weights of task i's gradient. Visits that
         involve a zero row, or a p_i that has become zero, change neither.
     """
     g = np.asarray(gram, dtype=np.float64)
+    visits = np.asarray(orders)
     t = np.array(targets, dtype=np.float64)
     norms = np.sqrt(np.maximum(g.diagonal(), 0.0))
+    # Of a p_i that has lost this much of its terms (squared) the Gram no longer tells the length.
+    short = -1.0 if factor is None else EPS * _AMPLIFICATION**2
     if len(g) <= _SMALL:
-        return _gradvac_small(g.tolist(), np.asarray(orders).tolist(), t.tolist(), norms.tolist(), beta)
+        found = _gradvac_small(g.tolist(), visits.tolist(), t.tolist(), norms.tolist(), beta, short)
+    else:
+        found = _gradvac_sweep(g, None, visits, t.copy(), norms, beta, short)
+    if found is None:
+        assert factor is not None
+        rows = np.asarray(factor(), dtype=np.float64)
+        found = _gradvac_sweep(g, rows, visits, t, np.sqrt(np.einsum("ij,ij->i", rows, rows)), beta, -1.0)
+    assert found is not None
+    return found
+
+
+def _gradvac_sweep(
+    g: Array, rows: Array | None, orders: NDArray[np.intp], t: Array, norms: Array, beta: float, short: float
+) -> tuple[Array, Array] | None:
+    """``gradvac_mixing`` for all tasks at a time, by the Gram or by the rows; None where some p_i becomes too short."""
     m = len(g)
-    mixing = np.eye(m)
+    mixing, left = np.eye(m), None if rows is None else rows.copy()
     squares = norms * norms
-    floor = m * EPS * squares
-    for j in np.asarray(orders).T:
-        dots = np.einsum("ij,ij->i", mixing, g[j])
+    terms = squares.copy()  # the largest square among the terms of p_i
+    nothing = m * EPS if rows is None else (4 * m * EPS) ** 2
+    for j in orders.T:
+        dots = np.einsum("ij,ij->i", mixing, g[j]) if left is None or rows is None else (left * rows[j]).sum(axis=1)
         own = norms[j]
-        i = np.flatnonzero((own > 0) & (squares > floor))
+        i = np.flatnonzero((own > 0) & (squares > nothing * terms))
         j, dots, own = j[i], dots[i], own[i]
         length = np.sqrt(squares[i])
         phi = np.clip(dots / (length * own), -1.0, 1.0)
@@ -936,25 +957,31 @@ def gradvac_mixing(gram: ArrayLike, orders: ArrayLike, targets: ArrayLike, beta:
         gain = length * (target * np.sqrt(1 - phi * phi) - phi * sine) / (own * sine)
         gain[phi >= target] = 0.0
         mixing[i, j] += gain
-        squares[i] += gain * (2 * dots + gain * own * own)
-        floor[i] = np.maximum(floor[i], m * EPS * (gain * own) ** 2)
+        if left is None or rows is None:
+            squares[i] += gain * (2 * dots + gain * own * own)
+        else:
+            left[i] += gain[:, None] * rows[j]
+            squares[i] = np.einsum("ij,ij->i", left[i], left[i])
+        terms[i] = np.maximum(terms[i], (gain * own) ** 2)
         t[i, j] += beta * (phi - t[i, j])
+        if (squares < short * terms).any():
+            return None
     return mixing, t
 
 
 def _gradvac_small(
-    g: list[list[float]], orders: list[list[int]], t: list[list[float]], norms: list[float], beta: float
-) -> tuple[Array, Array]:
-    """``gradvac_mixing`` in plain floats."""
+    g: list[list[float]], orders: list[list[int]], t: list[list[float]], norms: list[float], beta: float, short: float
+) -> tuple[Array, Array] | None:
+    """``_gradvac_sweep`` by the Gram in plain floats."""
     m = len(g)
     mixing = []
     for i, order in enumerate(orders):
         weights = [float(i == j) for j in range(m)]
         square = norms[i] * norms[i]
-        floor = m * EPS * square
+        terms = square
         for j in order:
             own = norms[j]
-            if own == 0 or square <= floor:
+            if own == 0 or square <= m * EPS * terms:
                 continue
             dot = sum(map(mul, weights, g[j]))
             length = sqrt(square)
@@ -965,7 +992,9 @@ def _gradvac_small(
                 gain = length * (target * sqrt(1 - phi * phi) - phi * sine) / (own * sine)
                 weights[j] += gain
                 square += gain * (2 * dot + gain * own * own)
-                floor = max(floor, m * EPS * (gain * own) ** 2)
+                terms = max(terms, (gain * own) ** 2)
+                if square < short * terms:
+                    return None
             t[i][j] += beta * (phi - t[i][j])
         mixing.append(weights)
     return np.array(mixing), np.array(t)

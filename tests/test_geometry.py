@@ -1051,6 +1051,19 @@ def test_gradvac_starts_as_pcgrad_and_forgets_scale(small: int, j: Matrix, power
 
 
 @pytest.mark.parametrize("small", [0, 99])
+@pytest.mark.parametrize("angle", [1e-3, 1e-6, 1e-8, 1e-10])
+def test_gradvac_of_nearly_opposite_rows(small: int, angle: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the first row, sin(angle) e_2, meets the third at a right angle and the fourth at 45 degrees."""
+    monkeypatch.setattr(geometry, "_SMALL", small)
+    j = np.array([[1.0, 0, 0], [-np.cos(angle), np.sin(angle), 0], [0, 0, 1.0], [0, -1.0, 1.0]])
+    targets = np.array([[0.0, 0.0, 0.5, 0.0]] + 3 * [[-1.0] * 4])
+    mixing, moved = geometry.gradvac_mixing(j @ j.T, index_order(4), targets, 1.0, lambda: j)
+    rows, expected = literal_gradvac(j, index_order(4), targets, 1.0)
+    np.testing.assert_allclose(mixing[0] @ j, rows[0], atol=1e-15)
+    np.testing.assert_allclose(moved[0], expected[0], atol=1e-14 / angle)
+
+
+@pytest.mark.parametrize("small", [0, 99])
 def test_gradvac_stays_bounded_after_identical_tasks(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry, "_SMALL", small)
     same, apart = np.array([[1.0, 0.0], [1.0, 0.0]]), np.eye(2)

@@ -57,7 +57,8 @@ class GradVac(Surgery):
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         kept: dict[str, dict[str, Any]] = self.memory.get("targets", {})
         targets = np.array([[kept.get(a, {}).get(b, 0.0) for b in self.names] for a in self.names])
-        mixing, targets = geometry.gradvac_mixing(gram, self.visiting_orders(self.shuffle), targets, self.beta)
+        orders = self.visiting_orders(self.shuffle)
+        mixing, targets = geometry.gradvac_mixing(gram, orders, targets, self.beta, self.factor)
         moved = {
             a: dict(zip(self.names, row, strict=True)) for a, row in zip(self.names, targets.tolist(), strict=True)
         }
