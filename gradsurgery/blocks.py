@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, Node
 from gradsurgery import gram as gram_module
 from gradsurgery import rows as rows_module
 from gradsurgery.gram import Row, Table
+from gradsurgery.graph import Nodes
 
 # Blocks are put together as long as they stay below this share of all parameters, or below the largest of them: each
 # one costs m more calls of autograd.
@@ -307,14 +308,14 @@ class Plan:
 
 
 def plan(
-    roots: Sequence[Tensor | GradientEdge], shared: Sequence[Tensor], nodes: Sequence[Node], share: float = _SHARE
+    roots: Sequence[Tensor | GradientEdge], shared: Sequence[Tensor], nodes: Nodes, share: float = _SHARE
 ) -> Plan | None:
     """Cut a graph into blocks.
 
     Args:
         roots: Where differentiation starts, (m,).
         shared: The parameters whose rows are wanted; leaves.
-        nodes: All nodes of the graph, each after those below it.
+        nodes: All nodes of the graph with what is below each, each after those.
         share: Blocks are put together as long as they stay below this share of all parameters.
 
     Returns:
@@ -324,14 +325,14 @@ def plan(
     # A node that leads to one parameter and nowhere else belongs to the block that uses it.
     chains: dict[Node, int] = {}
     leading: set[Node] = set()
-    for node in nodes:
+    for node, below in nodes.items():
         if type(node).__name__ == "AccumulateGrad":
             leaf: Tensor = node.variable  # type: ignore[attr-defined]
             if leaf in places:
                 chains[node] = places[leaf]
                 leading.add(node)
             continue
-        children = [child for child, _ in node.next_functions if child is not None]
+        children = [child for child, _ in below if child is not None]
         if any(child in leading for child in children):
             leading.add(node)
             if len(children) == 1 and children[0] in chains:
@@ -354,7 +355,9 @@ def plan(
     for k, node in enumerate(order):
         if farthest == k and outputs[node] == {0}:
             parts.append((GradientEdge(node, 0), set()))
-        for child, output in node.next_functions:
+        for child, output in nodes[node]:
+            if child is None:
+                continue
             if child in at:
                 farthest = max(farthest, at[child])
                 outputs.setdefault(child, set()).add(output)

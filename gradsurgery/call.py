@@ -336,13 +336,13 @@ def _reached(
     known = (tasks.present, tuple(map(id, params)))
     if alone and not accumulate and method._run["walked"] == known:
         m = len(tasks.present)
-        return Graph(None, (), (False,) * m, (False,) * m, hidden=False, nodes=()), params, []
+        return Graph(None, (), (False,) * m, (False,) * m, hidden=False, nodes={}), params, []
     method._run["walked"] = None
     graph = walk(tasks.roots)
     own = set(params)
     # fully_shard differentiates with respect to tensors of its own.
     if graph.masks is not None and any(p not in graph.masks for p in shards.sharded(params)):
-        graph = graph._replace(hidden=True, masks=None, nodes=())
+        graph = graph._replace(hidden=True, masks=None, nodes={})
     if world is not None:  # all processes take the same road
         marks = torch.tensor([graph.hidden, graph.masks is None], dtype=torch.uint8, device="cpu")
         hidden, unknown = map(bool, world.any_of(marks).tolist())
@@ -353,7 +353,7 @@ def _reached(
                 "use_reentrant=False."
             )
         if unknown:
-            graph = graph._replace(hidden=hidden, masks=None, nodes=())
+            graph = graph._replace(hidden=hidden, masks=None, nodes={})
     if graph.masks is None:
         return graph, params, [p for p in dict.fromkeys(others) if p not in own]
     masks = graph.masks

@@ -242,14 +242,13 @@ def _ghosts(plan: ghost.Plan, m: int) -> _More:
     held = m * _bytes(direct)
     known: dict[object, float] = {}
     for layer in plan.layers:
-        shape = tuple(layer.edge.node._input_metadata[0].shape)
-        weight = layer.params[0]
-        gradient = torch.ones(shape, dtype=weight.dtype, device=weight.device)
-        key = (type(layer), shape, weight.shape)
+        sample = layer.sample()
+        key = (type(layer), layer.params[0].shape, *(g.shape for g in sample))
         if key not in known:
-            known[key] = layer.beyond_rows([gradient] * m, _shortest)
+            known[key] = layer.beyond_rows(m, _shortest)
         seconds += known[key]
-        held += m * _size(layer.keep(gradient))
+        kept = layer.keep(sample)
+        held += 0 if kept is None else m * _size(kept)
     return _More(seconds, held)
 
 

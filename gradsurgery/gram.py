@@ -187,18 +187,56 @@ def gram_in(rows: Sequence[Row], least: torch.dtype) -> Tensor:
     m = len(rows)
     total: Tensor | None = None
     for bucket in _buckets(rows, least):
-        width = bucket.shape[1]
-        whole = width - width % _CHUNK
-        part = torch.zeros(m, m, dtype=torch.float64, device=bucket.device)
         with torch.autocast(bucket.device.type, enabled=False):  # it would multiply in half precision
-            if whole:
-                chunks = bucket[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1)
-                part += torch.bmm(chunks, chunks.transpose(1, 2)).sum(0, dtype=torch.float64)
-            if whole < width:
-                rest = bucket[:, whole:]
-                part += rest @ rest.T
+            part = product(bucket, bucket)
         total = part if total is None else total + part.to(total.device)
     return torch.zeros(m, m, dtype=torch.float64) if total is None else total
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A Bᵀ, in products over chunks of the columns.
+
+    Args:
+        a: (m, n), single or double precision.
+        b: (k, n), of the same dtype.
+
+    Returns:
+        (m, k), float64.
+    """
+    width = a.shape[1]
+    whole = width - width % _CHUNK
+    total: Tensor | None = None
+    if whole:
+        left, right = (x[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1) for x in (a, b))
+        total = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.float64)
+    if whole < width or total is None:
+        rest = (a[:, whole:] @ b[:, whole:].T).double()
+        total = rest if total is None else total + rest
+    return total
+
+
+class Room:
+    """Memory for intermediate results, which is used again and again: taking it anew costs as much as filling it."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def matrix(self, which: int, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Lend a matrix.
+
+        Args:
+            which: Matrices of different numbers lie apart. One of the same number takes the place of the last one.
+            shape: Its shape.
+            device: Its device.
+            dtype: Its dtype.
+
+        Returns:
+            The matrix, filled with anything.
+        """
+        key, size = (which, device, dtype), shape[0] * shape[1]
+        if key not in self._held or self._held[key].numel() < size:
+            self._held[key] = torch.empty(size, device=device, dtype=dtype)
+        return self._held[key][:size].view(shape)
 
 
 def _buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
@@ -210,19 +248,16 @@ def _buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
     pieces: list[list[Tensor]] = []  # of one bucket: for each piece the m flat parts
     held = 0
     kind: tuple[torch.device, torch.dtype] | None = None
-    room: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    room = Room()
 
     def joined() -> Tensor:
         assert kind is not None
         parts = [flats[i] for i in range(m) for flats in pieces]
-        size = m * held
         if parts[0].dtype != kind[1]:
             return torch.cat(parts).view(m, held).to(kind[1])
-        if kind not in room or room[kind].numel() < size:
-            room[kind] = torch.empty(size, device=kind[0], dtype=kind[1])
-        matrix = room[kind][:size]
-        torch.cat(parts, out=matrix)
-        return matrix.view(m, held)
+        matrix = room.matrix(0, (m, held), *kind)
+        torch.cat(parts, out=matrix.view(-1))
+        return matrix
 
     for column in zip(*rows, strict=True):
         like = next((g for g in column if g is not None), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,6 +10,10 @@ from torch.autograd.graph import GradientEdge, Node
 
 # Freeing a graph that Python has walked recurses. The C++ stack of a main thread overflows at twice this depth.
 _DEEPEST = 20_000
+
+
+#: Nodes of a graph, each after those below it, with their ``next_functions``: each access to these makes them anew.
+Nodes = dict[Node, tuple[tuple["Node | None", int], ...]]
 
 
 class Graph(NamedTuple):
@@ -23,7 +27,7 @@ class Graph(NamedTuple):
         overlaps_later: The same, counting only losses that come later in the list, (m,).
         hidden: Leaves hide from ``torch.autograd.grad``, behind reentrant activation checkpointing: only an ordinary
             backward pass finds them.
-        nodes: All nodes, each after those below it; none if the graph was not walked.
+        nodes: All nodes, each after those below it, and what these are; none if the graph was not walked.
     """
 
     masks: dict[Tensor, int] | None
@@ -31,7 +35,7 @@ class Graph(NamedTuple):
     overlaps: tuple[bool, ...]
     overlaps_later: tuple[bool, ...]
     hidden: bool
-    nodes: Sequence[Node]
+    nodes: Nodes
 
 
 def walk(roots: Sequence[Tensor | GradientEdge | None]) -> Graph:
@@ -45,49 +49,56 @@ def walk(roots: Sequence[Tensor | GradientEdge | None]) -> Graph:
     """
     m = len(roots)
     masks: dict[Node, int] = {}
-    leaves: dict[Tensor, int] = {}
+    leaves: dict[int, int] = {}  # by id: hashing a tensor takes longer than anything else here
+    seen: dict[int, Tensor] = {}
     starts: list[Node] = []
     # DistributedDataParallel puts one node behind all outputs of a model. It hands output k to input k, no other.
     sinks: dict[Node, dict[int, int]] = {}
 
-    def reach(node: Node, output: int, mask: int) -> None:
-        masks[node] = masks.get(node, 0) | mask
-        if type(node).__name__ == "_DDPSinkBackward":
-            outputs = sinks.setdefault(node, {})
-            outputs[output] = outputs.get(output, 0) | mask
+    def enter_sink(node: Node, output: int, mask: int) -> None:
+        outputs = sinks.setdefault(node, {})
+        outputs[output] = outputs.get(output, 0) | mask
 
     for i, root in enumerate(roots):
         if root is None:
             continue
         start = root.grad_fn if isinstance(root, Tensor) else root.node
         if start is not None:
-            reach(start, root.output_nr, 1 << i)
+            masks[start] = masks.get(start, 0) | 1 << i
+            if _is_sink(start):
+                enter_sink(start, root.output_nr, 1 << i)
             starts.append(start)
         elif isinstance(root, Tensor):  # the loss is a leaf itself
-            leaves[root] = leaves.get(root, 0) | 1 << i
+            seen[id(root)] = root
+            leaves[id(root)] = leaves.get(id(root), 0) | 1 << i
 
     order = inputs_first(starts)
     if order is None:
-        return Graph(None, (), (True,) * m, (True,) * m, hidden=False, nodes=())
+        return Graph(None, (), (True,) * m, (True,) * m, hidden=False, nodes={})
     overlapping: set[int] = set()
     hidden = False
     for node in reversed(order):
         mask = masks[node]
-        outputs = sinks.get(node)
-        for k, (child, output) in enumerate(node.next_functions):
-            passed = mask if outputs is None else outputs.get(k, 0)
-            if child is not None:
-                reach(child, output, passed)
         kind = type(node).__name__
         if kind == "AccumulateGrad":
-            leaf = node.variable  # type: ignore[attr-defined]
-            leaves[leaf] = leaves.get(leaf, 0) | mask
-        elif mask & (mask - 1):
+            leaf: Tensor = node.variable  # type: ignore[attr-defined]
+            seen[id(leaf)] = leaf
+            leaves[id(leaf)] = leaves.get(id(leaf), 0) | mask
+            continue
+        outputs = sinks.get(node) if sinks else None
+        for k, (child, output) in enumerate(order[node]):
+            if child is not None:
+                passed = mask if outputs is None else outputs.get(k, 0)
+                masks[child] = masks.get(child, 0) | passed
+                if _is_sink(child):
+                    enter_sink(child, output, passed)
+        if mask & (mask - 1):
             overlapping.add(mask)
         hidden = hidden or kind == "CheckpointFunctionBackward"
+    found = {seen[key]: mask for key, mask in leaves.items()}
     return Graph(
-        None if hidden else leaves,
-        tuple(leaves),
+        None if hidden else found,
+        tuple(found),
         tuple(any(mask >> i & 1 for mask in overlapping) for i in range(m)),
         tuple(any(mask >> i & 1 and mask >> (i + 1) for mask in overlapping) for i in range(m)),
         hidden,
@@ -95,7 +106,11 @@ def walk(roots: Sequence[Tensor | GradientEdge | None]) -> Graph:
     )
 
 
-def inputs_first(starts: Sequence[Node]) -> list[Node] | None:
+def _is_sink(node: Node) -> bool:
+    return type(node).__name__ == "_DDPSinkBackward"
+
+
+def inputs_first(starts: Sequence[Node]) -> Nodes | None:
     """Put nodes in order.
 
     Args:
@@ -104,23 +119,25 @@ def inputs_first(starts: Sequence[Node]) -> list[Node] | None:
     Returns:
         All nodes below the starts, each after those below it; None if the graph is too deep.
     """
-    order: list[Node] = []
+    order: Nodes = {}
     seen: set[Node] = set()
     for start in starts:
         if start in seen:
             continue
         seen.add(start)
-        stack: list[tuple[Node, Iterator[tuple[Node | None, int]]]] = [(start, iter(start.next_functions))]
+        below = start.next_functions
+        stack = [(start, below, iter(below))]
         while stack:
-            node, below = stack[-1]
+            node, below, left = stack[-1]
             if len(stack) > _DEEPEST:
                 return None
-            for child, _ in below:
+            for child, _ in left:
                 if child is not None and child not in seen:
                     seen.add(child)
-                    stack.append((child, iter(child.next_functions)))
+                    its = child.next_functions
+                    stack.append((child, its, iter(its)))
                     break
             else:
                 stack.pop()
-                order.append(node)
+                order[node] = below
     return order

@@ -1,0 +1,344 @@
+"""Which weights need no gradient of a single loss, as the graph of the losses tells, and where all losses meet.
+
+Everything is read off the nodes of the graph, by their names. A parameter is a ghost only if all that lies between it
+and the outputs of its layers is known, in every one of its uses; whatever is not known makes it direct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from gradsurgery.ghost_layers import Embedding, Layer, Linear
+from gradsurgery.graph import Nodes
+
+
+# Where nodes keep the tensor that was their input. If it has hooks, somebody looks at its gradient.
+_INPUTS = {
+    "AddmmBackward0": "mat1",
+    "BmmBackward0": "self",
+    "ConvolutionBackward0": "input",
+    "GeluBackward0": "self",
+    "MmBackward0": "self",
+    "MulBackward0": "self",
+    "NativeLayerNormBackward0": "input",
+    "PowBackward0": "self",
+    "SiluBackward0": "self",
+}
+
+
+class _Way(NamedTuple):
+    """From an input of a node down to a shared parameter, through nothing but casts and transpositions.
+
+    Attributes:
+        place: The place of the parameter.
+        flipped: It is transposed.
+        steps: Each node on the way, the parameter at the end by its id, with the node above it and that one's input.
+    """
+
+    place: int
+    flipped: bool
+    steps: list[tuple[Node | int, tuple[Node, int]]]
+
+
+class _Call(NamedTuple):
+    """A linear layer or an embedding, called once.
+
+    Attributes:
+        node: What stands for it in the graph.
+        weight: The way to its weight.
+        bias: The way to its bias, if it has one that is simply added.
+        inputs: What it was called with: (Nᵤ, in), or indices.
+    """
+
+    node: Any
+    weight: _Way
+    bias: _Way | None
+    inputs: Tensor
+
+
+class Reader:
+    """Knows who uses what in a graph.
+
+    Args:
+        roots: Where differentiation starts.
+        nodes: All nodes with what is below each, each after those.
+        shared: The parameters that are looked for.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[Tensor | GradientEdge],
+        nodes: Nodes,
+        shared: Sequence[Tensor],
+    ) -> None:
+        self.nodes = nodes
+        self.shared = shared
+        self.places = {id(p): place for place, p in enumerate(shared)}
+        self.starts: list[tuple[Node, int]] = []
+        # How often each is used; leaves by their ids, since one may have several nodes.
+        self.uses: dict[Node | int, int] = {}
+        self._leaves = {node: node.variable for node in nodes if _kind(node) == "AccumulateGrad"}  # type: ignore[attr-defined]
+        self._hooked: dict[Node, bool] = {}
+        for root in roots:
+            node = root.grad_fn if isinstance(root, Tensor) else root.node
+            if node is not None:
+                self.starts.append((node, root.output_nr))
+                self._count(node)
+            elif isinstance(root, Tensor):  # a loss that is a parameter itself
+                self.uses[id(root)] = self.uses.get(id(root), 0) + 1
+        for below in nodes.values():
+            for child, _ in below:
+                if child is not None:
+                    self._count(child)
+
+    def _count(self, node: Node) -> None:
+        leaf = self._leaves.get(node)
+        key = node if leaf is None else id(leaf)
+        self.uses[key] = self.uses.get(key, 0) + 1
+
+    def layers(self) -> list[Layer]:
+        """Find the layers whose weights could be ghosts.
+
+        Returns:
+            One for each such weight, with all calls that use it.
+        """
+        calls: dict[int, list[_Call]] = {}
+        for node in self.nodes:
+            if (call := self._call(node)) is not None:
+                calls.setdefault(call.weight.place, []).append(call)
+        layers = []
+        for of_one in calls.values():
+            if self._are_all([call.weight for call in of_one]):
+                linear = [_kind(call.node) != "EmbeddingBackward0" for call in of_one]
+                make = self._linear if all(linear) else None if any(linear) else self._embedding
+                if make is not None and (layer := make(of_one)) is not None:
+                    layers.append(layer)
+        return layers
+
+    def _call(self, node: Any) -> _Call | None:
+        kind = _kind(node)
+        try:
+            if kind in ("AddmmBackward0", "MmBackward0"):
+                return self._linear_call(node, kind == "AddmmBackward0")
+            if kind == "EmbeddingBackward0":
+                way = self._way(node, 0)
+                if way is None or node._saved_sparse or self._is_hooked(node):
+                    return None
+                return _Call(node, way, None, _saved(node, "indices").detach().reshape(-1).long())
+        # Saved tensors are no stable part of torch, may have been changed in place, or may be freed already.
+        except (AttributeError, RuntimeError):
+            pass
+        return None
+
+    def _linear_call(self, node: Any, affine: bool) -> _Call | None:
+        way = self._way(node, 2 if affine else 1, flips=True)
+        if way is None or (affine and node._saved_alpha != 1):
+            return None
+        inputs = _saved(node, "mat1" if affine else "self")
+        factor = _saved(node, "mat2")
+        if not _is_simple(inputs) or inputs.dim() != 2 or self._is_hooked(node) or _has_tensor_hooks(factor):
+            return None
+        weight = self.shared[way.place]
+        out, width = weight.shape if way.flipped else weight.shape[::-1]
+        shape = tuple(node._input_metadata[0].shape)
+        if not inputs.numel() or shape != (len(inputs), out) or inputs.shape[1] != width:
+            return None
+        bias = self._way(node, 0) if affine and node._saved_beta == 1 else None
+        if bias is not None and self.shared[bias.place].shape != (out,):
+            bias = None
+        return _Call(node, way, bias, inputs.detach())
+
+    def _linear(self, calls: Sequence[_Call]) -> Linear | None:
+        if len({(call.weight.flipped, *_sort(call)) for call in calls}) > 1:  # they cannot be put one below the other
+            return None
+        places = [calls[0].weight.place]
+        ways = [call.bias for call in calls if call.bias is not None]
+        if len(ways) == len(calls) and len({way.place for way in ways}) == 1 and self._are_all(ways):
+            places.append(ways[0].place)
+        return Linear(
+            tuple(GradientEdge(call.node, 0) for call in calls),
+            tuple(self.shared[place] for place in places),
+            tuple(places),
+            tuple(call.inputs for call in calls),
+            tuple(call.inputs._version for call in calls),
+            calls[0].weight.flipped,
+        )
+
+    def _embedding(self, calls: Sequence[_Call]) -> Embedding | None:
+        place = calls[0].weight.place
+        table = self.shared[place]
+        count, width = table.shape
+        for node, *_, indices in calls:
+            if not len(indices) or node._saved_weight_sym_argsize_0 != count:
+                return None
+            if node._input_metadata[0].shape[-1] != width:
+                return None
+        if len(set(map(_sort, calls))) > 1:
+            return None
+        indices = torch.cat([call.inputs for call in calls]) if len(calls) > 1 else calls[0].inputs
+        groups, unique = _grouped(indices)
+        scales = [_scales(call.node, call.inputs, count) for call in calls]
+        joined: Tensor | None = None
+        if any(s is not None for s in scales):
+            ones = [torch.ones(len(call.inputs), 1, device=indices.device) for call in calls]
+            joined = torch.cat([one if s is None else s for s, one in zip(scales, ones, strict=True)])
+        edges = tuple(GradientEdge(call.node, 0) for call in calls)
+        return Embedding(edges, (table,), (place,), tuple(len(c.inputs) for c in calls), groups, unique, joined)
+
+    def _way(self, node: Node, slot: int, flips: bool = False) -> _Way | None:
+        """The way from an input of a node to a shared parameter, if there is nothing unknown on it."""
+        flipped, above = False, (node, slot)
+        steps: list[tuple[Node | int, tuple[Node, int]]] = []
+        while True:
+            child = self.nodes[above[0]][above[1]][0]
+            if child is None:
+                return None
+            leaf = self._leaves.get(child)
+            if leaf is not None:
+                place = self.places.get(id(leaf))
+                if place is None or not _is_simple(leaf):
+                    return None
+                if _has_tensor_hooks(leaf) or leaf._post_accumulate_grad_hooks:
+                    return None
+                return _Way(place, flipped, [*steps, (id(leaf), above)])
+            kind = _kind(child)
+            if kind == "TBackward0" and flips:
+                flipped = not flipped
+            elif kind != "ToCopyBackward0":  # such as autocast makes
+                return None
+            if self._is_hooked(child):
+                return None
+            steps.append((child, above))
+            above = (child, 0)
+
+    def _are_all(self, ways: Sequence[_Way]) -> bool:
+        """Whether nothing else uses the parameter at the end of these ways, or anything on them."""
+        above: dict[Node | int, set[tuple[Node, int]]] = {}
+        for way in ways:
+            for step, user in way.steps:
+                above.setdefault(step, set()).add(user)
+        return all(len(users) == self.uses[step] for step, users in above.items())
+
+    def _is_hooked(self, node: Node) -> bool:
+        if node not in self._hooked:
+            self._hooked[node] = _is_hooked(node)
+        return self._hooked[node]
+
+    def is_watched(self) -> bool:
+        """Look for hooks on tensors and modules, as far as the graph tells of them.
+
+        Returns:
+            True if there are some.
+        """
+        for node in self.nodes:
+            kind = _kind(node)
+            if kind == "BackwardHookFunctionBackward":
+                return True
+            try:
+                inputs = _saved(node, _INPUTS[kind])
+            except (KeyError, AttributeError, RuntimeError):
+                continue
+            if isinstance(inputs, Tensor) and (_has_tensor_hooks(inputs) or _retains(inputs)):
+                return True
+        return False
+
+    def trunk(self) -> GradientEdge | None:
+        """The first place that all ways from the losses to the shared parameters have in common.
+
+        Returns:
+            Its edge, or None.
+        """
+        leading: set[Node] = set()
+        for node, below in self.nodes.items():
+            if node in self._leaves:
+                if id(self._leaves[node]) in self.places:
+                    leading.add(node)
+            elif any(child in leading for child, _ in below):
+                leading.add(node)
+        order = [node for node in reversed(self.nodes) if node in leading]  # from the losses down
+        at = {node: k for k, node in enumerate(order)}
+        outputs: dict[Node, set[int]] = {}
+        for node, output in self.starts:
+            outputs.setdefault(node, set()).add(output)
+        farthest = max((at[node] for node in outputs if node in at), default=len(order))
+        for k, node in enumerate(order):
+            if node in self._leaves:  # nothing below is on the way to this one
+                return None
+            if farthest == k and outputs[node] == {0}:
+                return GradientEdge(node, 0)
+            for child, output in self.nodes[node]:
+                if child is not None and child in leading:
+                    farthest = max(farthest, at[child])
+                    outputs.setdefault(child, set()).add(output)
+        return None
+
+
+def _sort(call: _Call) -> tuple[torch.device, torch.dtype, torch.dtype]:
+    """Where a call was made, and in which precision."""
+    return call.inputs.device, call.inputs.dtype, call.node._input_metadata[0].dtype
+
+
+def _grouped(indices: Tensor) -> tuple[Tensor, Tensor]:
+    """For each index its place among those without repetition, and these, filled up with zeros; without a host sync."""
+    ordered, order = indices.sort()
+    group = torch.zeros_like(ordered)
+    group[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    groups = torch.empty_like(group).scatter_(0, order, group)
+    return groups, torch.zeros_like(ordered).scatter_(0, group, ordered)
+
+
+def _scales(node: Any, indices: Tensor, count: int) -> Tensor | None:
+    """What a call of an embedding multiplies the gradient at each index by, (Nᵤ, 1); None: nothing."""
+    scales: Tensor | None = None
+    if node._saved_scale_grad_by_freq:
+        groups, _ = _grouped(indices)
+        times = torch.zeros(len(indices), device=indices.device)
+        times.index_add_(0, groups, torch.ones_like(times))
+        scales = times[groups].reciprocal()[:, None]
+    if 0 <= node._saved_padding_idx < count:
+        kept = (indices != node._saved_padding_idx)[:, None].float()
+        scales = kept if scales is None else scales * kept
+    return scales
+
+
+def _kind(node: Node) -> str:
+    return type(node).__name__
+
+
+def _saved(node: Any, name: str) -> Any:
+    """A tensor that a node has saved; an AttributeError if reading it would run code, such as a second forward pass."""
+    if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
+        raise AttributeError(name)
+    return getattr(node, f"_saved_{name}")
+
+
+def _is_simple(tensor: Any) -> bool:
+    """Whether this is a dense tensor of real numbers, and nothing beyond."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.is_floating_point()
+
+
+def _has_tensor_hooks(tensor: Tensor | None) -> bool:
+    return tensor is not None and bool(
+        tensor._backward_hooks or (tensor._base is not None and tensor._base._backward_hooks)
+    )
+
+
+def _retains(tensor: Tensor) -> bool:
+    """Whether a tensor between the leaves and the losses was asked to keep its gradient."""
+    return tensor.retains_grad or (tensor._base is not None and tensor._base.retains_grad)
+
+
+def _is_hooked(node: Node) -> bool:
+    """Whether functions were registered at a node. They are kept in one place, to which one more gives access."""
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(lambda *_: None)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks is None or len(hooks) > 0:
+            return True
+    return False

@@ -1,0 +1,308 @@
+"""Layers whose weight gradients are never formed: what is kept of each loss instead, and what follows from it.
+
+The gradient of loss i in the weight of a linear layer is Dᵢᵀ A, with the layer's inputs A, (N, in), and the gradients
+at its outputs, Dᵢ, (N, out). Inner products follow from K = A Aᵀ alone, ⟨Dᵢᵀ A, Dⱼᵀ A⟩ = ⟨Dᵢ, K Dⱼ⟩, and the weighted
+sum of all rows is one product, (Σ wᵢ Dᵢ)ᵀ A. Where N is small, this costs less than one weight gradient a loss. The
+gradient of an embedding has no more rows than there were indices, and is kept as those.
+
+A weight that several calls use, in siamese or recurrent networks, has the sum of their gradients: Σᵤ Dᵢᵤᵀ Aᵤ is Dᵢᵀ A
+once more, if the inputs of all calls are put one below the other, and the gradients at their outputs as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from gradsurgery import gram as gram_module
+from gradsurgery.gram import Room, Row
+
+# Entries of all tasks that are handled at once.
+_BUCKET_CPU, _BUCKET_GPU = 2**18, 2**24
+
+# What reading or writing an entry costs, and what a handful of small operations cost, in multiplications.
+_TRAFFIC, _CALLS = 16.0, 1e6
+
+
+#: Seconds that a function takes on a device.
+Clock = Callable[[Callable[[], object], torch.device], float]
+
+
+class Linear(NamedTuple):
+    """y = A Wᵀ + b, or y = A W + b. Of each loss, the gradients D at the outputs are kept, (N, out).
+
+    Attributes:
+        edges: Where autograd hands over the gradients at the outputs, one a call.
+        params: The weight, and the bias if it is a ghost too.
+        places: Their places among the shared parameters.
+        inputs: The inputs of each call, (Nᵤ, in). One below the other they are A.
+        versions: What they counted of changes in place when the graph was read.
+        flipped: The weight is (out, in).
+    """
+
+    edges: tuple[GradientEdge, ...]
+    params: tuple[Tensor, ...]
+    places: tuple[int, ...]
+    inputs: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    flipped: bool
+
+    def saves(self, m: int) -> bool:
+        """Predict whether this is faster than forming the weight gradient of each loss.
+
+        Args:
+            m: Number of losses.
+
+        Returns:
+            True if so.
+        """
+        n, width, calls = sum(map(len, self.inputs)), self.inputs[0].shape[1], len(self.inputs)
+        out = self.params[0].numel() // width
+        ghost = n * n * width + m * n * n * out + n * width * out + (m + 3 * _TRAFFIC) * m * n * out + _CALLS
+        rows = m * n * width * out + (m + 4 * _TRAFFIC) * m * width * out
+        if calls > 1:  # copies here, sums of gradients there
+            ghost += 2 * _TRAFFIC * n * (m * out + width)
+            rows += 3 * _TRAFFIC * (calls - 1) * m * width * out
+        return ghost < rows
+
+    def sample(self) -> list[Tensor]:
+        """Make up gradients at the outputs.
+
+        Returns:
+            Ones, one tensor a call.
+        """
+        return _ones(self.edges, self.params[0])
+
+    def keep(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """What is kept of one loss.
+
+        Args:
+            gradients: At the outputs of each call, (Nᵤ, out).
+
+        Returns:
+            D, (N, out), or None if the loss reaches none of the calls.
+        """
+        return _joined(gradients, [len(a) for a in self.inputs])
+
+    def products(self, rows: Sequence[Tensor], least: torch.dtype, room: Room) -> tuple[Tensor, Tensor]:
+        """Inner products of the gradients in the parameters.
+
+        Args:
+            rows: What is kept of each loss, m matrices.
+            least: Half and single precision are multiplied in this one.
+            room: Memory for parts of them.
+
+        Returns:
+            (m, m), and Σₙ ‖aₙ‖² ‖dₙ‖² for each loss, (m,); float64.
+        """
+        inputs = self._all_inputs()
+        dtype = _widest(least, inputs, *rows)
+        inputs = inputs.to(dtype)
+        kernel = gram_module.product(inputs, inputs)
+        if len(self.params) > 1:  # the bias is the weight of one more input, always 1
+            kernel += 1
+        lengths = kernel.diagonal().clone()
+        # K = M + Mᵀ with a block of zeros in M: a quarter of the work less.
+        (n, out), m = rows[0].shape, len(rows)
+        half = n // 2
+        kernel[:half, :half] /= 2
+        kernel[half:, half:] /= 2
+        kernel = kernel.to(dtype)
+        gram = kernel.new_zeros(m, m, dtype=torch.float64)
+        squares = kernel.new_zeros(n, m, dtype=torch.float64)
+        step = max(1, (_BUCKET_CPU if kernel.device.type == "cpu" else _BUCKET_GPU) // (m * n))
+        for start in range(0, out, step):
+            pieces = [row[:, start : start + step] for row in rows]
+            shape = n, m * pieces[0].shape[1]
+            part, moved = (room.matrix(k, shape, kernel.device, dtype) for k in (0, 1))
+            if all(piece.dtype == dtype for piece in pieces):
+                torch.cat(pieces, dim=1, out=part)
+            else:
+                part.copy_(torch.cat(pieces, dim=1))
+            torch.mm(kernel[:half, :half], part[:half], out=moved[:half])
+            torch.mm(kernel[half:], part, out=moved[half:])
+            part, moved = part.unflatten(1, (m, -1)), moved.unflatten(1, (m, -1))
+            gram += torch.bmm(part, moved.transpose(1, 2)).sum(0, dtype=torch.float64)
+            squares += torch.linalg.vector_norm(part, dim=2).double().square()
+        return gram + gram.T, lengths @ squares
+
+    def combine(self, rows: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+        """Add up gradients.
+
+        Args:
+            rows: What is kept of some losses.
+            weights: One a loss.
+
+        Returns:
+            New tensors, one a parameter.
+        """
+        self.check()
+        inputs = self._all_inputs()
+        mixed = _mixed(rows, weights, _widest(torch.float32, inputs, *rows))
+        inputs = inputs.to(mixed.dtype)
+        weight = mixed.T @ inputs if self.flipped else inputs.T @ mixed
+        return [_as(g, p) for g, p in zip((weight, mixed.sum(0)), self.params, strict=False)]
+
+    def beyond_rows(self, m: int, clock: Clock) -> float:
+        """Time what comes on top of the backward passes.
+
+        Args:
+            m: Number of losses.
+            clock: How.
+
+        Returns:
+            Seconds, less those of the m weight gradients that are spared.
+        """
+        kept, device = [g for _ in range(m) if (g := self.keep(self.sample())) is not None], self.inputs[0].device
+        one = clock(lambda: self.combine(kept[:1], [1.0]), device)
+        ours = clock(lambda: self.products(kept, torch.float32, Room()), device)
+        return ours + clock(lambda: self.combine(kept, [0.5] * m), device) - m * one
+
+    def check(self) -> None:
+        """See that the inputs are what they were. Autograd does the same before it forms a gradient.
+
+        Raises:
+            RuntimeError: They were changed in place.
+        """
+        if any(a._version != version for a, version in zip(self.inputs, self.versions, strict=True)):
+            raise RuntimeError(
+                "The inputs of a linear layer were changed in place after the losses were computed, so that its "
+                "gradient is lost. Change a clone of them."
+            )
+
+    def _all_inputs(self) -> Tensor:
+        return self.inputs[0] if len(self.inputs) == 1 else torch.cat(self.inputs)
+
+
+class Embedding(NamedTuple):
+    """Rows of a table. Of each loss, the gradients of those that were looked up are kept, (N, width).
+
+    Attributes:
+        edges: Where autograd hands over the gradients at the outputs, one a call.
+        params: The table.
+        places: Its place among the shared parameters.
+        counts: Number of indices of each call; N in all.
+        groups: For each index, where it is among those without repetition, (N,).
+        indices: The indices without repetition, filled up with zeros, (N,).
+        scales: What the gradient at each index is multiplied by, (N, 1), or None.
+    """
+
+    edges: tuple[GradientEdge, ...]
+    params: tuple[Tensor, ...]
+    places: tuple[int, ...]
+    counts: tuple[int, ...]
+    groups: Tensor
+    indices: Tensor
+    scales: Tensor | None
+
+    def saves(self, m: int) -> bool:
+        """Predict whether this is faster than forming the gradient of each loss.
+
+        Args:
+            m: Number of losses.
+
+        Returns:
+            True if so.
+        """
+        return 2 * len(self.indices) < len(self.params[0])
+
+    def sample(self) -> list[Tensor]:
+        """Make up gradients at the outputs.
+
+        Returns:
+            Ones, one tensor a call.
+        """
+        return _ones(self.edges, self.params[0])
+
+    def keep(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """What is kept of one loss.
+
+        Args:
+            gradients: At the outputs of each call, (…, width).
+
+        Returns:
+            The gradient in each row of the table that was looked up, (N, width), or None if the loss reaches none.
+        """
+        width = self.params[0].shape[1]
+        flat = _joined([None if g is None else g.reshape(-1, width) for g in gradients], self.counts)
+        if flat is None:
+            return None
+        flat = flat.to(_widest(torch.float32, flat))
+        if self.scales is not None:
+            flat = flat * self.scales
+        return flat.new_zeros(flat.shape).index_add_(0, self.groups, flat)
+
+    def combine(self, rows: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+        """Add up gradients.
+
+        Args:
+            rows: What is kept of some losses.
+            weights: One a loss.
+
+        Returns:
+            A new tensor, alone in a list.
+        """
+        mixed = _mixed(rows, weights, rows[0].dtype)
+        table = mixed.new_zeros(self.params[0].shape)
+        return [_as(table.index_add_(0, self.indices, mixed), self.params[0])]
+
+    def beyond_rows(self, m: int, clock: Clock) -> float:
+        """Time what comes on top of the backward passes.
+
+        Args:
+            m: Number of losses.
+            clock: How.
+
+        Returns:
+            Seconds, less those of the m gradients that are spared.
+        """
+        sample = self.sample()
+        kept = self.keep(sample)
+        assert kept is not None
+        found: list[Row] = [[kept] for _ in range(m)]
+        one = clock(lambda: self.combine([kept], [1.0]), kept.device)
+        ours = m * clock(lambda: self.keep(sample), kept.device)
+        ours += clock(lambda: gram_module.gram(found), kept.device)
+        return ours + clock(lambda: self.combine([kept] * m, [0.5] * m), kept.device) - m * one
+
+
+Layer = Linear | Embedding
+
+
+def _ones(edges: Sequence[GradientEdge], like: Tensor) -> list[Tensor]:
+    shapes = [tuple(edge.node._input_metadata[edge.output_nr].shape) for edge in edges]
+    return [torch.ones(shape, dtype=like.dtype, device=like.device) for shape in shapes]
+
+
+def _joined(gradients: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
+    """Gradients of several calls, one below the other, with zeros for those that are not reached."""
+    like = next((g for g in gradients if g is not None), None)
+    if like is None or len(gradients) == 1:
+        return like
+    return torch.cat(
+        [like.new_zeros(n, like.shape[1]) if g is None else g for g, n in zip(gradients, counts, strict=True)]
+    )
+
+
+def _widest(least: torch.dtype, *tensors: Tensor) -> torch.dtype:
+    for tensor in tensors:
+        if tensor.dtype != least:
+            least = torch.promote_types(least, tensor.dtype)
+    return least
+
+
+def _mixed(rows: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+    total = rows[0].to(dtype) * weights[0]
+    for row, w in zip(rows[1:], weights[1:], strict=True):
+        total.add_(row, alpha=w)
+    return total
+
+
+def _as(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient with the dtype, device and strides of its parameter."""
+    same = gradient.dtype == like.dtype and gradient.device == like.device and gradient.stride() == like.stride()
+    return gradient if same else torch.empty_like(like, requires_grad=False).copy_(gradient)
