@@ -128,7 +128,8 @@ class Call:
         engine = "backward" if self.graph.hidden else "accumulate" if self.world is None else "grad"
         leaves = list(dict.fromkeys([*params, *self.leaves])) if engine == "backward" else list(params)
         # All of them: DistributedDataParallel may write to parameters that this pass does not reach.
-        with rows_module.emptied(list(dict.fromkeys([*leaves, *self.mine, *self.theirs]))):
+        touched = list({id(p): p for p in (*leaves, *self.mine, *self.theirs)}.values())
+        with rows_module.emptied(touched):
             found = rows_module.one_pass(
                 [root for root in roots if root is not None], starts, leaves, self.retain_graph or not last, engine
             )[: len(params)]
@@ -363,10 +364,14 @@ def _reached(
     mine = [p for p in params if p in masks]
     theirs = [p for p in dict.fromkeys(others) if p in masks and p not in own]
     covered = 0
-    for p in (*mine, *theirs):
-        covered |= masks[p]
+    if len(masks) == len(mine) + len(theirs):  # as almost always
+        for mask in masks.values():
+            covered |= mask
+    else:
+        for p in (*mine, *theirs):
+            covered |= masks[p]
     require_reached(method, [bool(covered >> i & 1) for i in range(len(tasks.present))])
-    if not method._run["warned"]:
+    if not method._run["warned"] and len(masks) > len(mine) + len(theirs):
         own.update(theirs)
         strangers = [p for p in masks if isinstance(p, torch.nn.Parameter) and p not in own]
         if strangers:
@@ -439,5 +444,5 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
     Returns:
         Its parameters that require grad.
     """
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    return list(dict.fromkeys(p for p in params if p.requires_grad))
+    # By id: hashing a tensor takes longer than anything else here.
+    return list({id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -132,10 +132,13 @@ class Found(Table):
             J Jᵀ, (m, m), float64.
         """
         gram, sizes = found[:, :-1], found[:, -1]
-        if self.noise < _ROUNDING:  # they are in double precision
-            return gram
         low, high = _SAFE_SQUARES
         squares = gram.diagonal()
+        pairs = zip(squares.tolist(), sizes.tolist(), strict=True)
+        if all(low <= square <= high and _ROUNDING * size <= _ALLOWED * square for square, size in pairs):
+            return gram
+        if self.noise < _ROUNDING:  # they are in double precision
+            return gram
         doubtful = ~((squares >= low) & (squares <= high) & (_ROUNDING * sizes <= _ALLOWED * squares))
         # A row of exact zeros is common (an inactive hinge) and needs no second look.
         if any(bool(g.any()) for i in np.flatnonzero(doubtful) for g in self.rows[i] if g is not None):
@@ -443,5 +446,7 @@ def _see(seen: dict[int, Tensor], k: int, gradients: Sequence[Tensor | None]) ->
         seen[k] = gradients[0]
 
 
-def _exactly(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)  # it would multiply in half precision
+def _exactly(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast, which would multiply in half precision. Entering it costs as much as a small product."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

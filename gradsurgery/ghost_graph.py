@@ -6,6 +6,7 @@ and the outputs of its layers is known, in every one of its uses; whatever is no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery.ghost_layers import Embedding, Layer, Linear
 from gradsurgery.graph import Nodes
+
+# Nodes that layers leave in the graph.
+_LAYERS = frozenset({"AddmmBackward0", "MmBackward0", "EmbeddingBackward0"})
 
 
 # Where nodes keep the tensor that was their input. If it has hooks, somebody looks at its gradient.
@@ -84,22 +88,19 @@ class Reader:
         self.uses: dict[Node | int, int] = {}
         self._leaves = {node: node.variable for node in nodes if _kind(node) == "AccumulateGrad"}  # type: ignore[attr-defined]
         self._hooked: dict[Node, bool] = {}
+        used: list[Node | None] = [child for below in nodes.values() for child, _ in below]
         for root in roots:
             node = root.grad_fn if isinstance(root, Tensor) else root.node
             if node is not None:
                 self.starts.append((node, root.output_nr))
-                self._count(node)
+                used.append(node)
             elif isinstance(root, Tensor):  # a loss that is a parameter itself
                 self.uses[id(root)] = self.uses.get(id(root), 0) + 1
-        for below in nodes.values():
-            for child, _ in below:
-                if child is not None:
-                    self._count(child)
-
-    def _count(self, node: Node) -> None:
-        leaf = self._leaves.get(node)
-        key = node if leaf is None else id(leaf)
-        self.uses[key] = self.uses.get(key, 0) + 1
+        for child, times in Counter(used).items():
+            if child is not None:
+                leaf = self._leaves.get(child)
+                key = child if leaf is None else id(leaf)
+                self.uses[key] = self.uses.get(key, 0) + times
 
     def layers(self) -> list[Layer]:
         """Find the layers whose weights could be ghosts.
@@ -109,7 +110,7 @@ class Reader:
         """
         calls: dict[int, list[_Call]] = {}
         for node in self.nodes:
-            if (call := self._call(node)) is not None:
+            if _kind(node) in _LAYERS and (call := self._call(node)) is not None:
                 calls.setdefault(call.weight.place, []).append(call)
         layers = []
         for of_one in calls.values():
@@ -123,17 +124,15 @@ class Reader:
     def _call(self, node: Any) -> _Call | None:
         kind = _kind(node)
         try:
-            if kind in ("AddmmBackward0", "MmBackward0"):
+            if kind != "EmbeddingBackward0":
                 return self._linear_call(node, kind == "AddmmBackward0")
-            if kind == "EmbeddingBackward0":
-                way = self._way(node, 0)
-                if way is None or node._saved_sparse or self._is_hooked(node):
-                    return None
-                return _Call(node, way, None, _saved(node, "indices").detach().reshape(-1).long())
+            way = self._way(node, 0)
+            if way is None or node._saved_sparse or self._is_hooked(node):
+                return None
+            return _Call(node, way, None, _saved(node, "indices").detach().reshape(-1).long())
         # Saved tensors are no stable part of torch, may have been changed in place, or may be freed already.
         except (AttributeError, RuntimeError):
-            pass
-        return None
+            return None
 
     def _linear_call(self, node: Any, affine: bool) -> _Call | None:
         way = self._way(node, 2 if affine else 1, flips=True)

@@ -60,7 +60,7 @@ class Linear(NamedTuple):
         Returns:
             True if so.
         """
-        n, width, calls = sum(map(len, self.inputs)), self.inputs[0].shape[1], len(self.inputs)
+        n, width, calls = sum(a.shape[0] for a in self.inputs), self.inputs[0].shape[1], len(self.inputs)
         out = self.params[0].numel() // width
         ghost = n * n * width + m * n * n * out + n * width * out + (m + 3 * _TRAFFIC) * m * n * out + _CALLS
         rows = m * n * width * out + (m + 4 * _TRAFFIC) * m * width * out
@@ -86,7 +86,7 @@ class Linear(NamedTuple):
         Returns:
             D, (N, out), or None if the loss reaches none of the calls.
         """
-        return _joined(gradients, [len(a) for a in self.inputs])
+        return gradients[0] if len(gradients) == 1 else _joined(gradients, [a.shape[0] for a in self.inputs])
 
     def products(self, rows: Sequence[Tensor], least: torch.dtype, room: Room) -> tuple[Tensor, Tensor]:
         """Inner products of the gradients in the parameters.
@@ -109,26 +109,28 @@ class Linear(NamedTuple):
         # K = M + Mᵀ with a block of zeros in M: a quarter of the work less.
         (n, out), m = rows[0].shape, len(rows)
         half = n // 2
-        kernel[:half, :half] /= 2
-        kernel[half:, half:] /= 2
         kernel = kernel.to(dtype)
-        gram = kernel.new_zeros(m, m, dtype=torch.float64)
-        squares = kernel.new_zeros(n, m, dtype=torch.float64)
+        upper, lower = kernel[:half, :half].div_(2), kernel[half:]
+        lower[:, half:].div_(2)
+        found: list[tuple[Tensor, Tensor]] = []
         step = max(1, (_BUCKET_CPU if kernel.device.type == "cpu" else _BUCKET_GPU) // (m * n))
         for start in range(0, out, step):
-            pieces = [row[:, start : start + step] for row in rows]
+            pieces = list(rows) if step >= out else [row[:, start : start + step] for row in rows]
             shape = n, m * pieces[0].shape[1]
             part, moved = (room.matrix(k, shape, kernel.device, dtype) for k in (0, 1))
             if all(piece.dtype == dtype for piece in pieces):
                 torch.cat(pieces, dim=1, out=part)
             else:
                 part.copy_(torch.cat(pieces, dim=1))
-            torch.mm(kernel[:half, :half], part[:half], out=moved[:half])
-            torch.mm(kernel[half:], part, out=moved[half:])
-            part, moved = part.unflatten(1, (m, -1)), moved.unflatten(1, (m, -1))
-            gram += torch.bmm(part, moved.transpose(1, 2)).sum(0, dtype=torch.float64)
-            squares += torch.linalg.vector_norm(part, dim=2).double().square()
-        return gram + gram.T, lengths @ squares
+            torch.mm(upper, part[:half], out=moved[:half])
+            torch.mm(lower, part, out=moved[half:])
+            apart = part.view(n, m, -1)
+            products = torch.bmm(apart, moved.view(n, m, -1).transpose(1, 2)).sum(0, dtype=torch.float64)
+            found.append((products, lengths @ torch.linalg.vector_norm(apart, dim=2).double().square()))
+        gram, squares = found[0]
+        for products, sizes in found[1:]:
+            gram, squares = gram + products, squares + sizes
+        return gram + gram.T, squares
 
     def combine(self, rows: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
         """Add up gradients.

@@ -204,15 +204,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         (m, k), float64.
     """
     width = a.shape[1]
+    if width <= _CHUNK:
+        return (a @ b.T).double()
     whole = width - width % _CHUNK
-    total: Tensor | None = None
-    if whole:
-        left, right = (x[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1) for x in (a, b))
-        total = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.float64)
-    if whole < width or total is None:
-        rest = (a[:, whole:] @ b[:, whole:].T).double()
-        total = rest if total is None else total + rest
-    return total
+    left, right = (x[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1) for x in (a, b))
+    total = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.float64)
+    return total + (a[:, whole:] @ b[:, whole:].T) if whole < width else total
 
 
 class Room:

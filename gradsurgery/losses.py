@@ -165,7 +165,10 @@ def values(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    return torch.stack([t.detach().to(device=device, dtype=torch.float64) for t in tensors])
+    detached = [t.detach() for t in tensors]
+    if all(t.device == device and t.dtype == detached[0].dtype for t in detached):
+        return torch.stack(detached).double()
+    return torch.stack([t.to(device=device, dtype=torch.float64) for t in detached])
 
 
 def losses_by_group(

@@ -71,13 +71,15 @@ def emptied(params: Sequence[Tensor]) -> Iterator[None]:
         Nothing.
     """
     before = [p.grad for p in params]
-    for p in params:
-        p.grad = None
+    for p, g in zip(params, before, strict=True):
+        if g is not None:
+            p.grad = None
     try:
         yield
     finally:
         for p, g in zip(params, before, strict=True):
-            p.grad = g
+            if p.grad is not g:
+                p.grad = g
 
 
 def gradient_by_backward(
@@ -317,6 +319,27 @@ def wide(g: Tensor) -> Tensor:
     return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
 
 
+def peaks(rows: Sequence[Row], device: torch.device) -> list[Tensor]:
+    """The same for several rows, in few calls where they are alike.
+
+    Args:
+        rows: Gradients of each loss.
+        device: Where to put the results.
+
+    Returns:
+        One scalar a loss, float64.
+    """
+    there = [[g for g in row if g is not None] for row in rows]
+    count = len(there[0]) if there else 0
+    entries = [g for row in there for g in row]
+    if count and all(len(row) == count for row in there):
+        like = entries[0]
+        if all(g.device == device and g.dtype == like.dtype and not g.is_sparse and g.numel() for g in entries):
+            norms = torch.stack(torch._foreach_norm(entries, float("inf")))
+            return list(norms.view(-1, count).amax(1).double().unbind())
+    return [peak(row, device) for row in there]
+
+
 def peak(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Largest absolute entry, which is not finite if any entry is not.
 
@@ -346,8 +369,11 @@ def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> lis
     Returns:
         m scalars, each with the dtype and device of its loss.
     """
-    ones = [torch.ones((), device=t.device) for t in tensors]
-    scaled = ones if scaler is None else scaler.scale(ones)
+    if scaler is None:  # losses of one kind share what is never changed
+        kinds = {(t.dtype, t.device): None for t in tensors}
+        known = {kind: torch.ones((), dtype=kind[0], device=kind[1]) for kind in kinds}
+        return [known[t.dtype, t.device] for t in tensors]
+    scaled = scaler.scale([torch.ones((), device=t.device) for t in tensors])
     return [s.to(t.dtype) for s, t in zip(scaled, tensors, strict=True)]
 
 
@@ -362,8 +388,13 @@ def host(numbers: Sequence[Tensor]) -> list[np.ndarray]:
     """
     device = numbers[0].device
     flat = [x.detach().reshape(-1).to(device, torch.float64) for x in numbers]
-    joined = torch.cat(flat).cpu().numpy()
-    return np.split(joined, np.cumsum([len(x) for x in flat])[:-1])
+    joined = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu().numpy()
+    parts, start = [], 0
+    for x in flat:
+        stop = start + x.shape[0]
+        parts.append(joined[start:stop])
+        start = stop
+    return parts
 
 
 def write(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -373,8 +404,12 @@ def write(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         params: Parameters.
         gradients: What to add to each. The tensors become the parameters' own.
     """
-    for p, g in zip(params, _added([p.grad for p in params], gradients), strict=True):
-        p.grad = g
+    old = [p.grad for p in params]
+    if any(a is not None and b is not None for a, b in zip(old, gradients, strict=True)):
+        gradients = _added(old, gradients)
+    for p, a, g in zip(params, old, gradients, strict=True):
+        if g is not None and g is not a:
+            p.grad = g
 
 
 @torch.no_grad()

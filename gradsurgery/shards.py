@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+# Classes of parameters that are never spread.
+_PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 def local(g: Tensor) -> Tensor:
@@ -110,6 +113,8 @@ def sharded(params: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         Those that are DTensors.
     """
+    if _PLAIN.issuperset(map(type, params)):
+        return []
     return [p for p in params if hasattr(p, "device_mesh")]
 
 

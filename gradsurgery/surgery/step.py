@@ -376,9 +376,8 @@ class Step:
             ghosts = plan.differentiate(roots, call.seeds, call.retain[-1], plain, batched)
             if batched and plan.trunk is not None and not ghosts.batched:
                 method._run["unbatched"] = True
+        found.peaks = rows_module.peaks(ghosts.others, call.values.device)
         for i, row in enumerate(ghosts.others):
-            there = [g for g in row if g is not None]
-            found.peaks.append(rows_module.peak(there, call.values.device))
             for p, g in zip(plain, row, strict=True):
                 if g is not None:
                     found.terms[p].append((i, g))

@@ -143,7 +143,8 @@ class Weighter(MultiLossOptimizer):
         if due == "reuse":
             self.flag("reused")
             return np.array([self.memory["last_weights"][name] for name in self.names])
-        weights = self._settled(self.weights(losses) * self.preferences())
+        weights = self.weights(losses)
+        weights = self._settled(weights if self.preference is None else weights * self.preferences())
         if self.every > 1:
             self.memory["last_weights"] = dict(zip(self.names, map(float, weights), strict=True))
         return weights
@@ -159,29 +160,33 @@ class Weighter(MultiLossOptimizer):
         self._run["features"] = call.features
         extra = self.measure(call)
         values, *more = rows_module.host([call.values] if extra is None else [call.values, extra])
-        finite = np.ones(m, dtype=bool) if not more else np.isfinite(more[0]).reshape(m, -1).all(axis=1)
-        if self._stops(np.isfinite(values), "the value", scaler) or self._stops(finite, "the gradient", scaler):
+        finite = np.isfinite(more[0]).reshape(m, -1).all(axis=1) if more else None
+        if self._stops(np.isfinite(values), "the value", scaler) or (
+            finite is not None and self._stops(finite, "the gradient", scaler)
+        ):
             return Report(names, values, flags=self._run["flags"])
 
         share = 1.0 / m if self.reduction == "mean" else 1.0
         weights = np.ones(m) if self._run["draft"] is None else self.coefficients(values, *more)
         if call.world is not None:
             weights = call.world.first(weights, call.values.device)
+        applied = share * weights
+        targets = [*call.mine, *call.theirs]
         if call.kept is not None:
-            gradients = self._combined(call, share * weights, share)
+            targets, found = self._combined(call, applied, share)
         else:
-            found = call.one_pass(share * weights, call.mine, last=not call.theirs)
-            found += call.one_pass(np.full(m, share), call.theirs, last=True)
-            gradients = dict(zip([*call.mine, *call.theirs], found, strict=True))
+            found = call.one_pass(applied, call.mine, last=not call.theirs)
+            if call.theirs:
+                found += call.one_pass(np.full(m, share), call.theirs, last=True)
             if all(g is None for g in found) and call.world is None:
                 require_reached(self, [False] * m)
-        if not self._spoiled(list(gradients.values()), scaler, call.world):
-            rows_module.write(list(gradients), list(gradients.values()))
+        if not self._spoiled(found, scaler, call.world):
+            rows_module.write(targets, found)
         engine = "one pass" if call.kept is None else "rows"
-        return Report(names, values, share * weights, flags=self._run["flags"], engine=engine)
+        return Report(names, values, applied, flags=self._run["flags"], engine=engine)
 
-    def _combined(self, call: Call, weights: np.ndarray, share: float) -> dict[Tensor, Tensor | None]:
-        """Σ wᵢ gᵢ of gradients that were kept; other optimizers get the plain sum."""
+    def _combined(self, call: Call, weights: np.ndarray, share: float) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Σ wᵢ gᵢ of gradients that were kept, by parameter; other optimizers get the plain sum."""
         assert call.kept is not None
         mine = parameters(self)
         masks = {p: 1 for row in call.kept.rows for p in row}
@@ -199,4 +204,4 @@ class Weighter(MultiLossOptimizer):
             sums.append(rows_module.plain(terms, shards.empty(p)))
         if call.world is not None and not call.sharded:
             sums = call.world_total(sums, targets)
-        return {p: shards.like(g, p) for p, g in zip(targets, sums, strict=True)}
+        return targets, [shards.like(g, p) for p, g in zip(targets, sums, strict=True)]
