@@ -92,8 +92,11 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False) -> Tasks:
     if not named:
         raise ValueError(f"{where}: `losses` is empty. Pass at least one loss.")
 
-    evaluated = [(name, loss if isinstance(loss, Tensor) or not callable(loss) else loss()) for name, loss in named]
-    present = [(name, loss) for name, loss in evaluated if loss is not None]
+    present = []
+    for name, given in named:
+        loss = given if isinstance(given, Tensor) or not callable(given) else given()
+        if loss is not None:
+            present.append((name, loss))
     if not present and not may_be_empty:
         raise ValueError(f"{where}: every loss is None. Skip the step when no task is in the batch.")
     first_use: dict[int, str] = {}

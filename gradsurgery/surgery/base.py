@@ -565,10 +565,9 @@ class Surgery(MultiLossOptimizer):
 
     def _coefficients(self, values: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
         """What each loss is multiplied by before the surgery: by a weighter inside, and by the logarithm."""
-        inner = (
-            np.ones(len(values)) if not isinstance(self.base, Weighter) else self.base.coefficients(values, measured)
-        )
-        return inner * self._logarithmic(values)
+        if not isinstance(self.base, Weighter):
+            return self._logarithmic(values)
+        return self.base.coefficients(values, measured) * self._logarithmic(values)
 
     def _early_coefficients(self, found: Tensor, measured: Tensor | None) -> np.ndarray:
         """The same before the rows are looked at, at the price of one more transfer to the host."""
@@ -588,7 +587,7 @@ class Surgery(MultiLossOptimizer):
         rows: Table,
         gram: np.ndarray,
         values: np.ndarray,
-        coefficients: np.ndarray,
+        coefficients: np.ndarray | None,
         unscale: np.ndarray | float,
         reaching: Sequence[bool] | None,
     ) -> np.ndarray:
@@ -607,7 +606,8 @@ class Surgery(MultiLossOptimizer):
             every = [start + i for start in range(0, len(rows), m) for i in keep]
             try:
                 part = gram[np.ix_(every, every)]
-                weights[keep] = self._solve(rows.part(every), part, values[keep], coefficients[keep], unscale)
+                factors = None if coefficients is None else coefficients[keep]
+                weights[keep] = self._solve(rows.part(every), part, values[keep], factors, unscale)
             finally:
                 self._run["tasks"] = tasks
         return weights

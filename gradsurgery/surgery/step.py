@@ -138,6 +138,7 @@ class Step:
         if method._run["draft"] is not None:
             if early is None:
                 coefficients = method._coefficients(values, *more)
+            multiplied = None if self.inner is None and not method.log_losses else coefficients
             for k, name in enumerate(named_parts):
                 if columns is not None:
                     method._run["measured"] = columns[:, parts[k]].sum(axis=1)
@@ -147,7 +148,7 @@ class Step:
                         if call.sharded:
                             reaching = [any(row[j] is not None for j in parts[k]) for row in found.rows[:m]]
                         weights[k] = method._solve_where_reached(
-                            tables[k], grams[k], values, coefficients, 1 / scale, reaching
+                            tables[k], grams[k], values, multiplied, 1 / scale, reaching
                         )
                 elif self.due == "reuse":
                     weights[k] = np.array([method.memory["last_weights"][name] for name in self.names])
@@ -279,7 +280,7 @@ class Step:
         found.slices = self._slices(shared)
         # Losses that are multiplied later keep their gradients apart.
         apart = self.inner is not None or method.log_losses
-        marks = torch.zeros(m, len(shared), dtype=torch.uint8, device="cpu")
+        there: list[list[bool]] = []
         for i in range(m):
             if kept is None:
                 wanted, gradients = differentiate(call, i, everything)
@@ -289,7 +290,7 @@ class Step:
                 row = dict(kept.rows[i])
             row = {p: shards.local(shards.placed(row.pop(p), p)) for p in list(row)} if call.sharded else row
             over_shared = [row.pop(p, None) for p in shared]
-            marks[i] = torch.tensor([g is not None for g in over_shared], dtype=torch.uint8, device="cpu")
+            there.append([g is not None for g in over_shared])
             found.peaks.append(rows_module.peak(list(row.values()), call.values.device))
             for p in list(row):
                 g = row.pop(p)
@@ -308,11 +309,11 @@ class Step:
                 found.slices.send(i, over_shared)
             del over_shared
         if masks is None:
-            reached = marks.any(dim=1)
             require_reached(
                 method,
-                [bool(reached[i]) or any(i == k for terms in found.terms.values() for k, _ in terms) for i in range(m)],
+                [any(there[i]) or any(i == k for terms in found.terms.values() for k, _ in terms) for i in range(m)],
             )
+        marks = torch.tensor(there, dtype=torch.uint8, device="cpu").reshape(m, len(shared))
         if call.world is not None and not call.sharded:
             marks = call.world.any_of(marks)
         if method.observes:
