@@ -94,7 +94,8 @@ def section(run: dict[str, Any], path: Path) -> str:
     rows = run["steps"]
     rounds = [r["rounds"] for r in rows if "rounds" in r]
     if rounds:
-        text += f"\nFigures are of {min(rounds)} to {max(rounds)} rounds; slow cells have the fewest.\n"
+        text += f"\nFigures are of {min(rounds)} to {max(rounds)} rounds; slow cells have the fewest, and so has what "
+        text += "takes more than four times the floor.\n"
     if absent := [name for name in WORKLOADS if name not in {r["workload"] for r in rows}]:
         text += f"\nNot measured here: {', '.join(absent)}.\n"
     if rows:

@@ -24,8 +24,9 @@ from gradsurgery.gram import Room, Row
 # Entries of all tasks that are handled at once.
 _BUCKET_CPU, _BUCKET_GPU = 2**18, 2**24
 
-# What reading or writing an entry costs, and what a handful of small operations cost, in multiplications.
-_TRAFFIC, _CALLS = 16.0, 1e6
+# In multiplications: what reading or writing an entry costs, and what calling the operations of a layer costs on a CPU,
+# both found by timing. An accelerator multiplies some hundred times faster, and is called no faster.
+_TRAFFIC, _CALLS_CPU, _CALLS_GPU = 16.0, 6e6, 1e9
 
 
 #: Seconds that a function takes on a device.
@@ -62,7 +63,8 @@ class Linear(NamedTuple):
         """
         n, width, calls = sum(a.shape[0] for a in self.inputs), self.inputs[0].shape[1], len(self.inputs)
         out = self.params[0].numel() // width
-        ghost = n * n * width + m * n * n * out + n * width * out + (m + 3 * _TRAFFIC) * m * n * out + _CALLS
+        called = _CALLS_CPU if self.inputs[0].device.type == "cpu" else _CALLS_GPU
+        ghost = n * n * width + m * n * n * out + n * width * out + (m + 3 * _TRAFFIC) * m * n * out + called
         rows = m * n * width * out + (m + 4 * _TRAFFIC) * m * width * out
         if calls > 1:  # copies here, sums of gradients there
             ghost += 2 * _TRAFFIC * n * (m * out + width)
