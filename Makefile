@@ -12,7 +12,7 @@ PARALLEL ?= -n auto --dist loadfile
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-browser lint format docs bench bench-solvers conformance evidence clean
+.PHONY: help demo test test-all test-browser lint format docs bench bench-solvers published conformance evidence clean
 
 help: ## Say what the targets are
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -51,6 +51,9 @@ bench: $(VENV)/demo.stamp $(VENV)/peers.stamp ## Measure the cost of a step, aga
 # One thread: on matrices this small, waiting for a second one costs more than it brings.
 bench-solvers: $(VENV)/peers.stamp ## Time the methods against TorchJD's on the same matrices
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.solvers $(ARGS)
+
+published: $(VENV)/demo.stamp ## Reproduce what papers show on small problems (ARGS=--quick for a first look)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.published $(ARGS)
 
 conformance: $(VENV)/peers.stamp ## Ask this library and others about every known defect
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.conformance $(ARGS)

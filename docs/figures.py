@@ -6,6 +6,7 @@ takes seconds, but the two landscapes with valleys take minutes: methods crawl t
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -32,6 +33,16 @@ METHODS = {"plain sum": None, "PCGrad": gradsurgery.PCGrad, "MGDA": gradsurgery.
 COLOUR = {"plain sum": "#d55e00", "PCGrad": "#0072b2", "MGDA": "#009e73"}
 MARKER = {"plain sum": "s", "PCGrad": "o", "MGDA": "^"}
 VIOLET = "#aa4499"
+# One colour and marker a start, where each panel is one method.
+START_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b58900")
+STARTS_LEGEND = """Upper panels: paths.
+Lower panels: where
+they end, as losses.
+
+Band: Pareto set.
+Star: minimum of
+the sum.
+One colour a start."""
 INK, GREY, FAINT = "#222222", "#8c8c8c", "#dcdcdc"
 
 STYLE = {
@@ -324,6 +335,68 @@ def draw_run() -> Figure:
     return names["monitor"].plot()
 
 
+# --------------------------------------------------------------------------------------------- published behaviour
+
+
+def published(key: str) -> dict:
+    """Results that `make published` kept."""
+    return json.loads((DOCS / "published.json").read_text(encoding="utf-8"))[key]
+
+
+def draw_starts(setting: str) -> Figure:
+    """Paths of each method from five starts, and where on the front they end."""
+    found = published("basin")[setting]
+    problem = cagrad_basin(found["scale"])
+    x, y, points = grid(problem.frame)
+    total = sum(problem.losses(points)).numpy()
+    front = losses(cagrad_basin(), problem.pareto_set())
+    lowest = losses(cagrad_basin(), np.array(found["minimum"]))
+    figure, panels = plt.subplots(4, 4, figsize=(7.4, 7.3), layout="constrained")
+    places = [(row, column) for row in (0, 2) for column in range(4)]
+    for (row, column), (method, runs) in zip(places, found["methods"].items(), strict=False):
+        plane, ends = panels[row][column], panels[row + 1][column]
+        plane.contour(x, y, total, levels=13, colors=FAINT, linewidths=0.6, linestyles="solid")
+        draw_set(plane, problem.pareto_set())
+        draw_set(ends, front)
+        for run, colour, marker in zip(runs, START_COLOURS, "os^Dv", strict=False):
+            plane.plot(*np.array(run["path"]).T, color=colour, lw=1.3, zorder=3)
+            draw_start(plane, run["path"][0])
+            for axes, end in ((plane, run["end"]), (ends, run["losses"])):
+                axes.plot(*end, marker, color=colour, ms=5.5, mec="white", mew=0.7, zorder=5, clip_on=False)
+        for axes, best in ((plane, found["minimum"]), (ends, lowest)):
+            axes.plot(*best, "*", color=INK, ms=13, mec="white", mew=0.6, zorder=2)
+        window(plane, problem.frame)
+        window(ends, (-22.0, 11.0, -22.0, 11.0))
+        plane.set(xticks=[-10, 0, 10], yticks=[-10, 0, 10], title=method)
+        ends.set(xticks=[-20, 0], yticks=[-20, 0])
+    label_axes(panels[0][0], "θ₁", "θ₂")
+    label_axes(panels[1][0], "f₁", "f₂")
+    free = places[len(found["methods"]) :]
+    for row, column in free:
+        panels[row][column].set_axis_off()
+        panels[row + 1][column].set_axis_off()
+    corner = panels[free[0][0]][free[0][1]]
+    say(corner, STARTS_LEGEND, (0.02, 0.5), transform=corner.transAxes)
+    return figure
+
+
+def draw_stall() -> Figure:
+    """PCGrad's landscape with the paper's own learning rate and number of steps."""
+    problem, found = pcgrad_valleys(), published("valleys")
+    figure, axes = plt.subplots(figsize=(4.4, 4.9), layout="constrained")
+    x, y, points = grid(problem.frame)
+    total = sum(problem.losses(points)).numpy()
+    axes.contourf(x, y, total, levels=np.linspace(-160, 90, 11), cmap="Greys_r", alpha=0.3, extend="both")
+    draw_set(axes, [(-2.0, 6.45), (-2.0, 9.0)])
+    for method, run in found["methods"].items():
+        draw_path(axes, method, np.array(run["path"]))
+    draw_start(axes, problem.start_points[0])
+    window(axes, problem.frame)
+    label_axes(axes, "θ₁", "θ₂")
+    name_methods(axes, (2.1, 8.3), 0.7)
+    return figure
+
+
 # -------------------------------------------------------------------------------------------------------------- home
 
 
@@ -401,6 +474,9 @@ PICTURES = {
     "concave": ("toy", draw_concave),
     "scales": ("toy", draw_scales),
     "run": ("monitor", draw_run),
+    "scaled": ("published", functools.partial(draw_starts, "scaled")),
+    "equal": ("published", functools.partial(draw_starts, "equal")),
+    "stall": ("published", draw_stall),
 }
 
 

@@ -83,7 +83,7 @@ def helmholtz_source(x: Tensor) -> Tensor:
 VISCOSITY = 0.05
 
 
-def burgers(x: Tensor, order: int = 100) -> Tensor:
+def burgers(x: Tensor, order: int = 100, viscosity: float = VISCOSITY) -> Tensor:
     """The solution of u_t + u u_x = ν u_xx with u(x, 0) = −sin πx and u(±1, t) = 0.
 
     By the Cole-Hopf transformation, u is a ratio of two integrals against a heat kernel; Gauss-Hermite quadrature gives
@@ -92,14 +92,15 @@ def burgers(x: Tensor, order: int = 100) -> Tensor:
     Args:
         x: Points (x, t), (n, 2), with t ≥ 0.
         order: Number of nodes.
+        viscosity: ν.
 
     Returns:
         u, (n,), in the dtype of `x`.
     """
     nodes, weights = np.polynomial.hermite.hermgauss(order)
     place, time = x.double().numpy().T
-    shifted = place[:, None] - np.sqrt(4.0 * VISCOSITY * time)[:, None] * nodes
-    exponent = -np.cos(np.pi * shifted) / (2.0 * np.pi * VISCOSITY)
+    shifted = place[:, None] - np.sqrt(4.0 * viscosity * time)[:, None] * nodes
+    exponent = -np.cos(np.pi * shifted) / (2.0 * np.pi * viscosity)
     heat = weights * np.exp(exponent - exponent.max(axis=1, keepdims=True))
     return torch.from_numpy(-(heat * np.sin(np.pi * shifted)).sum(axis=1) / heat.sum(axis=1)).to(x.dtype)
 

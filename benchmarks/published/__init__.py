@@ -1,0 +1,1 @@
+"""Published behaviour, reproduced: each claim of a paper beside our figure."""

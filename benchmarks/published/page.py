@@ -1,0 +1,249 @@
+"""The page on published behaviour, written from the results that were kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from benchmarks.published import claims
+from benchmarks.published.basin import AT_MINIMUM, ON_FRONT
+from benchmarks.published.claims import Claim, Results, geometric_mean, mean_over_seeds
+
+CLAIMS: dict[str, Callable[[Results], list[Claim]]] = {
+    "basin": claims.basin,
+    "valleys": claims.valleys,
+    "scales": claims.scales,
+    "softadapt": claims.softadapt,
+    "pinn": claims.pinn,
+}
+# What docs/figures.py draws for this page.
+PICTURES = ("scaled", "equal", "stall")
+
+PAGE = """# Published behaviour
+
+What papers show of their methods on small problems, run here, each claim beside our figure. Written by
+`make published ARGS="--write docs/published.md"` from `published.json`, which lies beside this page; the words of the
+verdicts follow from the numbers. `make published ARGS=--quick` runs a little of everything in about a minute.
+
+*As claimed*: every condition of the claim holds. *In part*: some do. *Not reproduced*: none does. Claims are in
+our words.
+
+{summary}
+
+## Five starts
+
+The landscape of CAGrad, Nash-MTL and FAMO
+([`cagrad_basin`](toy-problems.md#the-basin-of-cagrad-nash-mtl-and-famo)), with Adam at a learning rate of 0.001,
+as in all of their scripts.
+
+* *Setting of Nash-MTL and FAMO*: f₁ × 0.1, {scaled_steps} steps (FAMO's script; Nash-MTL's takes 35 000); CAGrad
+  with c = 0.4 and Nash-MTL as published, their directions and FAMO's clipped to length 1, as in their common
+  code; FAMO with a learning rate of 0.025 for its weights, no decay, and lower bounds of −21 for the unscaled
+  losses.
+* *Setting of CAGrad*: equal scales, {equal_steps} steps, c = 0.5, CAGrad's direction divided by 1 + c and not
+  clipped. Its third start is (−8.5, −5).
+
+A run *reaches the front* if at its end no Pareto point is better in both (unscaled) losses by more than
+{on_front}; along the front they range over 19.6. It reaches *the minimum* of the sum of the losses, the star in
+the papers' figures, if it ends within {at_minimum} of it in the plane, where the front is 14 long: at
+({x_scaled}, {y_scaled}) with f₁ × 0.1, at ({x_equal}, {y_equal}) with equal scales. The front is where no loss
+can fall without the other rising; only one point of it is the minimum. A method *favours* a loss if its ends on
+the front have a mean θ₁ beyond 1 on that side; it ends *in between* if the mean is within 1 and no end beyond 5.
+
+Steps are counted in stretches of 500. A run that is on the front and whose mean position over 500 steps moves by
+less than 0.001 to the next is not continued. Numbers are float64; the scripts use float32.
+
+### f₁ × 0.1
+
+![Paths of seven methods from five starts, f₁ × 0.1, and their ends on the front](_static/published/scaled.png)
+
+{scaled}
+
+### Equal scales
+
+![Paths of six methods from five starts, equal scales, and their ends on the front](_static/published/equal.png)
+
+{equal}
+
+{basin_why}
+
+## PCGrad's valleys
+
+[`pcgrad_valleys`](toy-problems.md#the-valleys-of-the-pcgrad-paper) with the paper's settings: {valley_steps}
+steps of Adam at 0.001 from (0.5, −3). Mean point and mean losses of the last 1000 steps:
+
+{valleys}
+
+![Mean paths of the plain sum, PCGrad and MGDA through the valleys](_static/published/stall.png)
+
+The floors of the valleys are 1e-5 wide: Adam's steps of 0.001 jump over them, so that the mean losses of PCGrad stay
+above the floors where it has arrived. MGDA gets there in {mgda_steps} steps and rests, since one gradient is zero on a
+floor.
+
+{valleys_why}
+
+## GradNorm's regressions
+
+[`ScaledRegression`](toy-problems.md#gradnorms-regressions) at the paper's size: 250 inputs, 100 outputs, four
+shared layers of 100 neurons, α = 0.12. Chosen here, since the paper does not say: {scale_steps} steps of Adam at
+0.001 on 100 new samples each; ten scales from 1 to 100 in equal ratios. Weights of both methods learn with Adam
+at 0.025, as in the paper. Test loss over test loss at the start, mean over tasks and {scale_seeds} seeds:
+
+{scales}
+
+Predicting zero is close to 1: so few steps learn little, and the small task of two gets *worse* with the plain sum.
+[The smaller version](toy-problems.md#gradnorms-regressions) is learnt further.
+
+{scales_why}
+
+## SoftAdapt's README
+
+The README's example, three losses over five epochs with β = 0.1, through `get_component_weights`; five digits are
+printed there, and compared.
+
+## ConFIG on the Burgers equation
+
+{pinn_text}
+
+{pinn}
+
+IMTL-G and ConFIG have the same direction; only its length differs. M-ConFIG's advantage is the number of steps that
+the same number of gradients buys.
+
+{pinn_why}
+"""
+
+PINN_TEXT = """$u_t + u u_x = \\nu u_{{xx}}$ with $u(x, 0) = -\\sin \\pi x$ for x in [−1, 1], three losses: the
+equation, the boundary, the initial values. Small: ν = {viscosity:.3f}, a tanh network with {depth} hidden
+layers of {width} neurons, {inside} + {edge} + {edge} new points a step, {steps} steps, {seeds} seeds. (The
+paper: ν = 0.003, five layers of 50, 10 000 + 250 + 250 points, 30 000 steps.) Adam begins at {lr:g}, the
+paper's at 0.001; both warm up for 1 % of the steps and fall to a tenth along a cosine. M-ConFIG computes the
+gradient of one loss a step, in turn; it is given as many steps as the others, or as many gradients. *Error*:
+mean square against the exact solution (transformation of Cole and Hopf, by quadrature) on a grid of 128 × 51,
+geometric mean over seeds; what differs less than the seeds do says nothing. No clock was read."""
+
+
+def write(results: Results) -> str:
+    """The page.
+
+    Args:
+        results: What the experiments returned, by name.
+
+    Returns:
+        Markdown.
+    """
+    found = {name: make(results[name]) for name, make in CLAIMS.items()}
+    basin, sizes = results["basin"], results["pinn"]["size"]
+    lowest = {key: basin[key]["minimum"] for key in ("scaled", "equal")}
+    text = PAGE.format(
+        summary=summary([claim for each in found.values() for claim in each]),
+        scaled_steps=spaced(basin["scaled"]["steps"]),
+        equal_steps=spaced(basin["equal"]["steps"]),
+        on_front=ON_FRONT,
+        at_minimum=AT_MINIMUM,
+        x_scaled=number(lowest["scaled"][0]),
+        y_scaled=number(lowest["scaled"][1]),
+        x_equal=number(lowest["equal"][0]),
+        y_equal=number(lowest["equal"][1]),
+        scaled=ends(basin["scaled"]),
+        equal=ends(basin["equal"]),
+        basin_why=why(found["basin"]),
+        valley_steps=spaced(results["valleys"]["steps"]),
+        mgda_steps=spaced(results["valleys"]["methods"]["MGDA"]["steps"]),
+        valleys=valley_table(results["valleys"]),
+        valleys_why=why(found["valleys"]),
+        scale_steps=spaced(results["scales"]["steps"]),
+        scale_seeds=results["scales"]["seeds"],
+        scales=scale_table(results["scales"]),
+        scales_why=why(found["scales"]),
+        pinn_text=PINN_TEXT.format(**sizes),
+        pinn=pinn_table(results["pinn"]),
+        pinn_why=why(found["pinn"]),
+    )
+    return re.sub(r"(?<![\w−-])-(?=\d)", "−", text)  # a minus in front of numbers, but not in 1e-05
+
+
+def spaced(steps: int) -> str:
+    """A large number with spaces."""
+    return f"{steps:,}".replace(",", " ")
+
+
+def number(value: float) -> str:
+    """A number of two digits behind the point, without a negative zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
+def summary(found: list[Claim]) -> str:
+    """The table of all claims."""
+    lines = ["| paper | claim | here | verdict |", "| --- | --- | --- | --- |"]
+    lines += [f"| {c.paper} | {c.says} | {c.found} | {c.verdict} |" for c in found]
+    return "\n".join(lines)
+
+
+def why(found: list[Claim]) -> str:
+    """Where differences come from: a list of the claims that do not hold entirely."""
+    open_ones = [claim for claim in found if claim.verdict != "as claimed"]
+    if not open_ones:
+        return "Nothing here differs from what is claimed."
+    return "Where it differs:\n\n" + "\n".join(f"* {c.paper}, {c.says} ({c.verdict}): {c.why}" for c in open_ones)
+
+
+def ends(setting: Results) -> str:
+    """A table of where each run ends: θ₁ on the front, or that it is held."""
+    starts = [f"({number(x).removesuffix('.00')}, {number(y).removesuffix('.00')})" for x, y in setting["starts"]]
+    lines = [
+        "| method | " + " | ".join(starts) + " | on the front | at the minimum |",
+        "| --- |" + " --- |" * (len(starts) + 2),
+    ]
+    for name, runs in setting["methods"].items():
+        five = runs[:5]
+        cells = [end(run) for run in runs]
+        on, at = claims.count(five, "on front"), claims.count(five, "at minimum")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {on} of 5 | {at} of 5 |")
+    last = " The last start is CAGrad's and is not counted." if len(starts) > 5 else ""
+    return "\n".join(lines) + (
+        "\n\n*θ₁ of the end, from −7 (minimum of f₂) to 7 (minimum of f₁), and in brackets the thousands of steps\n"
+        f"after which the run was on the front; a star at the minimum.{last}*"
+    )
+
+
+def end(run: Results) -> str:
+    """Where one run ends."""
+    if not run["on front"]:
+        x, y = run["end"]
+        return f"off it, at ({number(x)}, {number(y)})"
+    star = " ★" if run["at minimum"] else ""
+    return f"{number(run['end'][0])}{star} ({run['on front after'] / 1000:.1f})"
+
+
+def valley_table(found: Results) -> str:
+    """Where each method is at the end."""
+    lines = ["| method | steps | θ₁ | θ₂ | f₁ | f₂ |", "| --- | --- | --- | --- | --- | --- |"]
+    floors = " | ".join(f"{x:.1f}" for x in found["floors"])
+    for name, run in found["methods"].items():
+        x, y = run["mean point"]
+        losses = " | ".join(f"{f:.1f}" for f in run["mean losses"])
+        lines.append(f"| {name} | {spaced(run['steps'])} | {x:.3f} | {y:.3f} | {losses} |")
+    lines.append(f"| optimum | | −2 | ≥ 6.45 | {floors} |")
+    return "\n".join(lines)
+
+
+def scale_table(found: Results) -> str:
+    """Normalised test losses of two and of ten tasks."""
+    methods = list(found["two"]["methods"])
+    lines = ["| tasks | " + " | ".join(methods) + " |", "| --- |" + " --- |" * len(methods)]
+    for label, key in (("two", "two"), ("ten", "ten")):
+        each = {m: mean_over_seeds(runs, "ratios") for m, runs in found[key]["methods"].items()}
+        lines.append(f"| {label}, mean | " + " | ".join(f"{each[m].mean():.3f}" for m in methods) + " |")
+        lines.append(f"| {label}, smallest scale | " + " | ".join(f"{each[m][0]:.3f}" for m in methods) + " |")
+        lines.append(f"| {label}, largest scale | " + " | ".join(f"{each[m][-1]:.3f}" for m in methods) + " |")
+    return "\n".join(lines)
+
+
+def pinn_table(found: Results) -> str:
+    """Errors of each method."""
+    lines = ["| method | gradients of single losses | error | seeds |", "| --- | --- | --- | --- |"]
+    for name, errors in found["methods"].items():
+        each = ", ".join(f"{e:.1e}" for e in errors)
+        lines.append(f"| {name} | {spaced(found['gradients'][name])} | {geometric_mean(errors):.1e} | {each} |")
+    return "\n".join(lines)
