@@ -563,8 +563,12 @@ def power_fixed_point(
     power = np.broadcast_to(np.asarray(strength, dtype=np.float64), m)
     p = 1 / alpha
     v, length, residual = _power_newton(cosines, power, lengths, p)
-    # An error E of the cosines moves ⟨u_i, d⟩ by |E| Σ v_j, and v_i, relative to itself, α times as much.
-    least = length if alpha < 1 else min(length, float((power * lengths ** (p - 1) * v**-p).min()) / alpha)
+    # An error E of the cosines moves ⟨u_i, d⟩ by |E| Σ v_j, and v_i, relative to itself, α times as much. With α < 1
+    # some ⟨u_i, d⟩ may be next to nothing: then d is the measure, off by |E| Σ v_j over ‖d‖ / Σ v_j.
+    if alpha >= 1:
+        least = min(length, float((power * lengths ** (p - 1) * v**-p).min()) / alpha)
+    else:
+        least = length * length / float(v.sum())
     if not (v.sum() < _AMPLIFICATION * least and residual < 1e-10):
         if min_norm(g, factor, noise=noise)[1]:
             return np.zeros(m), False

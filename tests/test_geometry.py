@@ -800,6 +800,16 @@ def test_power_fixed_point_of_rows_made_for_their_solution(alpha: float, data: s
     assert np.linalg.norm(j.T @ w - expected) <= 1e-11 * np.linalg.norm(expected) + 64 * len(j) * EPS * terms
 
 
+@pytest.mark.parametrize("size", [4.0, 16.0, 64.0, 256.0])
+def test_power_fixed_point_of_nearly_opposite_rows_below_alpha_one(size: float) -> None:
+    """With α = 1/2 the weights (2s, s) ask for the products 1/(2s)² and 1/s², and for ‖d‖² = 1/(2s) + 1/s."""
+    length = np.sqrt(1.5 / size)
+    j = np.array([[1 / (4 * size**2) / length, size], [1 / size**2 / length, -2 * size]])
+    w, solved = geometry.power_fixed_point(j @ j.T, 0.5, lambda: j)
+    assert solved
+    np.testing.assert_allclose(j.T @ w, [length, 0.0], rtol=0, atol=64 * EPS * (w @ lengths(j)))
+
+
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0, 100.0])
 def test_power_fixed_point_of_rows_that_need_no_help(alpha: float) -> None:
     """Row 0 alone would help row 1 more than row 1 asks for, so that its weight leaves the range of float64 with α."""
