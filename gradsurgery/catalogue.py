@@ -15,11 +15,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from torch.optim import Optimizer
+
 import gradsurgery
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.surgery.base import Surgery
 from gradsurgery.weighting.base import Weighter
 
+#: What stands for no method at all, where methods are compared.
+SUM = "plain sum"
 #: The words for what a method may need, as the page explains them.
 NEEDS = ("values", "norms", "products", "entries", "rows kept", "more batches", "labels", "residuals")
 _HERE = Path(__file__).resolve().parent
@@ -217,6 +221,28 @@ def find(name: str) -> Facts:
     near = list(dict.fromkeys(folded[key] for key in difflib.get_close_matches(wanted, folded, n=3)))
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"there is no method {name!r}.{hint} `gradsurgery list` names all.")
+
+
+def built(name: str, optimizer: Optimizer, tasks: int = 2, **given: Any) -> MultiLossOptimizer:
+    """Wrap an optimizer in a method with its defaults, and with the least of what its constructor asks for besides.
+
+    Args:
+        name: The method.
+        optimizer: The torch optimizer.
+        tasks: Number of losses.
+        **given: Arguments of its constructor that are known better.
+
+    Returns:
+        The method.
+    """
+    extra: dict[str, dict[str, Any]] = {
+        "GradNormWeighter": {"shared_params": optimizer.param_groups[0]["params"]},
+        "Krum": {"n_byzantine": 0},
+        "PriorLossWeighter": {"priors": [1.0] * tasks},
+    }
+    found = find(name).method(optimizer, **{**extra.get(name, {}), **given})
+    assert isinstance(found, MultiLossOptimizer)
+    return found
 
 
 def _facts(entry: Entry) -> Facts:

@@ -16,7 +16,6 @@ from matplotlib.patches import Wedge
 from torch import Tensor
 
 from gradsurgery import catalogue
-from gradsurgery.commands.comparing import SUM, built
 from gradsurgery.pictures import DARK, LIGHT, Palette, style
 from gradsurgery.problems import Problem
 from gradsurgery.weighting.dwa import DWAWeighter
@@ -52,14 +51,14 @@ def direction(name: str, rows: np.ndarray) -> np.ndarray | None:
     Returns:
         (n,), or None if the method needs something that linear losses do not have.
     """
-    if name == SUM:
+    if name == catalogue.SUM:
         return rows.sum(axis=0)
     if catalogue.find(name).kind == "weighting":
         return weights_after_a_run(name, rows) @ rows
     theta = torch.nn.Parameter(torch.zeros(rows.shape[1], dtype=torch.float64))
     base = torch.optim.SGD([theta], lr=1.0)
     try:
-        optimizer = built(name, base, len(rows))
+        optimizer = catalogue.built(name, base, len(rows))
         optimizer.backward(_linear(theta, rows, LOSSES))
         optimizer.step()
     except (ValueError, TypeError, RuntimeError):
@@ -78,7 +77,7 @@ def weights_after_a_run(name: str, rows: np.ndarray) -> np.ndarray:
         (m,).
     """
     theta = torch.nn.Parameter(torch.zeros(rows.shape[1], dtype=torch.float64))
-    optimizer = built(name, torch.optim.SGD([theta], lr=0.1), len(rows))
+    optimizer = catalogue.built(name, torch.optim.SGD([theta], lr=0.1), len(rows))
     weights: dict[str, float] | None = None
     for step in range(STEPS):
         values = [value * left ** (step / (STEPS - 1)) for value, left in zip(LOSSES, LEFT, strict=True)]
@@ -169,7 +168,7 @@ def _fan(axes: Axes, name: str, rows: np.ndarray, palette: Palette) -> None:
         return
     shrunk = max(1.0, length / LONGEST)
     _arrow(axes, found / shrunk, palette.lines[0], 2.6)
-    if name != SUM and catalogue.find(name).kind == "weighting":
+    if name != catalogue.SUM and catalogue.find(name).kind == "weighting":
         axes.text(0, -0.43, _sum(weights_after_a_run(name, rows), shrunk), **{**said, "fontsize": 7.5})
         return
     note = " is the sum here" if np.allclose(found, total) else f", {shrunk:.1f} times as long" if shrunk > 1 else ""

@@ -14,7 +14,7 @@ from benchmarks.evidence import contenders, images, physics, tables
 from benchmarks.evidence.problem import LEAST, MOST, mlp, score, seeded
 from benchmarks.evidence.training import PROBLEMS, schedule, vector
 from gradsurgery import catalogue
-from gradsurgery.commands.comparing import built
+from gradsurgery.catalogue import built
 
 METHODS = list(catalogue.facts())
 

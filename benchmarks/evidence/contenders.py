@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.evidence.problem import Losses, Problem, Start
 from gradsurgery import FAMOWeighter, MultiLossOptimizer, catalogue
-from gradsurgery.commands.comparing import built
+from gradsurgery.catalogue import built
 from gradsurgery.surgery.modo import DoubleSampling
 
 SUM, TUNED, ALONE = "plain sum", "tuned fixed weights", "alone: "

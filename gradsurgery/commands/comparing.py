@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +19,11 @@ from torch.optim import Optimizer
 
 from gradsurgery import catalogue, problems
 from gradsurgery.commands import complain, no_pictures, say, say_json, whole
-from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.problems import Problem
 from gradsurgery.text import grid, number, terminal_width, wrapped
 
 NAME = "compare"
 HELP = "let methods walk on a toy problem, and compare where they get"
-
-SUM = "plain sum"
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
             return no_pictures(NAME, error)
     problem = setting.build()
     walks, paths = [], {}
-    for name in dict.fromkeys([SUM, *names]):
+    for name in dict.fromkeys([catalogue.SUM, *names]):
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{name:<40}")
         walk, path = walk_from_all(problem, name, setting.base, lr, steps)
@@ -183,7 +179,7 @@ def walk_from_all(
 
     def build(parameters: list[torch.nn.Parameter]) -> Optimizer:
         optimizer = base(parameters, lr=lr)  # type: ignore[call-arg]
-        return optimizer if name == SUM else built(name, optimizer)
+        return optimizer if name == catalogue.SUM else catalogue.built(name, optimizer)
 
     try:
         problem.trajectory(problem.starts[0], build, 1)  # what is loaded in the first step is not the method's time
@@ -206,28 +202,6 @@ def walk_from_all(
         1e3 * seconds / (steps * len(ends)),
     )
     return walk, paths
-
-
-def built(name: str, optimizer: Optimizer, tasks: int = 2, **given: Any) -> MultiLossOptimizer:
-    """Wrap an optimizer in a method with its defaults, and with the least of what its constructor asks for besides.
-
-    Args:
-        name: The method.
-        optimizer: The torch optimizer.
-        tasks: Number of losses.
-        **given: Arguments of its constructor that are known better.
-
-    Returns:
-        The method.
-    """
-    extra: dict[str, dict[str, Any]] = {
-        "GradNormWeighter": {"shared_params": optimizer.param_groups[0]["params"]},
-        "Krum": {"n_byzantine": 0},
-        "PriorLossWeighter": {"priors": [1.0] * tasks},
-    }
-    found = catalogue.find(name).method(optimizer, **{**extra.get(name, {}), **given})
-    assert isinstance(found, MultiLossOptimizer)
-    return found
 
 
 def _show(problem: Problem, setting: Setting, walks: Sequence[Walk], steps: int, lr: float) -> None:
