@@ -73,7 +73,7 @@ def basin(found: Results) -> list[Claim]:
     reached = {name: count(runs, "on front") for name, runs in scaled.items()}
     # Where a run ends on the front: θ₁ from −7 (the minimum of f₂) to 7 (that of f₁).
     places = {name: [run["end"][0] for run in runs if run["on front"]] for name, runs in scaled.items()}
-    leaning = {name: float(np.mean(at)) for name, at in places.items() if at}
+    leaning = {name: float(np.mean(at)) if at else np.nan for name, at in places.items()}
     three = {name: cagrad_starts(found["equal"], name) for name in ("plain sum", "PCGrad", "MGDA", "CAGrad")}
     lowest = {name: count(runs, "at minimum") for name, runs in equal.items()}
     lowest_scaled = {name: count(runs, "at minimum") for name, runs in scaled.items()}
@@ -116,7 +116,7 @@ def basin(found: Results) -> list[Claim]:
             (
                 all(leaning[name] < -1.0 for name in ("plain sum", "PCGrad", "CAGrad")),
                 leaning["MGDA"] > 1.0,
-                abs(leaning["Nash-MTL"]) < 1.0 and max(balanced) < 5.0,
+                abs(leaning["Nash-MTL"]) < 1.0 and max(balanced, default=np.nan) < 5.0,
             ),
             reasons.NASH_PLACES,
         ),
