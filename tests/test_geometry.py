@@ -1016,7 +1016,7 @@ def mix(j: Matrix, orders: Matrix) -> Matrix:
 @given(j=samplers.matrices(), seed=st.integers(0, 99))
 def test_pcgrad_mixing(small: int, j: Matrix, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "_SMALL", small)
+        patch.setattr(geometry.pairwise, "_SMALL", small)
         assert_pcgrad(mix, j, seed)
 
 
@@ -1043,7 +1043,7 @@ well_apart = st.integers(1, 5).flatmap(lambda m: samplers.of_rank(m, m))
 @given(j=samplers.badly_scaled(well_apart, 6), seed=st.integers(0, 99))
 def test_gradvac_mixing(small: int, j: Matrix, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "_SMALL", small)
+        patch.setattr(geometry.pairwise, "_SMALL", small)
         assert_gradvac(geometry.gradvac_mixing, j, seed)
 
 
@@ -1051,7 +1051,7 @@ def test_gradvac_mixing(small: int, j: Matrix, seed: int) -> None:
 @given(j=samplers.matrices(), power=st.integers(-12, 12))
 def test_gradvac_starts_as_pcgrad_and_forgets_scale(small: int, j: Matrix, power: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "_SMALL", small)
+        patch.setattr(geometry.pairwise, "_SMALL", small)
         m = len(j)
         mixing, targets = geometry.gradvac_mixing(j @ j.T, index_order(m), np.zeros((m, m)), 0.5)
         expected = mix(j, index_order(m))
@@ -1064,7 +1064,7 @@ def test_gradvac_starts_as_pcgrad_and_forgets_scale(small: int, j: Matrix, power
 @pytest.mark.parametrize("angle", [1e-3, 1e-6, 1e-8, 1e-10])
 def test_gradvac_of_nearly_opposite_rows(small: int, angle: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of the first row, sin(angle) e_2, meets the third at a right angle and the fourth at 45 degrees."""
-    monkeypatch.setattr(geometry, "_SMALL", small)
+    monkeypatch.setattr(geometry.pairwise, "_SMALL", small)
     j = np.array([[1.0, 0, 0], [-np.cos(angle), np.sin(angle), 0], [0, 0, 1.0], [0, -1.0, 1.0]])
     targets = np.array([[0.0, 0.0, 0.5, 0.0]] + 3 * [[-1.0] * 4])
     mixing, moved = geometry.gradvac_mixing(j @ j.T, index_order(4), targets, 1.0, lambda: j)
@@ -1075,7 +1075,7 @@ def test_gradvac_of_nearly_opposite_rows(small: int, angle: float, monkeypatch: 
 
 @pytest.mark.parametrize("small", [0, 99])
 def test_gradvac_stays_bounded_after_identical_tasks(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry, "_SMALL", small)
+    monkeypatch.setattr(geometry.pairwise, "_SMALL", small)
     same, apart = np.array([[1.0, 0.0], [1.0, 0.0]]), np.eye(2)
     targets = geometry.gradvac_mixing(same @ same.T, index_order(2), np.zeros((2, 2)), 1.0)[1]
     mixing, _ = geometry.gradvac_mixing(apart, index_order(2), targets, 1.0)
@@ -1084,7 +1084,7 @@ def test_gradvac_stays_bounded_after_identical_tasks(small: int, monkeypatch: py
 
 @pytest.mark.parametrize("small", [0, 99])
 def test_gradvac_moves_its_targets_on_every_visit(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry, "_SMALL", small)
+    monkeypatch.setattr(geometry.pairwise, "_SMALL", small)
     j = np.array([[1.0, 0.0], [0.92, np.sqrt(1 - 0.92**2)]])
     targets = np.zeros((2, 2))
     for _ in range(40):

@@ -1,0 +1,262 @@
+"""Nearest points of cones and convex hulls: each is one non-negative least squares problem in unit rows."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.linalg import qr, solve_triangular
+from scipy.optimize import nnls
+
+from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, doubtful, half, unit, unit_rows
+
+
+def least_distance(columns: Array, bounds: Array) -> Array:
+    """Multipliers x ≥ 0 of the shortest e with ⟨u_i, e⟩ ≥ h_i, up to a factor: argmin ‖Σ x_i u_i‖² + (hᵀx − 1)².
+
+    e = Σ x_i u_i / (1 − hᵀx), and no e exists when hᵀx = 1 (Lawson & Hanson 1974, chapter 23).
+
+    Args:
+        columns: u_1 … u_m, (k, m).
+        bounds: h, (m,).
+
+    Returns:
+        x, (m,).
+    """
+    target = np.zeros(len(columns) + 1)
+    target[-1] = 1.0
+    return nnls(np.vstack((columns, bounds)), target)[0]
+
+
+def shortest(columns: Array, bounds: Array) -> Array:
+    """The shortest e with ⟨u_i, e⟩ ≥ h_i, if there is one, up to a factor.
+
+    Args:
+        columns: u_1 … u_m, (k, m).
+        bounds: h, (m,).
+
+    Returns:
+        e, (k,).
+    """
+    x = least_distance(columns, bounds)
+    support = np.flatnonzero(x)
+    if 0 < len(support) <= len(columns):
+        # Once more on the support, where the constraints are equations: Σ x_i u_i loses digits where it cancels.
+        q, r = np.linalg.qr(columns[:, support])
+        pivots = np.abs(r.diagonal())
+        if pivots.min() > 4 * len(x) * EPS * pivots.max():
+            return np.asarray(q @ solve_triangular(r, bounds[support], trans=1))
+    return np.asarray(columns @ x)
+
+
+def min_norm(gram: ArrayLike, factor: Factor | None = None, *, noise: float = EPS) -> tuple[Array, bool]:
+    """Weights of the shortest vector in the convex hull of the rows (MGDA): argmin ‖Jᵀ w‖, w ≥ 0, Σ w = 1.
+
+    In unit rows, minimising ‖Σ v_i u_i‖² + (aᵀv − 1)² over v ≥ 0, with a_i = n_min / n_i, gives the point up to its
+    length: one non-negative least squares problem.
+
+    Args:
+        gram: (m, m) Gram matrix.
+        factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
+        noise: error of the Gram's entries, relative to n_i n_j.
+
+    Returns:
+        ``(weights, stationary)``: (m,) on the simplex, and whether the shortest vector is zero as far as the input can
+        tell (the rows are Pareto stationary): ‖Jᵀ w‖ ≤ tol · Σ w_i n_i, with tol = 16 m·eps given the factor and
+        √(m·noise) without. Zero rows share the weight among them.
+    """
+    norms, cosines = unit(gram)
+    m = len(norms)
+    zero = norms == 0
+    if zero.any():
+        return zero / np.count_nonzero(zero), True
+    columns, pivot = half(cosines)
+    a = norms.min() / norms
+    v = least_distance(columns, a)
+    total = v.sum()
+    point = columns @ v
+    length = np.sqrt(point @ point)
+    tolerance = np.sqrt(m * noise)
+    if factor is not None and pivot * length * AMPLIFICATION < total:
+        slack = point @ columns - length * length / (a @ v) * a
+        active = (v > 0) | (slack <= 100 * m * noise * total)
+        if doubtful(np.vstack((columns, a)), active, float(length / total), noise):
+            norms, columns = unit_rows(factor)
+            a = norms.min() / norms
+            v = least_distance(columns, a)
+            total = v.sum()
+            point = columns @ v
+            length = np.sqrt(point @ point)
+            tolerance = 16 * m * EPS
+    weights = v * a
+    return weights / weights.sum(), bool(length <= tolerance * total)
+
+
+def frank_wolfe(gram: ArrayLike, max_iterations: int = 250, tolerance: float = 1e-5) -> tuple[Array, int]:
+    """Min-norm weights by Frank-Wolfe with exact line search (Sener & Koltun 2018, algorithm 2), for comparison.
+
+    Starts at w = 1/m; each round moves towards the row t = argmin (G w)_t by γ = argmin ‖(1 − γ) Jᵀw + γ g_t‖.
+
+    Args:
+        gram: (m, m) Gram matrix.
+        max_iterations: rounds at most.
+        tolerance: stop when a round moves the weights by less than this (sum of absolute changes).
+
+    Returns:
+        ``(weights, rounds)``: (m,) on the simplex, and how many rounds were used.
+    """
+    g = np.asarray(gram, dtype=np.float64)
+    m = len(g)
+    w = np.full(m, 1 / m)
+    gw = g @ w
+    square = float(w @ gw)
+    for rounds in range(1, max_iterations + 1):
+        t = int(gw.argmin())
+        towards, corner = float(gw[t]), float(g[t, t])
+        if towards >= square or m == 1:
+            return w, rounds
+        # The line between Jᵀw and g_t: its shortest point lies beyond g_t when <Jᵀw, g_t> ≥ |g_t|².
+        gamma = 1.0 if towards >= corner else (square - towards) / (square - 2 * towards + corner)
+        change = 2 * gamma * (1 - float(w[t]))
+        w *= 1 - gamma
+        w[t] += gamma
+        gw = g @ w
+        square = float(w @ gw)
+        if change < tolerance:
+            return w, rounds
+    return w, max_iterations
+
+
+def project_simplex(v: ArrayLike) -> Array:
+    """Euclidean projection on the simplex {w ≥ 0, Σ w = 1} (Held, Wolfe & Crowder 1974).
+
+    Args:
+        v: (m,).
+
+    Returns:
+        w, (m,).
+    """
+    x = np.asarray(v, dtype=np.float64)
+    x = x - x.max()
+    down = np.sort(x)[::-1]
+    excess = (np.cumsum(down) - 1) / np.arange(1, len(x) + 1)
+    w = np.maximum(x - excess[np.count_nonzero(down > excess) - 1], 0.0)
+    return w / w.sum()
+
+
+def dual_cone(gram: ArrayLike, u: ArrayLike, factor: Factor | None = None, *, noise: float = EPS) -> Array:
+    """Weights of the projection of Jᵀ u on the dual cone {d: J d ≥ 0}: w = u + λ, λ ≥ 0 minimising ‖Jᵀ (u + λ)‖.
+
+    One non-negative least squares problem in unit rows for each u; the cone does not depend on the row lengths.
+    DualProj projects one u, UPGrad the rows of a diagonal matrix.
+
+    Args:
+        gram: (m, m) Gram matrix.
+        u: (m,) weights of the vector to project, or (k, m), one vector a row.
+        factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
+        noise: error of the Gram's entries, relative to n_i n_j.
+
+    Returns:
+        w of the shape of u. A zero row keeps its weight.
+    """
+    norms, cosines = unit(gram)
+    u = np.asarray(u, dtype=np.float64)
+    m = len(norms)
+    wanted = (u * norms).reshape(-1, m)
+    columns, pivot = half(cosines)
+    lowest = (wanted @ cosines).min(axis=1).tolist()
+    # A vector that no row opposes is its own projection.
+    opposed = [i for i, low in enumerate(lowest) if low < 0]
+    if not opposed:
+        return u.copy()
+    targets = wanted @ -columns.T
+    pushed = np.zeros_like(wanted)
+    for i in opposed:
+        pushed[i] = nnls(columns, targets[i])[0]
+    # For u ≥ 0, ‖Jᵀ(u + λ)‖ ≥ σ_min |u + λ|₁ / √m, and after pivoting σ_min ≥ 3 pivot / √(4^m + 6m − 1) (Higham 2002,
+    # chapter 8). Where that is good enough, as for most small m, no closer look is needed.
+    sound = m < 32 and 3 * AMPLIFICATION * pivot * pivot >= sqrt(m * (4.0**m + 6 * m - 1)) and u.min() >= 0
+    if factor is not None and not sound:
+        exact: Array | None = None
+        for i in opposed:
+            y, s = wanted[i], pushed[i]
+            point = columns @ (y + s)
+            total = float(np.abs(y).sum() + s.sum())
+            length = float(np.sqrt(point @ point))
+            if pivot * length * AMPLIFICATION < total:
+                active = (norms > 0) & ((s > 0) | (point @ columns <= 100 * m * noise * total))
+                if doubtful(columns, active, length / total, noise):
+                    if exact is None:
+                        exact = unit_rows(factor)[1]
+                    pushed[i] = nnls(exact, -(exact @ y))[0]
+    pushed /= norms if norms.all() else np.where(norms > 0, norms, 1.0)
+    return u + pushed.reshape(u.shape)
+
+
+def closest_point(
+    gram: ArrayLike, start: int, demand: ArrayLike, factor: Factor | None = None, *, noise: float = EPS
+) -> tuple[Array, float, float]:
+    """Weights of the point closest to one unit row that has given products with others: argmin ‖p − u_start‖ (PCD).
+
+    Subject to ⟨u_j, p⟩ ≥ demand_j. The shift e = p − u_start is the shortest with ⟨u_j, e⟩ ≥ demand_j − C_j,start: one
+    non-negative least squares problem, made exact on its support.
+
+    Args:
+        gram: (m, m) Gram matrix.
+        start: which row to stay close to; it must not be zero.
+        demand: (m,) products demanded with the unit rows; −inf where there is no constraint. A zero row has none.
+        factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
+        noise: error of the Gram's entries, relative to n_i n_j.
+
+    Returns:
+        ``(y, length, along)``: (m,) weights of the *unit* rows, p = Σ y_j u_j, all zero if no p meets the constraints
+        as far as the input can tell; ‖p‖; and the cosine between p and u_start. Where ‖p‖ relative to Σ y_j, or the
+        cosine, is no more than rounding, it is 0.
+    """
+    norms, cosines = unit(gram)
+    m = len(norms)
+    demand = np.where(norms > 0, np.asarray(demand, dtype=np.float64), -np.inf)
+    columns, pivot = half(cosines)
+    tolerance = (m * noise) ** 0.5
+    y, point = _closest(columns, start, demand, tolerance)
+    length, total = float(np.sqrt(point @ point)), float(y.sum())
+    if factor is not None and (length <= tolerance * total or pivot * length * AMPLIFICATION < total):
+        active = (y > 0) | (point @ columns - demand <= 100 * m * noise * total)
+        if doubtful(columns, active, length / max(total, 1.0), noise):
+            columns = unit_rows(factor)[1]
+            # Rows of lower precision are rounded themselves.
+            tolerance = 16 * m * EPS if noise <= EPS else (m * EPS) ** 0.5
+            y, point = _closest(columns, start, demand, tolerance)
+            length, total = float(np.sqrt(point @ point)), float(y.sum())
+    if length <= tolerance * total:
+        return y, 0.0, 0.0
+    along = float(columns[:, start] @ point) / length
+    return y, length, along if abs(along) > tolerance else 0.0
+
+
+def _closest(columns: Array, start: int, demand: Array, tolerance: float) -> tuple[Array, Array]:
+    """The weights y of ``closest_point`` for unit columns, and the point; zeros if there is none."""
+    y = np.zeros(columns.shape[1])
+    y[start] = 1.0
+    j = np.flatnonzero(demand > -np.inf)
+    h = demand[j] - columns[:, start] @ columns[:, j]
+    top = float(h.max(initial=0.0))
+    if top > 0:
+        h /= top
+        x = least_distance(columns[:, j], h)
+        gap = 1 - float(h @ x)  # 1 / (1 + ‖e‖²) for the shortest e with ⟨u_j, e⟩ ≥ h_j
+        if gap <= max(tolerance * tolerance, 16 * len(y) * EPS):
+            return np.zeros(len(y)), np.zeros(len(columns))
+        x /= gap
+        support = np.flatnonzero(x)
+        if len(support) <= len(columns):
+            # Once more on the support, where the constraints are equations: the division by a small gap costs digits.
+            triangle = qr(columns[:, j[support]], mode="r")[0][: len(support)]
+            pivots = np.abs(triangle.diagonal())
+            if pivots.min() > 4 * len(y) * EPS * pivots.max():
+                exact = solve_triangular(triangle, solve_triangular(triangle, h[support], trans=1))
+                if exact.min() >= 0:
+                    x[support] = exact
+        y[j] += top * x
+    return y, columns @ y

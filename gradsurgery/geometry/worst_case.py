@@ -1,0 +1,117 @@
+"""The best direction for the loss that is worst off, within a ball around the mean gradient: CAGrad."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.linalg.lapack import dtrtrs
+
+from gradsurgery.geometry.cones import least_distance
+from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, doubtful, half, select, unit, unit_rows
+
+_ROUNDS = 100
+
+
+def cagrad(gram: ArrayLike, c: float, factor: Factor | None = None, *, noise: float = EPS) -> tuple[Array, bool]:
+    """Weights of CAGrad: the d within c ‖g_0‖ of the mean g_0 with the largest min_i ⟨g_i, d⟩ (Liu et al. 2021).
+
+    In unit rows: the largest τ for which the shortest e = d − g_0 with ⟨u_i, e⟩ ≥ τ a_i − ⟨u_i, g_0⟩, a_i = 1/n_i, is
+    no longer than c ‖g_0‖. That e is one non-negative least squares problem, and on its support ‖e‖² is a quadratic in
+    τ: a few rounds find the right support, and the root of its quadratic is the answer.
+
+    Args:
+        gram: (m, m) Gram matrix.
+        c: radius relative to ‖g_0‖, ≥ 0.
+        factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
+        noise: error of the Gram's entries, relative to n_i n_j.
+
+    Returns:
+        ``(weights, degenerate)``: (m,) weights with d = Jᵀ w, the mean included and not rescaled. Zero rows count in
+        the mean and are left out of the minimum. ``degenerate``: the paper's dual has g_w = 0 (the rows are Pareto
+        stationary and the best worst case is 0), so that many d are optimal; the one closest to g_0 is returned, which
+        is g_0 itself when no row opposes it. It is also set when g_0 is zero.
+    """
+    g = np.asarray(gram, dtype=np.float64)
+    norms, cosines = unit(g)
+    m = len(norms)
+    weights = np.full(m, 1 / m)
+    keep = np.flatnonzero(norms)
+    if not len(keep):
+        return weights, True
+    if len(keep) < m:
+        part_gram, part_factor = select(g, factor, keep)
+        part, degenerate = cagrad(part_gram, c, part_factor, noise=noise)
+        weights[keep] = part * len(keep) / m
+        return weights, degenerate
+    if c == 0:
+        return weights, False
+    columns, pivot = half(cosines)
+    x, slack, mean, degenerate = _cagrad_multipliers(columns, norms, c, np.sqrt(m * noise))
+    if factor is not None:
+        total = max(float(x.sum()), EPS)
+        cancellation = min(mean, c / total)
+        if degenerate or pivot * cancellation * AMPLIFICATION < 1:
+            active = (x > 0) | (slack <= 100 * m * noise)
+            if degenerate or doubtful(columns, active, cancellation, noise):
+                norms, columns = unit_rows(factor)
+                x, _, mean, degenerate = _cagrad_multipliers(columns, norms, c, 16 * m * EPS)
+    weights += x * (mean * norms.sum() / m) / norms
+    return weights, degenerate
+
+
+def _cagrad_multipliers(columns: Array, norms: Array, c: float, tolerance: float) -> tuple[Array, Array, float, bool]:
+    """Multipliers x ≥ 0, d = g_0 + ‖g_0‖ Σ x_i u_i; the slack of the constraints; ‖g_0‖ m / Σ n_i; degenerate."""
+    a = norms.min() / norms
+    mean = columns @ (norms / norms.sum())
+    length = float(np.sqrt(mean @ mean))
+    if length <= tolerance:
+        return np.zeros(len(a)), a, length, True
+    mean /= length
+    slopes = mean @ columns
+    low, high = float((slopes / a).min()), float(((slopes + c) / a).min())
+    # τ = 0 is special: when the rows are Pareto stationary no d reaches a positive τ, and ‖e‖ jumps to infinity there.
+    tau = 0.0 if low <= 0 < high else high
+    inside = np.zeros(len(a))
+    for _ in range(_ROUNDS):
+        bounds = tau * a - slopes
+        x = least_distance(columns, bounds)
+        e = columns @ x
+        gap = 1 - float(bounds @ x)
+        reached = float(np.sqrt(e @ e)) / gap if gap > 0 else np.inf
+        if tau == 0 and reached <= c:
+            v = least_distance(columns, a)
+            point = columns @ v
+            if np.sqrt(point @ point) <= tolerance * v.sum():
+                return x / gap, e @ columns / gap - bounds, length, True
+        if reached <= c:
+            low, inside = max(low, tau), x / gap
+        else:
+            high = min(high, tau)
+        guess = (low + high) / 2
+        support = np.flatnonzero(x > 0)
+        # A support larger than the rank means that no e exists for this τ.
+        if 0 < len(support) <= len(columns):
+            # On the support ⟨u_i, e⟩ = τ a_i − ⟨u_i, g_0⟩, so e = Q (τ α − π), and ‖e‖ = c is a quadratic in τ.
+            q, r = np.linalg.qr(columns[:, support])
+            alpha = dtrtrs(r, a[support], trans=1)[0]
+            pi = q.T @ mean
+            square, cross, rest = float(alpha @ alpha), float(alpha @ pi), c * c - float(pi @ pi)
+            root = cross * cross + square * rest
+            if root >= 0:
+                root = np.sqrt(root)
+                tau = (cross + root) / square if cross >= 0 else rest / (root - cross)
+                steps = tau * alpha - pi
+                e = q @ steps
+                exact = dtrtrs(r, steps)[0]
+                slack = e @ columns - (tau * a - slopes)
+                rounding = 16 * len(a) * EPS
+                if exact.min() >= 0 and slack.min() >= -rounding * max(1.0, abs(tau)):
+                    x = np.zeros(len(a))
+                    x[support] = exact
+                    return x, slack, length, False
+                if low < tau < high:
+                    guess = tau
+        if high - low <= 2 * EPS * max(abs(low), abs(high)):
+            break
+        tau = guess
+    return inside, (columns @ inside) @ columns - (low * a - slopes), length, False
