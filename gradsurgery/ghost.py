@@ -1,9 +1,10 @@
 """Inner products of weight gradients that are never formed.
 
-Inner products and sums of gradients of linear layers and embeddings follow from the inputs and the gradients at the
-outputs (:mod:`gradsurgery.ghost_layers`). Such parameters are *ghosts*; all others are *direct*: autograd gives their
-rows. Which is which is read off the graph of the losses (:mod:`gradsurgery.ghost_graph`). One thing cannot be seen: a
-hook that the user has put on a ``weight.t()`` of his own, in a layer whose inputs need no gradient.
+Inner products and sums of gradients of linear layers, convolutions and embeddings follow from the inputs and the
+gradients at the outputs (:mod:`gradsurgery.ghost_layers`). Such parameters are *ghosts*; all others are *direct*:
+autograd gives their rows. Which is which is read off the graph of the losses (:mod:`gradsurgery.ghost_graph`). One
+thing cannot be seen: a hook that the user has put on a ``weight.t()`` of his own, in a layer whose inputs need no
+gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from gradsurgery import gram as gram_module
 from gradsurgery import graph as graph_module
 from gradsurgery import rows as rows_module
 from gradsurgery.ghost_graph import Reader
-from gradsurgery.ghost_layers import Layer, Linear
+from gradsurgery.ghost_layers import Convolution, Embedding, Layer
 from gradsurgery.gram import Room, Row, Table
 
 # Rounding of ⟨D, K D⟩ in float32 relative to Σₙ ‖aₙ‖² ‖dₙ‖², what is allowed of it relative to the squared norm, and
@@ -202,13 +203,13 @@ class Found(Table):
     @torch.no_grad()
     def _products(self, least: torch.dtype) -> Tensor:
         layers = self._plan.layers
-        linear = [k for k, layer in enumerate(layers) if isinstance(layer, Linear)]
+        linear = [k for k, layer in enumerate(layers) if not isinstance(layer, Embedding)]
         gram = gram_module.gram_in([[g for k, g in enumerate(row) if k not in linear] for row in self.rows], least)
         sizes = torch.zeros_like(gram.diagonal())
         room = Room()
         for k in linear:
             layer = layers[k]
-            assert isinstance(layer, Linear)
+            assert not isinstance(layer, Embedding)
             present = [i for i, row in enumerate(self.rows) if row[k] is not None]
             kept = [g for row in self.rows if (g := row[k]) is not None]
             if not kept:
@@ -267,8 +268,11 @@ class Plan:
         """Whether hardly anything of the rows is formed, so that several losses may pass side by side.
 
         Returns:
-            True if one entry in twenty at most belongs to a direct parameter.
+            True if one entry in twenty at most belongs to a direct parameter, and there are no convolutions, which are
+            faster one by one.
         """
+        if any(isinstance(layer, Convolution) for layer in self.layers):
+            return False
         total = sum(p.numel() for p in self.shared)
         return 20 * sum(self.shared[place].numel() for place in self.direct) <= total
 

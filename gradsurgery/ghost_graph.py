@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from gradsurgery.ghost_layers import Embedding, Layer, Linear
+from gradsurgery.ghost_layers import Convolution, Embedding, Layer, Linear
 from gradsurgery.graph import Nodes
 
 # Nodes that layers leave in the graph.
-_LAYERS = frozenset({"AddmmBackward0", "MmBackward0", "EmbeddingBackward0"})
+_LAYERS = frozenset({"AddmmBackward0", "MmBackward0", "ConvolutionBackward0", "EmbeddingBackward0"})
 
 
 # Where nodes keep the tensor that was their input. If it has hooks, somebody looks at its gradient.
@@ -50,13 +50,13 @@ class _Way(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A linear layer or an embedding, called once.
+    """A layer, called once.
 
     Attributes:
         node: What stands for it in the graph.
         weight: The way to its weight.
         bias: The way to its bias, if it has one that is simply added.
-        inputs: What it was called with: (Nᵤ, in), or indices.
+        inputs: What it was called with: (Nᵤ, in), images, or indices.
     """
 
     node: Any
@@ -115,15 +115,23 @@ class Reader:
         layers = []
         for of_one in calls.values():
             if self._are_all([call.weight for call in of_one]):
-                linear = [_kind(call.node) != "EmbeddingBackward0" for call in of_one]
-                make = self._linear if all(linear) else None if any(linear) else self._embedding
-                if make is not None and (layer := make(of_one)) is not None:
+                kinds = {_kind(call.node) for call in of_one}
+                layer: Layer | None = None
+                if kinds == {"EmbeddingBackward0"}:
+                    layer = self._embedding(of_one)
+                elif kinds == {"ConvolutionBackward0"}:
+                    layer = self._convolution(of_one)
+                elif kinds <= {"AddmmBackward0", "MmBackward0"}:
+                    layer = self._linear(of_one)
+                if layer is not None:
                     layers.append(layer)
         return layers
 
     def _call(self, node: Any) -> _Call | None:
         kind = _kind(node)
         try:
+            if kind == "ConvolutionBackward0":
+                return self._convolution_call(node)
             if kind != "EmbeddingBackward0":
                 return self._linear_call(node, kind == "AddmmBackward0")
             way = self._way(node, 0)
@@ -155,10 +163,7 @@ class Reader:
     def _linear(self, calls: Sequence[_Call]) -> Linear | None:
         if len({(call.weight.flipped, *_sort(call)) for call in calls}) > 1:  # they cannot be put one below the other
             return None
-        places = [calls[0].weight.place]
-        ways = [call.bias for call in calls if call.bias is not None]
-        if len(ways) == len(calls) and len({way.place for way in ways}) == 1 and self._are_all(ways):
-            places.append(ways[0].place)
+        places = self._weight_and_bias(calls)
         return Linear(
             tuple(GradientEdge(call.node, 0) for call in calls),
             tuple(self.shared[place] for place in places),
@@ -166,6 +171,44 @@ class Reader:
             tuple(call.inputs for call in calls),
             tuple(call.inputs._version for call in calls),
             calls[0].weight.flipped,
+        )
+
+    def _weight_and_bias(self, calls: Sequence[_Call]) -> list[int]:
+        """The place of the weight, and that of the bias if nothing else uses it."""
+        places = [calls[0].weight.place]
+        ways = [call.bias for call in calls if call.bias is not None]
+        if len(ways) == len(calls) and len({way.place for way in ways}) == 1 and self._are_all(ways):
+            places.append(ways[0].place)
+        return places
+
+    def _convolution_call(self, node: Any) -> _Call | None:
+        way = self._way(node, 1)
+        if way is None or node._saved_groups != 1 or node._saved_transposed or self._is_hooked(node):
+            return None
+        inputs = _saved(node, "input")
+        weight, shape = self.shared[way.place], tuple(node._input_metadata[0].shape)
+        if not _is_simple(inputs) or inputs.dim() != 4 or weight.dim() != 4 or not inputs.numel() or len(shape) != 4:
+            return None
+        return _Call(node, way, self._way(node, 2), inputs.detach())
+
+    def _convolution(self, calls: Sequence[_Call]) -> Convolution | None:
+        if len(calls) > 1:
+            return None
+        node, _, _, inputs = calls[0]
+        places = self._weight_and_bias(calls)
+        batch, _, height, width = node._input_metadata[0].shape
+        window: dict[str, tuple[int, ...]] = {}
+        for name in ("dilation", "padding", "stride"):
+            numbers = tuple(getattr(node, f"_saved_{name}"))
+            window[name] = numbers * 2 if len(numbers) == 1 else numbers
+        return Convolution(
+            (GradientEdge(node, 0),),
+            tuple(self.shared[place] for place in places),
+            tuple(places),
+            inputs,
+            inputs._version,
+            batch * height * width,
+            window,
         )
 
     def _embedding(self, calls: Sequence[_Call]) -> Embedding | None:

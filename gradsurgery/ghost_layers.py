@@ -3,7 +3,8 @@
 The gradient of loss i in the weight of a linear layer is Dᵢᵀ A, with the layer's inputs A, (N, in), and the gradients
 at its outputs, Dᵢ, (N, out). Inner products follow from K = A Aᵀ alone, ⟨Dᵢᵀ A, Dⱼᵀ A⟩ = ⟨Dᵢ, K Dⱼ⟩, and the weighted
 sum of all rows is one product, (Σ wᵢ Dᵢ)ᵀ A. Where N is small, this costs less than one weight gradient a loss. The
-gradient of an embedding has no more rows than there were indices, and is kept as those.
+gradient of an embedding has no more rows than there were indices, and is kept as those. A convolution is a linear layer
+of the patches of its inputs.
 
 A weight that several calls use, in siamese or recurrent networks, has the sum of their gradients: Σᵤ Dᵢᵤᵀ Aᵤ is Dᵢᵀ A
 once more, if the inputs of all calls are put one below the other, and the gradients at their outputs as well.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery import gram as gram_module
@@ -63,9 +64,7 @@ class Linear(NamedTuple):
         """
         n, width, calls = sum(a.shape[0] for a in self.inputs), self.inputs[0].shape[1], len(self.inputs)
         out = self.params[0].numel() // width
-        called = _CALLS_CPU if self.inputs[0].device.type == "cpu" else _CALLS_GPU
-        ghost = n * n * width + m * n * n * out + n * width * out + (m + 3 * _TRAFFIC) * m * n * out + called
-        rows = m * n * width * out + (m + 4 * _TRAFFIC) * m * width * out
+        ghost, rows = _costs(n, width, out, m, self.inputs[0].device)
         if calls > 1:  # copies here, sums of gradients there
             ghost += 2 * _TRAFFIC * n * (m * out + width)
             rows += 3 * _TRAFFIC * (calls - 1) * m * width * out
@@ -161,10 +160,7 @@ class Linear(NamedTuple):
         Returns:
             Seconds, less those of the m weight gradients that are spared.
         """
-        kept, device = [g for _ in range(m) if (g := self.keep(self.sample())) is not None], self.inputs[0].device
-        one = clock(lambda: self.combine(kept[:1], [1.0]), device)
-        ours = clock(lambda: self.products(kept, torch.float32, Room()), device)
-        return ours + clock(lambda: self.combine(kept, [0.5] * m), device) - m * one
+        return _beyond_rows(self, m, clock)
 
     def check(self) -> None:
         """See that the inputs are what they were. Autograd does the same before it forms a gradient.
@@ -172,14 +168,117 @@ class Linear(NamedTuple):
         Raises:
             RuntimeError: They were changed in place.
         """
-        if any(a._version != version for a, version in zip(self.inputs, self.versions, strict=True)):
-            raise RuntimeError(
-                "The inputs of a linear layer were changed in place after the losses were computed, so that its "
-                "gradient is lost. Change a clone of them."
-            )
+        _require_unchanged(self.inputs, self.versions)
 
     def _all_inputs(self) -> Tensor:
         return self.inputs[0] if len(self.inputs) == 1 else torch.cat(self.inputs)
+
+
+class Convolution(NamedTuple):
+    """A convolution in two dimensions, which is a linear layer of the patches of its inputs.
+
+    It pays where there are few places and many channels, as at the end of a deep network. Of each loss, the gradients D
+    at the outputs are kept, (N, out), with one row a place of each image.
+
+    Attributes:
+        edges: Where autograd hands over the gradients at the outputs.
+        params: The weight, (out, in, height, width), and the bias if it is a ghost too.
+        places: Their places among the shared parameters.
+        inputs: The images, (B, in, …, …).
+        version: What they counted of changes in place when the graph was read.
+        samples: Number of places in all images, N.
+        window: What :func:`torch.nn.functional.unfold` has to know: dilation, padding and stride.
+    """
+
+    edges: tuple[GradientEdge, ...]
+    params: tuple[Tensor, ...]
+    places: tuple[int, ...]
+    inputs: Tensor
+    version: int
+    samples: int
+    window: dict[str, tuple[int, ...]]
+
+    def saves(self, m: int) -> bool:
+        """Predict whether this is faster than forming the weight gradient of each loss.
+
+        Args:
+            m: Number of losses.
+
+        Returns:
+            True if so.
+        """
+        out = self.params[0].shape[0]
+        width = self.params[0].numel() // out
+        ghost, rows = _costs(self.samples, width, out, m, self.inputs.device)
+        # Convolutions differentiate themselves faster than a product of matrices does.
+        return ghost + 4 * _TRAFFIC * self.samples * width < rows / 2
+
+    def sample(self) -> list[Tensor]:
+        """Make up gradients at the outputs.
+
+        Returns:
+            Ones, in one tensor.
+        """
+        return _ones(self.edges, self.params[0])
+
+    def keep(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """What is kept of one loss.
+
+        Args:
+            gradients: At the outputs, (B, out, …, …).
+
+        Returns:
+            D, (N, out), or None if the loss does not reach the layer.
+        """
+        (g,) = gradients
+        return None if g is None else g.flatten(2).transpose(1, 2).reshape(-1, g.shape[1])
+
+    def products(self, rows: Sequence[Tensor], least: torch.dtype, room: Room) -> tuple[Tensor, Tensor]:
+        """Inner products of the gradients in the parameters; see :meth:`Linear.products`.
+
+        Args:
+            rows: What is kept of each loss, m matrices.
+            least: Half and single precision are multiplied in this one.
+            room: Memory for parts of them.
+
+        Returns:
+            (m, m), and the sizes of what is added up, (m,); float64.
+        """
+        return self._unfolded().products(rows, least, room)
+
+    def combine(self, rows: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+        """Add up gradients.
+
+        Args:
+            rows: What is kept of some losses.
+            weights: One a loss.
+
+        Returns:
+            New tensors, one a parameter.
+        """
+        self.check()
+        return self._unfolded().combine(rows, weights)
+
+    def beyond_rows(self, m: int, clock: Clock) -> float:
+        """Time what comes on top of the backward passes.
+
+        Args:
+            m: Number of losses.
+            clock: How.
+
+        Returns:
+            Seconds, less those of the m weight gradients that are spared.
+        """
+        return _beyond_rows(self, m, clock)
+
+    def check(self) -> None:
+        """See that the inputs are what they were; see :meth:`Linear.check`."""
+        _require_unchanged([self.inputs], [self.version])
+
+    def _unfolded(self) -> Linear:
+        patches = nn.functional.unfold(self.inputs, self.params[0].shape[2:], **self.window)
+        flat = patches.transpose(1, 2).reshape(self.samples, -1)
+        return Linear(self.edges, self.params, self.places, (flat,), (flat._version,), flipped=True)
 
 
 class Embedding(NamedTuple):
@@ -274,7 +373,31 @@ class Embedding(NamedTuple):
         return ours + clock(lambda: self.combine([kept] * m, [0.5] * m), kept.device) - m * one
 
 
-Layer = Linear | Embedding
+Layer = Linear | Convolution | Embedding
+
+
+def _costs(n: int, width: int, out: int, m: int, device: torch.device) -> tuple[float, float]:
+    """Multiplications, or what takes as long, without weight gradients of single losses, and with them."""
+    called = _CALLS_CPU if device.type == "cpu" else _CALLS_GPU
+    ghost = n * n * width + m * n * n * out + n * width * out + (m + 3 * _TRAFFIC) * m * n * out + called
+    return ghost, m * n * width * out + (m + 4 * _TRAFFIC) * m * width * out
+
+
+def _beyond_rows(layer: Linear | Convolution, m: int, clock: Clock) -> float:
+    kept = layer.keep(layer.sample())
+    assert kept is not None
+    rows, device = [kept.clone() for _ in range(m)], kept.device
+    one = clock(lambda: layer.combine(rows[:1], [1.0]), device)
+    ours = clock(lambda: layer.products(rows, torch.float32, Room()), device)
+    return ours + clock(lambda: layer.combine(rows, [0.5] * m), device) - m * one
+
+
+def _require_unchanged(inputs: Sequence[Tensor], versions: Sequence[int]) -> None:
+    if any(a._version != version for a, version in zip(inputs, versions, strict=True)):
+        raise RuntimeError(
+            "The inputs of a layer were changed in place after the losses were computed, so that its gradient is lost. "
+            "Change a clone of them."
+        )
 
 
 def _ones(edges: Sequence[GradientEdge], like: Tensor) -> list[Tensor]:
@@ -307,6 +430,7 @@ def _mixed(rows: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype)
 
 
 def _as(gradient: Tensor, like: Tensor) -> Tensor:
-    """A gradient with the dtype, device and strides of its parameter."""
+    """A gradient with the shape, dtype, device and strides of its parameter."""
+    gradient = gradient.reshape(like.shape)
     same = gradient.dtype == like.dtype and gradient.device == like.device and gradient.stride() == like.stride()
     return gradient if same else torch.empty_like(like, requires_grad=False).copy_(gradient)

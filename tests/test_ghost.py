@@ -265,9 +265,73 @@ def test_attention() -> None:
     compare(model, at(torch.randn(2, 3, 8)), body(*names) + heads(model)[::2])
 
 
-def test_convolutions_are_direct() -> None:
-    model = Net(nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 5)), 5)
-    compare(model, at(torch.randn(6, 1, 4, 4)), body("3.weight", "3.bias") + heads(model), error=2e-5)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"padding": (2, 0), "dilation": (1, 2), "stride": (2, 1)},
+        {"kernel_size": 3, "padding": "same"},
+        {"padding": "valid"},
+        {"padding": 1, "padding_mode": "circular"},
+        {"bias": False},
+    ],
+)
+def test_convolutions(options: dict) -> None:
+    first = nn.Conv2d(2, 3, **{"kernel_size": (3, 2), **options})
+    model = Net(nn.Sequential(first, nn.Tanh(), nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.AdaptiveAvgPool1d(2)), 2)
+    names = body("0.weight", *(["0.bias"] if options.get("bias", True) else []), "2.weight", "2.bias")
+    compare(model, at(torch.randn(6, 2, 5, 6)), names + heads(model), error=2e-5)
+
+
+def test_convolutions_and_batch_norm_in_other_memory_formats() -> None:
+    first = nn.Conv2d(2, 3, 3, bias=False)  # BatchNorm would take its bias out again
+    model = Net(nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5)), 5)
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(6, 2, 4, 4).to(memory_format=torch.channels_last)
+    compare(model, at(x), body("0.weight", "4.weight", "4.bias") + heads(model), error=2e-5)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(2, 4, 3, groups=2),
+        nn.ConvTranspose2d(2, 4, 3),
+        nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 4, 3)),
+        nn.Sequential(nn.Unflatten(2, (1, 5)), nn.Conv3d(2, 4, 1)),
+    ],
+)
+def test_other_convolutions_are_direct(layer: nn.Module) -> None:
+    model = Net(nn.Sequential(layer, nn.Flatten(1), nn.Tanh(), nn.LazyLinear(5)), 5)
+    x = torch.randn(6, 2, 5, 5)
+    model.losses(x)
+    compare(model, at(x), body("3.weight", "3.bias") + heads(model), error=2e-5)
+
+
+def test_a_convolution_that_is_called_twice_is_direct() -> None:
+    model = Net(Lambda(lambda m, x: m.a(m.a(x).tanh()).mean((2, 3)), a=nn.Conv2d(2, 2, 3, padding=1)), 2)
+    compare(model, at(torch.randn(6, 2, 4, 4)), heads(model), error=2e-5)
+
+
+def test_images_that_were_changed_in_place_are_an_error() -> None:
+    model, x = Net(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten()), 16), torch.randn(3, 2, 4, 4)
+    values = model.losses(x)
+    plan = ghost.plan(values, list(model.body.parameters()), force=True)
+    assert plan is not None
+    found = plan.differentiate(values, [torch.ones_like(v) for v in values])
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="in place"):
+        found.gram()
+
+
+def test_convolutions_pay_where_there_are_few_places_and_many_channels() -> None:
+    for channels, size, pays in ((256, 2, True), (32, 16, False)):
+        trunk = nn.Conv2d(channels, channels, 3, padding=1)
+        z = trunk(torch.randn(16, channels, size, size))
+        losses = [(z * k).sin().sum() for k in range(1, 9)]
+        plan = ghost.plan(losses, list(trunk.parameters()))
+        assert (plan is not None) == pays
+        assert plan is None or not plan.is_mostly_ghosts  # they go one by one
 
 
 def test_checkpointed_layers_are_direct() -> None:

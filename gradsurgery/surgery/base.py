@@ -71,9 +71,9 @@ class Surgery(MultiLossOptimizer):
         granularity: One surgery for "all" shared parameters together, one a parameter "group" of the optimizer, or one
             a "parameter".
         engine: How methods that need no more than the inner products of the rows get them. "rows": from the rows.
-            "ghosts": without forming gradients of linear layers and embeddings, wherever that is exact. "auto":
-            likewise, where the shapes say that it is faster. "blocks": from the rows of one block of the model at a
-            time, and one more backward pass at the end: the least memory for deep models whose layers are wide and
+            "ghosts": without forming gradients of linear layers, convolutions and embeddings, wherever that is exact.
+            "auto": likewise, where the shapes say that it is faster. "blocks": from the rows of one block of the model
+            at a time, and one more backward pass at the end: the least memory for deep models whose layers are wide and
             batches large, such as transformers. The result is the same up to rounding.
         row_dtype: torch.bfloat16: each row is rounded to it as soon as its backward pass is over, and waits for the
             others in half the memory: an approximation, with the flag "rounded-rows". Inner products are those of the
