@@ -99,6 +99,10 @@ def wrap(name: str, problem: Problem, start: Start, lr: float) -> torch.optim.Op
         given["shared_params"] = start.last_shared
     if name == "PriorLossWeighter":
         given["priors"] = start.priors
+    if (
+        name == "MConFIG"
+    ):  # as in its authors' package: heads would get bare SGD, at a rate that is meant for Adam's steps
+        given["shared_params"] = list(start.model.parameters())
     return built(name, optimizer, len(problem.losses), **given)
 
 

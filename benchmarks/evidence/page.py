@@ -46,8 +46,9 @@ against constant weights that were tuned. Written by `make evidence ARGS="--writ
   choose, where every other contender has {rates}. The vectors: the plain sum; one over each loss at the start; and
   random ones around both, log-uniform within factors of 30 and 10.
 * **Error.** Each task has one error, 0 if all is right and about 1 if nothing was learnt (wrong labels in shares of
-  guessing, 1 − R², 1 − IoU, relative distance from the solution). A training counts with the mean over its tasks, each
-  clipped to between {least:g} and {most:g}; one that failed or diverged counts {most:g}.
+  guessing, squared error in shares of the variance, 1 − IoU, relative distance from the solution). A training counts
+  with the mean over its tasks, each clipped to between {least:g} and {most:g}; one that failed or diverged counts
+  {most:g}.
 * **Single-task models**, one a task, get the same grid and seeds. Δm is the mean relative improvement of the errors
   over theirs: positive where learning together helps.
 * **Intervals** (95 %) come from a bootstrap over problems, and over seeds within each. Comparisons are paired by seed.

@@ -153,9 +153,9 @@ def wrong(scores: Tensor, labels: Tensor) -> float:
     return float((scores.argmax(dim=1) != labels).double().mean()) / (1.0 - 1.0 / classes)
 
 
-def unexplained(predicted: Tensor, target: Tensor, centre: Tensor | float) -> float:
-    """Squared error in shares of that of a constant prediction: 1 − R²."""
-    return float((predicted - target).square().mean() / (target - centre).square().mean())
+def unexplained(predicted: Tensor, target: Tensor, variance: Tensor | float) -> float:
+    """Squared error in shares of the target's variance over all rows, since the rows that are held out may be few."""
+    return float((predicted - target).square().mean() / variance)
 
 
 def class_loss(scores: Tensor, labels: Tensor) -> Tensor:

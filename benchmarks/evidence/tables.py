@@ -119,7 +119,10 @@ def predict(seed: int, name: str) -> Start:
     def errors(split: Split) -> dict[str, float]:
         found, some = outputs(rows[split]), rows[split]
         truth = {t: y[some] for t, y in whole.targets.items()}
-        return {t: wrong(y, truth[t]) if t in labels else unexplained(y, truth[t], centre[t]) for t, y in found.items()}
+        return {
+            t: wrong(y, truth[t]) if t in labels else unexplained(y, truth[t], whole.targets[t].var(correction=0))
+            for t, y in found.items()
+        }
 
     priors = {
         t: label_entropy(torch.bincount(y[training]).tolist()) if t in labels else float(spread[t] ** 2)
@@ -161,8 +164,8 @@ def _table_problem(name: str, says: str) -> Problem:
     return Problem(
         name,
         "tables",
-        f"{says} An MLP of two layers of 32, losses in the units of the targets. Errors: 1 − R², and wrong labels in "
-        "shares of guessing.",
+        f"{says} An MLP of two layers of 32, losses in the units of the targets. Errors: squared error in shares of "
+        "the target's variance, and wrong labels in shares of guessing.",
         tasks,
         tasks,
         functools.partial(predict, name=name),
