@@ -77,6 +77,8 @@ def _tensor(values: Any) -> Tensor:
 
 #: Rows for validation and for testing; the rest is for training. Every seed splits anew.
 HELD_OUT = {"linnerud": (5, 5), "diabetes": (80, 120), "wine": (36, 50)}
+#: Layers of the network: few rows, few neurons.
+LAYERS = {"linnerud": (8,), "diabetes": (32, 32), "wine": (32, 32)}
 TABLE_STEPS = 100
 
 
@@ -93,7 +95,7 @@ def predict(seed: int, name: str) -> Start:
     heads = {task: 1 if y.is_floating_point() else int(y.max()) + 1 for task, y in whole.targets.items()}
     labels = {task for task, outputs in heads.items() if outputs > 1}
     with seeded(seed):
-        model = SharedTrunk(mlp([inputs.shape[1], 32, 32]), 32, heads)
+        model = SharedTrunk(mlp([inputs.shape[1], *LAYERS[name]]), LAYERS[name][-1], heads)
     batches = training[chosen(len(training), TABLE_STEPS, min(32, len(training)), seed)]
 
     def outputs(some: Tensor) -> dict[str, Tensor]:
@@ -164,8 +166,8 @@ def _table_problem(name: str, says: str) -> Problem:
     return Problem(
         name,
         "tables",
-        f"{says} An MLP of two layers of 32, losses in the units of the targets. Errors: squared error in shares of "
-        "the target's variance, and wrong labels in shares of guessing.",
+        f"{says} An MLP with layers of {' and '.join(map(str, LAYERS[name]))}, losses in the units of the targets. "
+        "Errors: squared error in shares of the target's variance, and wrong labels in shares of guessing.",
         tasks,
         tasks,
         functools.partial(predict, name=name),
