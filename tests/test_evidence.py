@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.evidence import contenders, images, physics, tables
-from benchmarks.evidence.problem import LEAST, MOST, mlp, score, seeded
+from benchmarks.evidence.problem import LEAST, MOST, mlp, score, seeded, unexplained, wrong
 from benchmarks.evidence.training import PROBLEMS, schedule, vector
 from gradsurgery import catalogue
 from gradsurgery.catalogue import built
@@ -187,7 +187,7 @@ def test_what_refuses_losses_below_zero_is_known(name):
     method = built(name, torch.optim.SGD([p], lr=0.1), tasks=3, **given)
     refuses = pytest.raises(ValueError, match="must be")
     with refuses if name in contenders.NEEDS_POSITIVE else nullcontext():
-        for _ in range(3):
+        for _ in range(12):  # some look at a window of steps
             method.zero_grad()
             method.backward({"a": p.sum() - 20, "b": p[0] - 30, "c": p[1] - p[2] - 10})
             method.step()
@@ -243,6 +243,19 @@ def test_grids_are_spaced_by_threes():
     assert rates[1] == PROBLEMS["Poisson"].lr
     assert all(b / a == pytest.approx(3) for a, b in itertools.pairwise(rates))
     assert PROBLEMS["Poisson"].rates(2) == rates[1:3]
+
+
+def test_errors_of_a_table_are_shares_of_the_variance():
+    target = torch.tensor([1.0, 3.0])
+    assert unexplained(torch.tensor([2.0, 2.0]), target, 1.0) == 1.0
+    assert unexplained(target, target, 1.0) == 0.0
+    assert unexplained(torch.tensor([1.0, 1.0]), target, 4.0) == 0.5
+
+
+def test_errors_of_labels_are_shares_of_guessing():
+    scores = torch.eye(4)
+    assert wrong(scores, torch.tensor([0, 1, 2, 3])) == 0.0
+    assert wrong(scores, torch.tensor([0, 0, 0, 0])) == 1.0  # a quarter right, as by guessing
 
 
 def test_scores():

@@ -15,7 +15,7 @@ from benchmarks.evidence.contenders import SUM, TUNED
 from benchmarks.evidence.problem import MOST
 from benchmarks.evidence.runner import Queue, Store, load, run
 from benchmarks.evidence.statistics import bootstrap, delta_m, ranks, relative, resample, verdict
-from benchmarks.evidence.training import Plan, Training, first_trainings, last_trainings, train
+from benchmarks.evidence.training import PROBLEMS, Plan, Training, first_trainings, last_trainings, train
 
 TINY = Plan(
     ("linnerud", "GradNorm's toy, 2 tasks", "Poisson", "quadratics"),
@@ -257,6 +257,13 @@ def test_the_summary_has_every_contender_somewhere(data):
         assert set(TINY.contenders) <= here
     deltas = [row for row in data["overall"] if "delta_m" in row]
     assert len(deltas) == len(TINY.contenders)
+
+
+def test_what_is_near_on_a_toy_counts_as_there():
+    assert results.floored({"gap": 1e-4}, PROBLEMS["quadratics"]) == {"gap": 0.01}
+    assert results.floored({"gap": 0.3}, PROBLEMS["quadratics"]) == {"gap": 0.3}
+    assert results.floored({"solution": 1e-4}, PROBLEMS["Poisson"]) == {"solution": 1e-4}
+    assert results.floored(None, PROBLEMS["quadratics"]) is None
 
 
 def test_failures_count_as_the_worst(store):

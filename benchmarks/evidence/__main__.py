@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.evidence import contenders, results
+from benchmarks.evidence import contenders, page, results
 from benchmarks.evidence.runner import Store, estimate, progress, run
 from benchmarks.evidence.training import PROBLEMS, Plan
 
@@ -38,6 +38,16 @@ def planned(args: argparse.Namespace) -> Plan:
     return Plan(problems, who)
 
 
+def costs(plan: Plan, store: Store) -> results.Data:
+    """The price of a step, measured once for a file of results."""
+    known = store.records.get("prices", {}).get("costs", {})
+    timed = set.union(set(), *(cost["ratio"] for cost in known.values()))
+    if not set(plan.contenders) - {contenders.TUNED} <= timed:
+        known = results.prices(plan)
+        store.add({"key": "prices", "costs": known})
+    return known
+
+
 def main() -> int:
     args = arguments().parse_args()
     plan = planned(args)
@@ -52,9 +62,7 @@ def main() -> int:
         except KeyboardInterrupt:
             sys.stderr.write("Stopped. What is finished is kept; the same command goes on.\n")
             return 130
-    data = results.summary(plan, store.records, results.prices(plan))
-    from benchmarks.evidence import page
-
+    data = results.summary(plan, store.records, costs(plan, store))
     if args.write:
         page.write(args.write, data)
         print(f"Wrote {args.write}.")

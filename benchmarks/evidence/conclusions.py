@@ -28,6 +28,7 @@ def conclusions(data: Data) -> list[str]:
         against(data, "tuned", "the tuned fixed weights"),
         tuned_weights(data),
         by_size(data),
+        leaders(data),
         winners(data),
         by_kind(data),
         together(data),
@@ -123,6 +124,20 @@ def winners(data: Data) -> str:
     )
 
 
+def leaders(data: Data) -> str:
+    """The best mean ranks, and how little they are apart."""
+    rows = [row for row in data["overall"] if row["problems"] >= LEAST_PROBLEMS]
+    if len(rows) < 5:
+        return ""
+    best = ", ".join(f"{named([row['name']])} {span(row['rank'], 1)}" for row in rows[:5])
+    overlap = sum(row["rank"][1] <= rows[0]["rank"][2] for row in rows[1:])
+    last = ", ".join(f"{named([row['name']])} {span(row['rank'], 1)}" for row in rows[-3:])
+    return (
+        f"**Mean ranks among {len(data['overall'])}.** The first five: {best}. The interval of the first meets those "
+        f"of {overlap} others. The last three: {last}."
+    )
+
+
 def by_kind(data: Data) -> str:
     """Surgery against weighting."""
     parts = []
@@ -144,11 +159,14 @@ def together(data: Data) -> str:
     rows = {row["name"]: row["delta_m"] for row in data["overall"] if "delta_m" in row}
     if SUM not in rows:
         return ""
+    medians = [row["median_delta_m"] for row in data["overall"] if "delta_m" in row]
     best = max(rows, key=lambda name: rows[name][0])
     return (
         f"**Learning together against one model a task.** Δm of the plain sum is {percent(rows[SUM])}. The interval "
         f"lies above 0 for {sum(low > 0 for _, low, _ in rows.values())} of {len(rows)} contenders and below for "
-        f"{sum(high < 0 for _, _, high in rows.values())}. It is highest for {named([best])}: {percent(rows[best])}."
+        f"{sum(high < 0 for _, _, high in rows.values())}. It is highest for {named([best])}: {percent(rows[best])}. "
+        f"A task that is learnt well alone weighs heavily in such means; the median over the problems is above 0 for "
+        f"{sum(median > 0 for median in medians)} contenders."
     )
 
 

@@ -27,6 +27,7 @@ NEEDS_POSITIVE = frozenset(
         "GradNormWeighter",
         "IMTLLWeighter",
         "InitialLossWeighter",
+        "LossWeightedSoftAdaptWeighter",
         "ReLoBRaLoWeighter",
         "RealTimeWeighter",
         "RunningMaxWeighter",

@@ -10,7 +10,6 @@ from benchmarks.evidence.conclusions import conclusions, edges
 from benchmarks.evidence.contenders import SUM, TUNED
 from benchmarks.evidence.problem import LEAST, MOST
 from benchmarks.evidence.reading import (
-    TOYS,
     Data,
     mean_score,
     named,
@@ -22,11 +21,9 @@ from benchmarks.evidence.reading import (
     span,
     tally,
 )
-from benchmarks.evidence.results import dumps, scores
+from benchmarks.evidence.results import TOYS, dumps, scores
 from benchmarks.page import grid
-
-#: A gap below this share of the front's range counts as Pareto optimal, as in `gradsurgery compare`.
-NEAR = 0.01
+from gradsurgery.commands.comparing import NEAR
 
 HEAD = """# Which method helps?
 
@@ -51,13 +48,18 @@ against constant weights that were tuned. Written by `make evidence ARGS="--writ
   {most:g}.
 * **Single-task models**, one a task, get the same grid and seeds. Δm is the mean relative improvement of the errors
   over theirs: positive where learning together helps.
+* **As published.** `GradNormWeighter` and `NormalizedGradientWeighter` measure at the last shared layer; `MoDo` and
+  `SDMGrad` get two further batches in every step; `FAMOWeighter` sees the batch again after the step; `DWAWeighter` has
+  ten epochs; `NTKWeighter` looks at the residuals four times in a training; `MConFIG` gets one loss in turn, over plain
+  SGD, and acts on heads too; the primary loss of those that have one is the first. All else is the default.
 * **Intervals** (95 %) come from a bootstrap over problems, and over seeds within each. Comparisons are paired by seed.
-  *Better* and *worse* on a problem: with every seed, and by 1 % or more on average.
+  *Better* and *worse* on a problem: with every seed, and by 1 % or more on average. The {toys} toys are left out of all
+  sums over problems, since there nearly all get to the end of the way.
 """
 
 CANNOT = """## What cannot be concluded
 
-* **Nothing about long trainings or large models.** {steps} steps of models of a few thousand parameters. Methods that
+* **Nothing about long trainings or large models.** {steps} steps of models of {parameters} parameters. Methods that
   learn their weights with a step size of their own (`UncertaintyWeighter`, `IMTLLWeighter`, `GradNormWeighter`,
   `FAMOWeighter`, `GroupDROWeighter`, `MoCo`, `MoDo`) have little time to do so, and may do better in longer runs.
 * **Nothing about a method at its best.** Only the learning rate was tuned; every other constant is a default, and none
@@ -108,6 +110,8 @@ def text(data: Data) -> str:
     facts = {
         "problems": len(data["problems"]),
         "steps": f"{min(steps)} to {max(steps)}",
+        "parameters": f"{min(problem['parameters'] for problem in real)} to "
+        f"{max(problem['parameters'] for problem in real)}",
         "rates": plan["rates"],
         "seeds": len(plan["seeds"]),
         "vectors": plan["vectors"],
@@ -115,6 +119,7 @@ def text(data: Data) -> str:
         "least": LEAST,
         "most": MOST,
         "real": len(real),
+        "toys": len(data["problems"]) - len(real),
         "families": len({problem["family"] for problem in real}),
         "edge": edges(data),
     }
@@ -255,8 +260,8 @@ def pictures_text(data: Data) -> str:
         if not ordered(data, name):
             continue
         rates = ", ".join(f"{rate:g}" for rate in problem["rates"])
-        said = f"{problem['says']} {problem['steps']} steps of {problem['base']}, rates {rates}. "
-        said += toy_sentence(data, problem)
+        budget = f"{problem['parameters']} parameters, {problem['steps']} steps of {problem['base']}, rates {rates}."
+        said = f"{problem['says']} {budget} {toy_sentence(data, problem)}"
         text += f"\n### {name[0].upper()}{name[1:]}\n\n{said.strip()}\n\n"
         text += f"![All contenders on this problem](_static/evidence/{slug(name)}.png)\n"
     return text

@@ -6,11 +6,10 @@ import statistics as means
 from typing import Any
 
 from benchmarks.evidence.contenders import SUM, TUNED
-from benchmarks.evidence.results import compared, scores
+from benchmarks.evidence.results import TOYS, compared, scores
 from benchmarks.evidence.statistics import verdict
 
 Data = dict[str, Any]
-TOYS = "toys"
 
 
 def real_problems(data: Data) -> list[Data]:
