@@ -17,7 +17,7 @@ PARALLEL ?= -n auto --dist loadfile
 help: ## Say what the targets are
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-demo: $(VENV)/demo.stamp ## Train on two conflicting losses with five methods (ARGS=--quick for a first look)
+demo: $(VENV)/demo.stamp ## Train on two losses of very different size, method by method (ARGS=--quick for a first look)
 	$(BIN)/python -m gradsurgery demo $(ARGS)
 
 test: $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp ## Run the tests that are not slow
