@@ -320,7 +320,7 @@ def wide(g: Tensor) -> Tensor:
 
 
 def peaks(rows: Sequence[Row], device: torch.device) -> list[Tensor]:
-    """The same for several rows, in few calls where they are alike.
+    """The largest entry of each row, as :func:`peak` finds it, in few calls where the rows are alike.
 
     Args:
         rows: Gradients of each loss.

@@ -26,7 +26,8 @@ CAGRAD_START = (-8.5, -5.0)
 PROBLEM = cagrad_basin()
 
 
-def _any() -> torch.optim.Optimizer:
+def _unused() -> torch.optim.Optimizer:
+    """An optimizer for methods of which `combine` alone is used."""
     return torch.optim.SGD([torch.zeros(1)], lr=0.1)
 
 
@@ -34,11 +35,11 @@ def surgeries(c: float, clip: float | None) -> dict[str, tuple[gradsurgery.Surge
     """The methods as in the official code of Nash-MTL (`clip` 1) or of CAGrad (no clipping)."""
     return {
         "plain sum": (None, None),
-        "PCGrad": (gradsurgery.PCGrad(_any()), None),
-        "MGDA": (gradsurgery.MGDA(_any(), reduction="mean"), None),
-        "CAGrad": (gradsurgery.CAGrad(_any(), c=c, rescale=1 if clip else 2, reduction="mean"), clip),
-        "IMTL-G": (gradsurgery.IMTLG(_any(), reduction="mean"), None),
-        "Nash-MTL": (gradsurgery.NashMTL(_any(), scale="paper"), 1.0),
+        "PCGrad": (gradsurgery.PCGrad(_unused()), None),
+        "MGDA": (gradsurgery.MGDA(_unused(), reduction="mean"), None),
+        "CAGrad": (gradsurgery.CAGrad(_unused(), c=c, rescale=1 if clip else 2, reduction="mean"), clip),
+        "IMTL-G": (gradsurgery.IMTLG(_unused(), reduction="mean"), None),
+        "Nash-MTL": (gradsurgery.NashMTL(_unused(), scale="paper"), 1.0),
     }
 
 
@@ -113,8 +114,8 @@ def measure(
     methods = surgeries(c, clip)
     runs = [Run(start, *settings) for settings in methods.values() for start in starts]
     options = {"lr": LR, "steps": steps, "every": every, "on_front": on_front}
-    paths = iter(follow(problem, runs, **options))
-    found = {name: [next(paths) for _ in starts] for name in methods}
+    one_by_one = iter(follow(problem, runs, **options))
+    found = {name: [next(one_by_one) for _ in starts] for name in methods}
     if weighting:
         found["FAMO"] = [follow_weighted(problem, start, famo(scale), max_norm=1.0, **options) for start in starts]
     return {

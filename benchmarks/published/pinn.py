@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import gradsurgery
-from benchmarks.evidence.physics import burgers
+from benchmarks.evidence.physics import burgers, burgers_points
 
 LOSSES = ("equation", "boundary", "initial")
 
@@ -106,7 +106,7 @@ MOMENTUM = {"M-ConFIG, as many steps": 1, "M-ConFIG, as many gradients": len(LOS
 
 def losses(model: Network, size: Size, generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
     """The three losses on new points; each is computed when it is called."""
-    inside = torch.rand(size.inside, 2, generator=generator) * torch.tensor([2.0, 1.0]) - torch.tensor([1.0, 0.0])
+    inside = burgers_points(size.inside, generator)
     times = torch.rand(size.edge, generator=generator)
     places = 2.0 * torch.rand(size.edge, generator=generator) - 1.0
     sides = torch.where(torch.arange(size.edge) % 2 == 0, -1.0, 1.0)

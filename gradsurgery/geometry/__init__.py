@@ -1,8 +1,9 @@
 """Exact mathematics on the small matrices of multi-task gradients.
 
-Every function takes the Gram matrix G = J Jᵀ of the m gradients (rows) of J, shape (m, m), and returns weights of the
-rows: the direction is d = Jᵀ w. All of them compute in float64, keep no state, and know no absolute length: the answer
-for s·J follows from the answer for J for every s > 0 (as long as the entries of G stay within 1e-300 and 1e300).
+The methods' functions take the Gram matrix G = J Jᵀ of the m gradients (rows) of J, shape (m, m), and return weights of
+the rows, w or a matrix of them: the direction is d = Jᵀ w. All of them compute in float64, keep no state, and know no
+absolute length: the answer for s·J follows from the answer for J for every s > 0 (as long as the entries of G stay
+within 1e-300 and 1e300).
 
 Two habits run through all of it:
 

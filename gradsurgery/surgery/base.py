@@ -591,7 +591,7 @@ class Surgery(MultiLossOptimizer):
         unscale: np.ndarray | float,
         reaching: Sequence[bool] | None,
     ) -> np.ndarray:
-        """The same without the tasks that reach none of these parameters: they take no part, and have no zero row."""
+        """``_solve`` without the tasks that reach none of these parameters: they take no part, and have no zero row."""
         m = len(values)
         if reaching is None and not isinstance(rows.rows, Tensor):
             reaching = [any(g is not None for g in row) for row in rows.rows[:m]]
