@@ -27,7 +27,7 @@ class Graph(NamedTuple):
         overlaps_later: The same, counting only losses that come later in the list, (m,).
         hidden: Leaves hide from ``torch.autograd.grad``, behind reentrant activation checkpointing: only an ordinary
             backward pass finds them.
-        nodes: All nodes, each after those below it, and what these are; none if the graph was not walked.
+        nodes: All nodes with what is below each, each after those; empty if the graph was not walked to the end.
     """
 
     masks: dict[Tensor, int] | None

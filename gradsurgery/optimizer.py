@@ -414,25 +414,19 @@ class MultiLossOptimizer(Optimizer):
         with self._proposal(tasks):
             self._run["residuals"] = residuals
             at = representation(self._name, features)
-            # A micro-batch without any task adds nothing; the last one acts on what was kept all the same.
-            nothing = accumulate and world is None and not tasks.present
-            call = (
-                None
-                if nothing
-                else prepare(self, tasks, accumulate, batch_size, scaler, retain_graph, others, at, world)
-            )
-            if nothing:
+            if accumulate and world is None and not tasks.present:
+                # A micro-batch without any task adds nothing; the last one acts on what was kept all the same.
                 report = Report((), np.zeros(0), flags=["accumulating"])
-            elif call is None:
+            elif call := prepare(self, tasks, accumulate, batch_size, scaler, retain_graph, others, at, world):
+                if accumulate:
+                    report = Report(call.tasks.present, call.values, flags=[*self._run["flags"], "accumulating"])
+                else:
+                    self._run["call"] = call
+                    report = self._act(call)
+                self._run["kept"] = call.kept if accumulate else None
+            else:  # no loss is left
                 report = Report((), np.zeros(0), flags=[*self._run["flags"], "skipped"])
                 self._run["draft"] = None
-            elif accumulate:
-                report = Report(call.tasks.present, call.values, flags=[*self._run["flags"], "accumulating"])
-            else:
-                self._run["call"] = call
-                report = self._act(call)
-            if call is not None:
-                self._run["kept"] = call.kept if accumulate else None
             self._run["report"] = report
         return report
 
@@ -747,7 +741,7 @@ class MultiLossOptimizer(Optimizer):
             f">= {least:g}": value >= least,
             f"> {above:g}": value > above,
             f"<= {most:g}": value <= most,
-            f"< {below:g}": value < below or below == math.inf,
+            f"< {below:g}": value < below,
         }
         for bound, holds in bounds.items():
             if not holds:
@@ -756,7 +750,7 @@ class MultiLossOptimizer(Optimizer):
 
     def _by_name(self, name: str, given: Mapping[str, float] | Sequence[float]) -> dict[str, float]:
         """Positive numbers by loss name, or in order."""
-        if isinstance(given, (str, bytes)) or not isinstance(given, (Mapping, Iterable)):
+        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
             raise ValueError(f"{self._name}: `{name}` must be numbers by name or in order, got {given!r}.")
         named = given if isinstance(given, Mapping) else InOrder((str(i), value) for i, value in enumerate(given))
         kind = InOrder if isinstance(named, InOrder) else dict

@@ -133,7 +133,7 @@ class Surgery(MultiLossOptimizer):
         self.log_losses = bool(log_losses)
         self.granularity = self._choice("granularity", granularity, ("all", "group", "parameter"))
         self.engine = self._choice("engine", engine, ("auto", "rows", "ghosts", "blocks"))
-        self.row_dtype = self._of_rows(row_dtype)
+        self.row_dtype = self._dtype_of_rows(row_dtype)
         self.row_device = None if row_device is None else self._home_of_rows(row_device)
         if self._puts_rows_away:
             self._require_rows_of_one_batch()
@@ -145,7 +145,7 @@ class Surgery(MultiLossOptimizer):
                 "reused in one backward pass."
             )
 
-    def _of_rows(self, dtype: torch.dtype | None) -> torch.dtype | None:
+    def _dtype_of_rows(self, dtype: torch.dtype | None) -> torch.dtype | None:
         if dtype in (None, torch.bfloat16):
             return dtype
         why = " Entries beyond 65504, as under a loss scale, overflow in float16." if dtype is torch.float16 else ""
