@@ -6,6 +6,8 @@ import os
 
 # Pictures are written to files; a test machine has no screen. Set before anything imports matplotlib.
 os.environ["MPLBACKEND"] = "Agg"
+# Text is as wide as the terminal, and what starts the tests may say how wide that is.
+os.environ["COLUMNS"] = "100"
 
 import hypothesis
 import pytest
