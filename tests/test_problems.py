@@ -175,6 +175,7 @@ def test_quadratics_by_hand():
     assert problem.distance_to_pareto(point(4.0, 4.0)) == pytest.approx(5.0)
     # f = ((x ± 1)² + y²) / 2: the Pareto point (x, 0) below (x, y) is better by y² / 2 in both.
     assert problem.gap(point(0.3, -0.4)) == pytest.approx(0.08)
+    assert problem.breadth() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("condition", [1.0, 10.0, 100.0, 1000.0])
@@ -216,6 +217,7 @@ def test_pcgrad_valleys_by_hand():
     floors = [20.0 * math.log(5e-6), 25.0 * math.log(5e-6)]
     for theta in problem.pareto_set(9):
         assert values(problem, theta) == floors
+    assert problem.breadth() == -floors[1]  # the front is one point
     # Just outside the overlap of the floors at least one loss is higher.
     for theta in (point(-2.0, 6.4), point(-2.0001, 8.0), point(-1.9999, 8.0)):
         assert max(value - floor for value, floor in zip(values(problem, theta), floors, strict=True)) > 0.1

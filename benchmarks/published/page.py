@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from benchmarks.page import grid
 from benchmarks.published import claims
 from benchmarks.published.basin import AT_MINIMUM, ON_FRONT
 from benchmarks.published.claims import Claim, Results, geometric_mean, mean_over_seeds
@@ -175,9 +176,7 @@ def number(value: float) -> str:
 
 def summary(found: list[Claim]) -> str:
     """The table of all claims."""
-    lines = ["| paper | claim | here | verdict |", "| --- | --- | --- | --- |"]
-    lines += [f"| {c.paper} | {c.says} | {c.found} | {c.verdict} |" for c in found]
-    return "\n".join(lines)
+    return grid(["paper", "claim", "here", "verdict"], [[c.paper, c.says, c.found, c.verdict] for c in found])
 
 
 def why(found: list[Claim]) -> str:
@@ -191,17 +190,13 @@ def why(found: list[Claim]) -> str:
 def ends(setting: Results) -> str:
     """A table of where each run ends: θ₁ on the front, or that it is held."""
     starts = [f"({number(x).removesuffix('.00')}, {number(y).removesuffix('.00')})" for x, y in setting["starts"]]
-    lines = [
-        "| method | " + " | ".join(starts) + " | on the front | at the minimum |",
-        "| --- |" + " --- |" * (len(starts) + 2),
-    ]
+    counted = claims.five(setting)
+    lines = []
     for name, runs in setting["methods"].items():
-        five = runs[:5]
-        cells = [end(run) for run in runs]
-        on, at = claims.count(five, "on front"), claims.count(five, "at minimum")
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {on} of 5 | {at} of 5 |")
+        on, at = (claims.count(counted[name], key) for key in ("on front", "at minimum"))
+        lines.append([name, *map(end, runs), f"{on} of 5", f"{at} of 5"])
     last = " The last start is CAGrad's and is not counted." if len(starts) > 5 else ""
-    return "\n".join(lines) + (
+    return grid(["method", *starts, "on the front", "at the minimum"], lines) + (
         "\n\n*θ₁ of the end, from −7 (minimum of f₂) to 7 (minimum of f₁), and in brackets the thousands of steps\n"
         f"after which the run was on the front; a star at the minimum.{last}*"
     )
@@ -231,19 +226,19 @@ def valley_table(found: Results) -> str:
 def scale_table(found: Results) -> str:
     """Normalised test losses of two and of ten tasks."""
     methods = list(found["two"]["methods"])
-    lines = ["| tasks | " + " | ".join(methods) + " |", "| --- |" + " --- |" * len(methods)]
-    for label, key in (("two", "two"), ("ten", "ten")):
-        each = {m: mean_over_seeds(runs, "ratios") for m, runs in found[key]["methods"].items()}
-        lines.append(f"| {label}, mean | " + " | ".join(f"{each[m].mean():.3f}" for m in methods) + " |")
-        lines.append(f"| {label}, smallest scale | " + " | ".join(f"{each[m][0]:.3f}" for m in methods) + " |")
-        lines.append(f"| {label}, largest scale | " + " | ".join(f"{each[m][-1]:.3f}" for m in methods) + " |")
-    return "\n".join(lines)
+    lines = []
+    for count in ("two", "ten"):
+        each = [mean_over_seeds(found[count]["methods"][m], "ratios") for m in methods]
+        lines.append([f"{count}, mean", *(f"{ratios.mean():.3f}" for ratios in each)])
+        lines.append([f"{count}, smallest scale", *(f"{ratios[0]:.3f}" for ratios in each)])
+        lines.append([f"{count}, largest scale", *(f"{ratios[-1]:.3f}" for ratios in each)])
+    return grid(["tasks", *methods], lines)
 
 
 def pinn_table(found: Results) -> str:
     """Errors of each method."""
-    lines = ["| method | gradients of single losses | error | seeds |", "| --- | --- | --- | --- |"]
+    lines = []
     for name, errors in found["methods"].items():
         each = ", ".join(f"{e:.1e}" for e in errors)
-        lines.append(f"| {name} | {spaced(found['gradients'][name])} | {geometric_mean(errors):.1e} | {each} |")
-    return "\n".join(lines)
+        lines.append([name, spaced(found["gradients"][name]), f"{geometric_mean(errors):.1e}", each])
+    return grid(["method", "gradients of single losses", "error", "seeds"], lines)

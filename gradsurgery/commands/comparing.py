@@ -191,14 +191,13 @@ def walk_from_all(
     ends = [path[-1] for path in paths]
     gaps = [problem.gap(end) for end in ends]
     values = torch.stack([torch.stack(problem.losses(end)) for end in ends]).mean(dim=0)
-    front = torch.stack(problem.losses(problem.pareto_set()))
-    spread = float((front.amax(dim=1) - front.amin(dim=1)).max()) or float(front.abs().max())
+    near = NEAR * problem.breadth()
     walk = Walk(
         name,
         [end.tolist() for end in ends],
         values.tolist(),
         sum(gaps) / len(gaps),
-        sum(gap <= NEAR * spread for gap in gaps),
+        sum(gap <= near for gap in gaps),
         1e3 * seconds / (steps * len(ends)),
     )
     return walk, paths

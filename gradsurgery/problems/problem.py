@@ -121,6 +121,15 @@ class Problem:
         values = torch.stack(self.losses(theta.detach().double().cpu()))
         return max(0.0, -self._least(lambda points: (torch.stack(self.losses(points), dim=-1) - values).amax(dim=-1)))
 
+    def breadth(self) -> float:
+        """How far a loss varies along the Pareto front, by which a gap can be judged.
+
+        Returns:
+            The widest range of a loss there, in its units; its size, if the front is one point.
+        """
+        front = torch.stack(self.losses(self.pareto_set()))
+        return float((front.amax(dim=1) - front.amin(dim=1)).max()) or float(front.abs().max())
+
     def _least(self, measure: Callable[[Tensor], Tensor]) -> float:
         """Smallest value of a function of points on the Pareto curve, by ten looks that close in on it."""
         low, high, n = 0.0, 1.0, 129
