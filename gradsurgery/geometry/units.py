@@ -68,9 +68,9 @@ def half(cosines: Array, tolerance: float = -1.0) -> tuple[Array, float]:
     """
     m = len(cosines)
     triangle, pivots, rank, _ = dpstrf(cosines, tol=tolerance)
-    half = np.empty((rank, m))
-    half[:, pivots - 1] = (triangle * _upper(m))[:rank]
-    return half, float(triangle[rank - 1, rank - 1]) if rank == m else 0.0
+    columns = np.empty((rank, m))
+    columns[:, pivots - 1] = (triangle * _upper(m))[:rank]
+    return columns, float(triangle[rank - 1, rank - 1]) if rank == m else 0.0
 
 
 def full_rank(columns: Array, noise: float) -> Array:
