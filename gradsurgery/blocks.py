@@ -25,8 +25,6 @@ from gradsurgery.graph import Nodes
 # one costs m more calls of autograd.
 _SHARE = 1 / 5
 
-_SAFE_SQUARES = (1e-24, 1e30)
-
 
 class HookedError(RuntimeError):
     """The gradient at the border of two blocks is changed by a hook, which would act twice."""
@@ -211,7 +209,7 @@ class Found(Table):
         Returns:
             (m, m).
         """
-        low, high = _SAFE_SQUARES
+        low, high = gram_module.SAFE_SQUARES
         squares = found.diagonal()
         doubtful = np.flatnonzero(~((squares >= low) & (squares <= high)))
         # A row of exact zeros is common (an inactive hinge) and needs no second look.

@@ -22,7 +22,7 @@ _CHUNK = 8192
 _BUCKET_CPU, _BUCKET_GPU = 2**19, 2**24
 
 # Squares of float32 entries leave the range of normal numbers not far outside these bounds of the squared norm.
-_SAFE_SQUARES = (1e-24, 1e30)
+SAFE_SQUARES = (1e-24, 1e30)
 
 
 class Table:
@@ -145,7 +145,7 @@ def in_range(gram: np.ndarray) -> bool:
     Returns:
         False for zero rows too.
     """
-    low, high = _SAFE_SQUARES
+    low, high = SAFE_SQUARES
     return all(low <= square <= high for square in gram.diagonal().tolist())
 
 
@@ -161,7 +161,7 @@ def gram_outside_float32(rows: Sequence[Row] | Tensor, found: np.ndarray) -> np.
     """
     if in_range(found):
         return found
-    low, high = _SAFE_SQUARES
+    low, high = SAFE_SQUARES
     squares = found.diagonal()
     doubtful = ~((squares >= low) & (squares <= high))
     rows = as_rows(rows)

@@ -370,9 +370,9 @@ def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> lis
         m scalars, each with the dtype and device of its loss.
     """
     if scaler is None:  # losses of one kind share what is never changed
-        kinds = {(t.dtype, t.device): None for t in tensors}
-        known = {kind: torch.ones((), dtype=kind[0], device=kind[1]) for kind in kinds}
-        return [known[t.dtype, t.device] for t in tensors]
+        kinds = {(t.dtype, t.device) for t in tensors}
+        ones = {kind: torch.ones((), dtype=kind[0], device=kind[1]) for kind in kinds}
+        return [ones[t.dtype, t.device] for t in tensors]
     scaled = scaler.scale([torch.ones((), device=t.device) for t in tensors])
     return [s.to(t.dtype) for s, t in zip(scaled, tensors, strict=True)]
 
