@@ -12,6 +12,8 @@ from benchmarks.evidence.results import scores
 LEAST_PROBLEMS = 3
 #: Losses whose largest is this many times the smallest at the start are of different size.
 DIFFERENT = 10.0
+#: An error from here on: next to nothing has been learnt.
+NOTHING = 0.95
 
 
 def conclusions(data: Data) -> list[str]:
@@ -72,11 +74,12 @@ def tuned_weights(data: Data) -> str:
     versus, places = rows[TUNED]["sum"], [row["name"] for row in data["overall"]]
     _, low, high = versus["ratio"]
     judged = "fewer errors" if high < 1 else "more errors" if low > 1 else "no clear difference over all"
+    tries = data["plan"]["rates"] * data["plan"]["vectors"]
     return (
-        f"**Tuned fixed weights against the plain sum: {judged}.** Their error is {span(versus['ratio'])} times as "
-        f"large; they are better on {versus['better']} and worse on {versus['worse']} of {rows[TUNED]['problems']} "
-        f"problems. By mean rank they are number {places.index(TUNED) + 1} of {len(places)}, the plain sum is number "
-        f"{places.index(SUM) + 1}."
+        f"**Tuned fixed weights against the plain sum: {judged}.** Chosen among {tries} trainings instead of "
+        f"{data['plan']['rates']}, their error is {span(versus['ratio'])} times as large; they are better on "
+        f"{versus['better']} and worse on {versus['worse']} of {rows[TUNED]['problems']} problems. By mean rank they "
+        f"are number {places.index(TUNED) + 1} of {len(places)}, the plain sum is number {places.index(SUM) + 1}."
     )
 
 
@@ -196,4 +199,21 @@ def edges(data: Data) -> str:
     return (
         f"In {low + high} of {len(rates)} cases the chosen rate is at an end of the grid ({low} times the lowest, "
         f"{high} times the highest), so that a wider grid might have found a better one."
+    )
+
+
+def unsolved(data: Data) -> str:
+    """Problems on which most contenders learnt next to nothing."""
+    parts = []
+    for problem in real_problems(data):
+        found = [mean_score(data, problem["name"], name) for name in ordered(data, problem["name"])]
+        nothing = sum(value is not None and value >= NOTHING for value in found)
+        if 2 * nothing > len(found):
+            parts.append(f"{problem['name']} ({nothing} of {len(found)})")
+    if not parts:
+        return ""
+    return (
+        f"* **Nothing from ratios of failures.** Where most contenders have an error of {NOTHING:g} or more, which is "
+        f"to have learnt next to nothing in the given steps, *better than the plain sum* does not mean good: "
+        f"{', '.join(parts)}.\n"
     )

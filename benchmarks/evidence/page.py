@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.evidence.conclusions import conclusions, edges
+from benchmarks.evidence.conclusions import conclusions, edges, unsolved
 from benchmarks.evidence.contenders import SUM, TUNED
 from benchmarks.evidence.problem import LEAST, MOST
 from benchmarks.evidence.reading import (
@@ -54,7 +54,7 @@ against constant weights that were tuned. Written by `make evidence ARGS="--writ
   SGD, and acts on heads too; the primary loss of those that have one is the first. All else is the default.
 * **Intervals** (95 %) come from a bootstrap over problems, and over seeds within each. Comparisons are paired by seed.
   *Better* and *worse* on a problem: with every seed, and by 1 % or more on average. The {toys} toys are left out of all
-  sums over problems, since there nearly all get to the end of the way.
+  sums over problems: they show how a method walks, not how it learns.
 """
 
 CANNOT = """## What cannot be concluded
@@ -63,9 +63,11 @@ CANNOT = """## What cannot be concluded
   learn their weights with a step size of their own (`UncertaintyWeighter`, `IMTLLWeighter`, `GradNormWeighter`,
   `FAMOWeighter`, `GroupDROWeighter`, `MoCo`, `MoDo`) have little time to do so, and may do better in longer runs.
 * **Nothing about a method at its best.** Only the learning rate was tuned; every other constant is a default, and none
-  was chosen for these problems.
-* **Little about small differences.** {seeds} seeds a problem: the single figure of a method on a problem moves with the
-  seed as much as many methods differ. Learning rates were chosen with one seed. {edge}
+  was chosen for these problems. The fixed weights were chosen among {budget} trainings, the rate of each method among
+  {rates}: what a method makes of {budget} tries was not asked.
+* **Little about small differences.** {seeds} seeds a problem: the figure of one method on one problem moves with the
+  seeds as much as many methods differ, and by chance alone {seeds} seeds are all on one side in 1 case out of {chance}.
+  Learning rates were chosen with one seed. {edge}
 * **Nothing about goals other than the mean error.** `AGEM`, `Bloop`, `MetaBalance`, `PCD` put one loss first, `EPO`,
   `PMGDA`, `PBIWeighter`, `STCHWeighter` and `COSMOSWeighter` aim at a given trade-off, `Krum` and `TrimmedMean` at
   outliers: here all of them are asked for something they were not made for. A common-descent promise is not measured
@@ -121,6 +123,7 @@ def text(data: Data) -> str:
         "real": len(real),
         "toys": len(data["problems"]) - len(real),
         "families": len({problem["family"] for problem in real}),
+        "chance": 2 ** (len(plan["seeds"]) - 1),
         "edge": edges(data),
     }
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
@@ -128,7 +131,7 @@ def text(data: Data) -> str:
         HEAD.format(**facts),
         f"{ran(data)} With {versions}.\n",
         "## What can be concluded\n\n" + "".join(f"* {sentence}\n" for sentence in conclusions(data)),
-        CANNOT.format(**facts),
+        CANNOT.format(**facts) + unsolved(data),
         "## All contenders\n\n" + contender_text(data),
         "## All problems\n\n" + problem_text(data),
         "## Problem by problem\n\n" + pictures_text(data),

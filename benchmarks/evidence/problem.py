@@ -77,14 +77,14 @@ class Problem:
     has_residuals: bool = False
     batches: bool = True
 
-    def rates(self, count: int = 4) -> tuple[float, ...]:
+    def rates(self, count: int = 5) -> tuple[float, ...]:
         """The grid of learning rates, the same for all methods.
 
         Args:
             count: How many; fewer keep the middle.
 
         Returns:
-            Rates with a factor of 3 between neighbours, `lr` the second of four.
+            Rates with a factor of 3 between neighbours, `lr` the second unless there are two.
         """
         first = -1 if count > 2 else 0
         return tuple(self.lr * 3.0**k for k in range(first, first + count))

@@ -35,7 +35,7 @@ class Plan:
 
     problems: tuple[str, ...]
     contenders: tuple[str, ...]
-    rates: int = 4
+    rates: int = 5
     vectors: int = 12
     seeds: tuple[int, ...] = (1, 2, 3)
     share: float = 1.0
