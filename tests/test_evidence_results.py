@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.evidence import page, results
 from benchmarks.evidence.conclusions import conclusions
-from benchmarks.evidence.contenders import SUM, TUNED
+from benchmarks.evidence.contenders import SUM, TUNED, names
 from benchmarks.evidence.problem import MOST
 from benchmarks.evidence.runner import Queue, Store, load, run
 from benchmarks.evidence.statistics import bootstrap, delta_m, ranks, relative, resample, verdict
 from benchmarks.evidence.training import PROBLEMS, Plan, Training, first_trainings, last_trainings, train
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = Plan(
     ("linnerud", "GradNorm's toy, 2 tasks", "Poisson", "quadratics"),
     (SUM, TUNED, "PCGrad", "MGDA", "Krum", "FixedWeighter", "RandomWeighter"),
@@ -319,3 +321,11 @@ def test_conclusions_follow_the_figures(data):
     assert "Fewer, the best first: `PCGrad`. More" in first
     assert "tuned fixed weights" in second
     assert third.startswith("**Tuned fixed weights against the plain sum: more errors.**")
+
+
+def test_the_kept_page_is_written_from_its_data():
+    kept = ROOT / "docs" / "evidence.md"
+    data = json.loads(kept.with_suffix(".json").read_text(encoding="utf-8"))
+    assert page.text(data) == kept.read_text(encoding="utf-8")
+    assert data["plan"]["contenders"] == names()
+    assert [problem["name"] for problem in data["problems"]] == list(PROBLEMS)
