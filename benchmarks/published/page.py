@@ -121,7 +121,7 @@ paper: ν = 0.003, five layers of 50, 10 000 + 250 + 250 points, 30 000 steps.) 
 paper's at 0.001; both warm up for 1 % of the steps and fall to a tenth along a cosine. M-ConFIG computes the
 gradient of one loss a step, in turn; it is given as many steps as the others, or as many gradients. *Error*:
 mean square against the exact solution (transformation of Cole and Hopf, by quadrature) on a grid of 128 × 51,
-geometric mean over seeds; what differs less than the seeds do says nothing. No clock was read."""
+geometric mean over seeds. *Better* means better with every seed. No clock was read."""
 
 
 def write(results: Results) -> str:

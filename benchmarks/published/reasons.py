@@ -25,4 +25,4 @@ NORMALISED = "the paper leaves steps, learning rate and batches open."
 UNCERTAIN = (
     "the paper leaves steps, learning rate and batches open; its uncertainty weights grow too large late in training."
 )
-PINN = "the networks are small and the runs short, and few seeds tell little."
+PINN = "the networks are small and the runs short; means that seeds disagree on are not counted as better."
