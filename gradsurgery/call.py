@@ -66,6 +66,28 @@ class Call:
     sharded: bool
     accumulate: bool
 
+    def differentiate(self, i: int, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Differentiate one loss.
+
+        Args:
+            i: Which loss.
+            params: What to differentiate with respect to.
+
+        Returns:
+            Those of the parameters that the loss may reach, and their gradients, of this process.
+        """
+        root, masks = self.tasks.roots[i], self.graph.masks
+        if self.graph.hidden:
+            assert root is not None
+            with rows_module.emptied(self.leaves):
+                row = rows_module.gradient_by_backward(root, self.leaves, self.seeds[i], self.retain[i])
+            found = dict(zip(self.leaves, row, strict=True))
+            return list(params), [found[p] for p in params]
+        wanted = list(params) if masks is None else [p for p in params if masks.get(p, 0) >> i & 1]
+        if root is None:
+            return wanted, [None] * len(wanted)
+        return wanted, rows_module.gradient(root, wanted, self.seeds[i], self.retain[i])
+
     def rows_at(self, params: Sequence[Tensor], whole: bool = True) -> Iterator[list[Tensor | None]]:
         """Find the gradient of each loss at some parameters, and keep the graph.
 

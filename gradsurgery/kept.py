@@ -114,7 +114,7 @@ def collect(call: Call) -> Kept:
     rows = []
     everything = [*call.mine, *call.theirs]
     for i in range(len(call.tasks.present)):
-        wanted, row = differentiate(call, i, everything)
+        wanted, row = call.differentiate(i, everything)
         found = {p: g for p, g in zip(wanted, row, strict=True) if g is not None}
         del row
         if call.accumulate:  # autograd may hand out the same memory again in the next micro-batch
@@ -123,27 +123,3 @@ def collect(call: Call) -> Kept:
     return Kept(
         call.tasks.present, call.values, tuple(rows), call.loss_scale, call.scaler is not None, tuple(call.theirs)
     )
-
-
-def differentiate(call: Call, i: int, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Differentiate one loss.
-
-    Args:
-        call: The call of ``backward``.
-        i: Which loss.
-        params: What to differentiate with respect to.
-
-    Returns:
-        Those of the parameters that the loss may reach, and their gradients.
-    """
-    root, masks = call.tasks.roots[i], call.graph.masks
-    if call.graph.hidden:
-        assert root is not None
-        with rows_module.emptied(call.leaves):
-            row = rows_module.gradient_by_backward(root, call.leaves, call.seeds[i], call.retain[i])
-        found = dict(zip(call.leaves, row, strict=True))
-        return list(params), [found[p] for p in params]
-    wanted = list(params) if masks is None else [p for p in params if masks.get(p, 0) >> i & 1]
-    if root is None:
-        return wanted, [None] * len(wanted)
-    return wanted, rows_module.gradient(root, wanted, call.seeds[i], call.retain[i])

@@ -213,14 +213,13 @@ def end(run: Results) -> str:
 
 def valley_table(found: Results) -> str:
     """Where each method is at the end."""
-    lines = ["| method | steps | θ₁ | θ₂ | f₁ | f₂ |", "| --- | --- | --- | --- | --- | --- |"]
-    floors = " | ".join(f"{x:.1f}" for x in found["floors"])
+    lines = []
     for name, run in found["methods"].items():
         x, y = run["mean point"]
-        losses = " | ".join(f"{f:.1f}" for f in run["mean losses"])
-        lines.append(f"| {name} | {spaced(run['steps'])} | {x:.3f} | {y:.3f} | {losses} |")
-    lines.append(f"| optimum | | −2 | ≥ 6.45 | {floors} |")
-    return "\n".join(lines)
+        losses = (f"{f:.1f}" for f in run["mean losses"])
+        lines.append([name, spaced(run["steps"]), f"{x:.3f}", f"{y:.3f}", *losses])
+    lines.append(["optimum", "", "−2", "≥ 6.45", *(f"{x:.1f}" for x in found["floors"])])
+    return grid(["method", "steps", "θ₁", "θ₂", "f₁", "f₂"], lines)
 
 
 def scale_table(found: Results) -> str:

@@ -13,7 +13,6 @@ from gradsurgery import blocks, ghost, shards
 from gradsurgery import rows as rows_module
 from gradsurgery.call import Call, require_reached
 from gradsurgery.gram import Row, Table, precision
-from gradsurgery.kept import differentiate
 from gradsurgery.report import Report
 from gradsurgery.surgery import streaming
 from gradsurgery.weighting.base import Weighter
@@ -283,7 +282,7 @@ class Step:
         there: list[list[bool]] = []
         for i in range(m):
             if kept is None:
-                wanted, gradients = differentiate(call, i, everything)
+                wanted, gradients = call.differentiate(i, everything)
                 row = {p: g for p, g in zip(wanted, gradients, strict=True) if g is not None}
                 del gradients
             else:

@@ -12,7 +12,6 @@ from gradsurgery import geometry
 from gradsurgery import rows as rows_module
 from gradsurgery.call import require_reached
 from gradsurgery.gram import Row, Table
-from gradsurgery.kept import differentiate
 from gradsurgery.report import Report
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def report(step: Step) -> Report:
     weights, norms, size = np.ones(m), np.zeros(m), 0.0  # of all that was added up
     finite, reached, seen = np.ones(m), np.zeros(m, dtype=bool), np.zeros(m, dtype=bool)
     for i in order:
-        wanted, gradients = differentiate(call, i, everything)
+        wanted, gradients = call.differentiate(i, everything)
         row = {p: g for p, g in zip(wanted, gradients, strict=True) if g is not None}
         del gradients
         reached[i] = bool(row)
