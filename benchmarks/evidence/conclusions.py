@@ -69,7 +69,7 @@ def against(data: Data, key: str, label: str) -> str:
 def tuned_weights(data: Data) -> str:
     """The two baselines against each other."""
     rows = {row["name"]: row for row in data["overall"]}
-    if TUNED not in rows or "sum" not in rows[TUNED]:
+    if TUNED not in rows or "sum" not in rows[TUNED] or rows[TUNED]["problems"] < LEAST_PROBLEMS:
         return ""
     versus, places = rows[TUNED]["sum"], [row["name"] for row in data["overall"]]
     _, low, high = versus["ratio"]
@@ -108,7 +108,7 @@ def by_size(data: Data) -> str:
 def winners(data: Data) -> str:
     """Whether one contender wins everywhere."""
     orders = [order for order in (ordered(data, problem["name"]) for problem in real_problems(data)) if order]
-    if not orders:
+    if len(orders) < LEAST_PROBLEMS:
         return ""
 
     def among(ends: list[list[str]]) -> dict[str, int]:
