@@ -152,24 +152,16 @@ class MultiLossOptimizer(Optimizer):
         self._run: dict[str, Any] = {
             "committed": {"step": 0},
             "pending": None,
-            "draft": None,
-            "tasks": None,
-            "flags": [],
+            "kept": None,
             "report": None,
             "warned": False,
             "warned_of_ranks": False,
             "walked": None,
-            "rows": None,
-            "part": None,
-            "positions": {},
-            "pieces": {},
-            "features": (),
             "generator": None,
-            "kept": None,
             "unbatched": False,
             "hooked": False,
-            "call": None,
-            "residuals": None,
+            "flags": [],
+            **_of_one_call(),
         }
 
     # ------------------------------------------------------------------------------ torch's contract
@@ -615,18 +607,7 @@ class MultiLossOptimizer(Optimizer):
             if run["draft"] is not None:
                 run["pending"] = run["draft"]
         finally:
-            run.update(
-                draft=None,
-                tasks=None,
-                rows=None,
-                part=None,
-                positions={},
-                pieces={},
-                features=(),
-                call=None,
-                residuals=None,
-                projections=None,
-            )
+            run.update(_of_one_call())
 
     def _check_names(self, tasks: Tasks) -> None:
         if not self.stateful:
@@ -757,6 +738,25 @@ class MultiLossOptimizer(Optimizer):
         return kind(
             (str(key), self._number(f"{name}[{key!r}]", float(value), above=0.0)) for key, value in named.items()
         )
+
+
+def _of_one_call() -> dict[str, Any]:
+    """What a method has while ``backward`` runs, and forgets at its end."""
+    return {
+        "draft": None,
+        "tasks": None,
+        "call": None,
+        "features": (),
+        "residuals": None,
+        "rows": None,
+        "row_scales": 1.0,
+        "positions": {},
+        "pieces": {},
+        "part": None,
+        "factors": None,
+        "measured": None,
+        "projections": None,
+    }
 
 
 def _copied(value: Any) -> Any:
