@@ -329,3 +329,14 @@ def test_the_kept_page_is_written_from_its_data():
     assert page.text(data) == kept.read_text(encoding="utf-8")
     assert data["plan"]["contenders"] == names()
     assert [problem["name"] for problem in data["problems"]] == list(PROBLEMS)
+
+
+def test_other_pages_quote_what_was_found():
+    """README and the page on choosing say that no method beats constant weights from 60 trials on 12 problems."""
+    data = json.loads((ROOT / "docs" / "evidence.json").read_text(encoding="utf-8"))
+    methods = [row for row in data["overall"] if row["kind"] != "baseline"]
+    assert len(methods) == 55
+    assert not [row["name"] for row in methods if row["tuned"]["ratio"][2] < 1]
+    assert 0 < sum(row["sum"]["ratio"][2] < 1 for row in methods) <= 5
+    assert data["plan"]["vectors"] * data["plan"]["rates"] == 60
+    assert sum(problem["family"] != "toys" for problem in data["problems"]) == 12
