@@ -49,8 +49,13 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+    gc.collect()
+    gc.disable()  # memory of others that is collected meanwhile would count as freed by this one
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+    finally:
+        gc.enable()
     held = peak = 0
     for event in sorted(
         (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
