@@ -369,10 +369,10 @@ def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> lis
     Returns:
         m scalars, each with the dtype and device of its loss.
     """
-    if scaler is None:  # losses of one kind share what is never changed
+    if scaler is None:  # made at once; each loss has its own, since a hook may change it in place
         kinds = {(t.dtype, t.device) for t in tensors}
-        ones = {kind: torch.ones((), dtype=kind[0], device=kind[1]) for kind in kinds}
-        return [ones[t.dtype, t.device] for t in tensors]
+        ones = {kind: iter(torch.ones(len(tensors), dtype=kind[0], device=kind[1]).unbind()) for kind in kinds}
+        return [next(ones[t.dtype, t.device]) for t in tensors]
     scaled = scaler.scale([torch.ones((), device=t.device) for t in tensors])
     return [s.to(t.dtype) for s, t in zip(scaled, tensors, strict=True)]
 

@@ -232,6 +232,19 @@ def test_tensor_hooks_see_every_row(net, x):
     assert not net.trunk[0].weight.grad.any()
 
 
+@pytest.mark.parametrize("method", [gradsurgery.PCGrad, gradsurgery.FixedWeighter])
+def test_a_hook_that_changes_the_gradient_of_one_loss_in_place_changes_that_of_no_other(net, x, method):
+    found = []
+    for hook in (lambda g: g.mul_(5), lambda g: g * 5):
+        losses = net(x)
+        losses["t0"].register_hook(hook)
+        optimizer = method(sgd(net))
+        optimizer.backward(losses)
+        found.append([p.grad for p in net.parameters()])
+        optimizer.zero_grad()
+    torch.testing.assert_close(*found)
+
+
 def test_shared_params_override(net, x):
     optimizer = gradsurgery.MGDA(sgd(net), shared_params=(p for p in net.trunk[2].parameters()))
     report = optimizer.backward(net(x))
