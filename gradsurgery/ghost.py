@@ -28,9 +28,11 @@ from gradsurgery.ghost_layers import Convolution, Embedding, Layer
 from gradsurgery.gram import Room, Row, Table
 
 # Rounding of ⟨D, K D⟩ in float32 relative to Σₙ ‖aₙ‖² ‖dₙ‖², what is allowed of it relative to the squared norm, and
-# the squared norms that float32 can hold.
+# the squared norms that float32 can hold. Rounding in float64, and what is allowed of it if all parameters are in it.
 _ROUNDING, _ALLOWED = 6e-8, 5e-7
 _SAFE_SQUARES = (1e-24, 1e30)
+_EPS = float(np.finfo(np.float64).eps)
+_ALLOWED_DOUBLE = 32 * _EPS
 
 
 class Found(Table):
@@ -119,12 +121,12 @@ class Found(Table):
         """Inner products of the rows.
 
         Returns:
-            J Jᵀ, (m, m), float64, wrong by at most 1e-6 of the product of two norms.
+            J Jᵀ, (m, m), float64, wrong by at most 1e-6 of the product of two norms, beyond what the rows are.
         """
         return self.repaired(self.products().cpu().numpy())
 
     def repaired(self, found: np.ndarray) -> np.ndarray:
-        """Replace products whose terms cancelled too well for float32, or left its range.
+        """Replace products whose terms cancelled too well, or left the range of float32.
 
         Args:
             found: What :meth:`products` gave, on the host, (m, m + 1).
@@ -138,13 +140,19 @@ class Found(Table):
         pairs = zip(squares.tolist(), sizes.tolist(), strict=True)
         if all(low <= square <= high and _ROUNDING * size <= _ALLOWED * square for square, size in pairs):
             return gram
-        if self.noise < _ROUNDING:  # they are in double precision
+        double = self.noise < _ROUNDING
+        if not double:
+            doubtful = ~((squares >= low) & (squares <= high) & (_ROUNDING * sizes <= _ALLOWED * squares))
+            # A row of exact zeros is common (an inactive hinge) and needs no second look.
+            if not any(bool(g.any()) for i in np.flatnonzero(doubtful) for g in self.rows[i] if g is not None):
+                return gram
+            again = self._products(torch.float64).cpu().numpy()
+            gram, sizes = again[:, :-1], again[:, -1]
+        allowed = _ALLOWED_DOUBLE if double else _ALLOWED
+        if (_EPS * sizes <= allowed * gram.diagonal()).all():
             return gram
-        doubtful = ~((squares >= low) & (squares <= high) & (_ROUNDING * sizes <= _ALLOWED * squares))
-        # A row of exact zeros is common (an inactive hinge) and needs no second look.
-        if any(bool(g.any()) for i in np.flatnonzero(doubtful) for g in self.rows[i] if g is not None):
-            return self._products(torch.float64).cpu().numpy()[:, :-1]
-        return gram
+        # The gradients are small next to their terms. Formed, they are rounded as the direction will be.
+        return self._products(torch.float64, formed=True).cpu().numpy()[:, :-1]
 
     def triangle(self) -> np.ndarray:
         """A square root of the Gram matrix, for which all rows are formed; see :func:`gradsurgery.gram.triangle`.
@@ -160,7 +168,7 @@ class Found(Table):
     def noise(self) -> float:
         """How far products may be off, relative to the lengths of the two rows."""
         double = all(p.dtype == torch.float64 for p in self._plan.shared)
-        return float(np.finfo(np.float64).eps) if double else _ALLOWED
+        return _EPS if double else _ALLOWED
 
     def part(self, keep: Sequence[int]) -> Found:
         """Some of the rows.
@@ -201,7 +209,8 @@ class Found(Table):
         return gradients
 
     @torch.no_grad()
-    def _products(self, least: torch.dtype) -> Tensor:
+    def _products(self, least: torch.dtype, formed: bool = False) -> Tensor:
+        """Multiply; the gradients themselves, of one layer at a time, if they are to be formed."""
         layers = self._plan.layers
         linear = [k for k, layer in enumerate(layers) if not isinstance(layer, Embedding)]
         gram = gram_module.gram_in([[g for k, g in enumerate(row) if k not in linear] for row in self.rows], least)
@@ -216,7 +225,11 @@ class Found(Table):
                 continue
             layer.check()
             with _exactly(kept[0].device):
-                part, size = layer.products(kept, least, room)
+                if formed:
+                    part = gram_module.gram_in([list(layer.combine([g], [1.0])) for g in kept], least)
+                    size = part.new_zeros(len(kept))
+                else:
+                    part, size = layer.products(kept, least, room)
             if len(kept) < len(self.rows):
                 at = torch.tensor(present, device=part.device)
                 part = part.new_zeros(gram.shape).index_put_((at[:, None], at), part)

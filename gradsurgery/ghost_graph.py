@@ -153,7 +153,7 @@ class Reader:
         weight = self.shared[way.place]
         out, width = weight.shape if way.flipped else weight.shape[::-1]
         shape = tuple(node._input_metadata[0].shape)
-        if not inputs.numel() or shape != (len(inputs), out) or inputs.shape[1] != width:
+        if not inputs.numel() or not out or shape != (len(inputs), out) or inputs.shape[1] != width:
             return None
         bias = self._way(node, 0) if affine and node._saved_beta == 1 else None
         if bias is not None and self.shared[bias.place].shape != (out,):
@@ -216,7 +216,7 @@ class Reader:
         table = self.shared[place]
         count, width = table.shape
         for node, *_, indices in calls:
-            if not len(indices) or node._saved_weight_sym_argsize_0 != count:
+            if not width or not len(indices) or node._saved_weight_sym_argsize_0 != count:
                 return None
             if node._input_metadata[0].shape[-1] != width:
                 return None
@@ -227,7 +227,7 @@ class Reader:
         scales = [_scales(call.node, call.inputs, count) for call in calls]
         joined: Tensor | None = None
         if any(s is not None for s in scales):
-            ones = [torch.ones(len(call.inputs), 1, device=indices.device) for call in calls]
+            ones = [torch.ones(len(call.inputs), 1, device=indices.device, dtype=torch.float64) for call in calls]
             joined = torch.cat([one if s is None else s for s, one in zip(scales, ones, strict=True)])
         edges = tuple(GradientEdge(call.node, 0) for call in calls)
         return Embedding(edges, (table,), (place,), tuple(len(c.inputs) for c in calls), groups, unique, joined)
@@ -335,15 +335,15 @@ def _grouped(indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scales(node: Any, indices: Tensor, count: int) -> Tensor | None:
-    """What a call of an embedding multiplies the gradient at each index by, (Nᵤ, 1); None: nothing."""
+    """What a call of an embedding multiplies the gradient at each index by, (Nᵤ, 1), float64; None: nothing."""
     scales: Tensor | None = None
     if node._saved_scale_grad_by_freq:
         groups, _ = _grouped(indices)
-        times = torch.zeros(len(indices), device=indices.device)
+        times = torch.zeros(len(indices), device=indices.device, dtype=torch.float64)
         times.index_add_(0, groups, torch.ones_like(times))
         scales = times[groups].reciprocal()[:, None]
     if 0 <= node._saved_padding_idx < count:
-        kept = (indices != node._saved_padding_idx)[:, None].float()
+        kept = (indices != node._saved_padding_idx)[:, None].double()
         scales = kept if scales is None else scales * kept
     return scales
 

@@ -291,7 +291,7 @@ class Embedding(NamedTuple):
         counts: Number of indices of each call; N in all.
         groups: For each index, where it is among those without repetition, (N,).
         indices: The indices without repetition, filled up with zeros, (N,).
-        scales: What the gradient at each index is multiplied by, (N, 1), or None.
+        scales: What the gradient at each index is multiplied by, (N, 1), float64, or None.
     """
 
     edges: tuple[GradientEdge, ...]
@@ -336,7 +336,7 @@ class Embedding(NamedTuple):
             return None
         flat = flat.to(_widest(torch.float32, flat))
         if self.scales is not None:
-            flat = flat * self.scales
+            flat = flat * self.scales.to(flat.dtype)
         return flat.new_zeros(flat.shape).index_add_(0, self.groups, flat)
 
     def combine(self, rows: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:

@@ -217,6 +217,23 @@ def test_addmm_with_factors_is_left_alone() -> None:
     compare(model, at(torch.randn(4, 8)), heads(model))
 
 
+def test_layers_without_outputs_are_left_alone() -> None:
+    """Adaptive softmax has some where the last clusters get no width."""
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.ones(0, 8)), nn.Parameter(torch.ones(5, 0))
+            self.table = nn.Parameter(torch.ones(3, 0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            looked_up = nn.functional.embedding(torch.tensor([0, 2, 2, 1]), self.table)
+            return nn.functional.linear(nn.functional.linear(x, self.w) + looked_up, self.v) + x[:, :5]
+
+    model = Net(Narrow(), 5)
+    compare(model, at(torch.randn(4, 8)), heads(model))
+
+
 def test_one_module_called_with_other_parameters() -> None:
     def both(m: nn.Module, x: Tensor) -> Tensor:
         other = {name: p.tanh() for name, p in m.a.named_parameters()}
@@ -471,6 +488,13 @@ def test_embeddings(kwargs: dict) -> None:
     compare(model, at(index.int()[0]), body("0.weight", "2.weight", "2.bias") + heads(model))
 
 
+@pytest.mark.parametrize("kwargs", [{"scale_grad_by_freq": True}, {"padding_idx": 0, "scale_grad_by_freq": True}])
+def test_frequencies_divide_in_double_precision(kwargs: dict) -> None:
+    model = Net(nn.Embedding(11, 4, **kwargs), 4).double()
+    index = torch.tensor([2, 2, 2, 0, 7, 0, 0, 10])
+    compare(model, at(index), body("weight") + heads(model), error=1e-14)
+
+
 def test_sparse_tables_and_bags_are_direct() -> None:
     for table in (nn.Embedding(11, 4, sparse=True), nn.EmbeddingBag(11, 4)):
         model = Net(nn.Sequential(table, nn.Linear(4, 5)), 5)
@@ -678,6 +702,25 @@ def test_terms_that_cancel_are_multiplied_once_more() -> None:
         return [(y * torch.full((30,), k + 1.0, dtype=like)).sum() + (y.sin()[:, k]).mean() * 1e-4 for k in range(3)]
 
     compare(model, losses, body("weight", "bias"), slack=1e4, params=list(model.body.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apart", [0.0, 1e-10, 1e-8, 1e-6])
+def test_terms_that_cancel_even_in_double_precision_are_formed(dtype: torch.dtype, apart: float) -> None:
+    layer = nn.Linear(20, 5).to(dtype)
+    x, c = torch.randn(8, 20).to(dtype), torch.randn(3, 8, 5).to(dtype)
+    z = layer(torch.cat([x, x * (1 + apart)]))
+    values = [(z * torch.cat([a, -a])).sum() for a in c[:2]] + [(z * c[2].repeat(2, 1)).sum()]
+    rows = [[torch.autograd.grad(v, layer.weight, retain_graph=True)[0]] for v in values]
+    plan = ghost.plan(values, [layer.weight], force=True)
+    assert plan is not None
+    gram, want = plan.differentiate(values, [torch.ones_like(v) for v in values]).gram(), gram_of(rows)
+    # What rounding leaves of a gradient: its terms have squares of ‖a‖² ‖d‖².
+    terms = np.array([float(a.double().norm() ** 2 * x.double().norm() ** 2) for a in c])
+    lengths = np.sqrt(want.diagonal()) + torch.finfo(dtype).eps * np.sqrt(terms)
+    off = 20 * torch.finfo(dtype).eps * np.sqrt(terms) + 1e-6 * np.sqrt(want.diagonal())
+    assert (np.abs(gram - want) <= np.outer(off, lengths) + np.outer(lengths, off)).all()
+    assert (gram.diagonal() >= 0).all()
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1e-14, 1e14, 1e18])
