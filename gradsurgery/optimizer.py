@@ -8,6 +8,8 @@ What a method learns between steps (windows, averages, weights) is its *memory*.
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,9 +84,10 @@ class MultiLossOptimizer(Optimizer):
             ``fully_shard`` or a tensor-parallel plan this is found by itself.
         process_group: The same with these processes.
         debug: Compare the parameters of all processes in every call, and raise where they differ.
+        **unknown: There is no other argument; the error says which one may have been meant.
 
     Raises:
-        TypeError: `optimizer` is not an optimizer, or a nesting that has no meaning.
+        TypeError: `optimizer` is not an optimizer, a nesting that has no meaning, or an argument that is not known.
         ValueError: An argument is out of range.
     """
 
@@ -115,6 +118,7 @@ class MultiLossOptimizer(Optimizer):
         distributed: bool = False,
         process_group: dist.ProcessGroup | None = None,
         debug: bool = False,
+        **unknown: object,
     ) -> None:
         # Kept, since a framework may run these methods on an object of a subclass that it makes up.
         self._name = type(self).__name__
@@ -124,6 +128,8 @@ class MultiLossOptimizer(Optimizer):
             raise TypeError(
                 f"{self._name}: `optimizer` must be a torch.optim.Optimizer, got {_shown(optimizer)}.{hint}"
             )
+        if unknown:
+            raise TypeError(f"{self._name}: {_unknown(type(self), unknown, optimizer)}")
         self.base = optimizer
         self.reduction = self._choice("reduction", reduction, ("sum", "mean"))
         self.nonfinite = self._choice("nonfinite", nonfinite, ("raise", "skip", "drop"))
@@ -770,3 +776,21 @@ def _copied(value: Any) -> Any:
 
 def _shown(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
+def _unknown(method: type, unknown: Mapping[str, object], optimizer: Optimizer) -> str:
+    """Say of arguments that a class does not take what may have been meant."""
+    known = {
+        name
+        for cls in method.__mro__
+        if issubclass(cls, MultiLossOptimizer) and "__init__" in vars(cls)
+        for name in inspect.signature(vars(cls)["__init__"]).parameters
+    }
+    said = []
+    for name in unknown:
+        near = difflib.get_close_matches(name.lower(), known - {"self", "optimizer", "switches", "unknown"}, n=1)
+        hint = f" (did you mean `{near[0]}`?)" if near else ""
+        if name in optimizer.defaults:
+            hint = f" (give it to {type(optimizer).__name__}, the optimizer inside)"
+        said.append(f"`{name}`{hint}")
+    return f"there is no argument {' and none '.join(said)}."

@@ -361,3 +361,21 @@ def test_the_memory_of_a_part_stays_with_its_parameter(net, x):
     position = list(net.parameters()).index(first)
     assert after[f"parameter {position}"] == before[f"parameter {position}"]
     assert after[f"parameter {position + 1}"] != before[f"parameter {position + 1}"]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        (gradsurgery.PCGrad, {"lr": 0.1}, "PCGrad: there is no argument `lr` (give it to SGD, the optimizer inside)."),
+        (gradsurgery.CAGrad, {"C": 0.5}, "CAGrad: there is no argument `C` (did you mean `c`?)."),
+        (
+            gradsurgery.DWAWeighter,
+            {"warm_up": 3, "colour": 1},
+            "DWAWeighter: there is no argument `warm_up` (did you mean `warmup`?) and none `colour`.",
+        ),
+    ],
+)
+def test_unknown_arguments_are_named(net, method, given, said):
+    with pytest.raises(TypeError) as error:
+        method(torch.optim.SGD(net.parameters(), lr=0.1), **given)
+    assert str(error.value) == said
