@@ -27,10 +27,9 @@ from gradsurgery.ghost_graph import Reader
 from gradsurgery.ghost_layers import Convolution, Embedding, Layer
 from gradsurgery.gram import Room, Row, Table
 
-# Rounding of ⟨D, K D⟩ in float32 relative to Σₙ ‖aₙ‖² ‖dₙ‖², what is allowed of it relative to the squared norm, and
-# the squared norms that float32 can hold. Rounding in float64, and what is allowed of it if all parameters are in it.
+# Rounding of ⟨D, K D⟩ in float32 relative to Σₙ ‖aₙ‖² ‖dₙ‖², and what is allowed of it relative to the squared norm.
+# Rounding in float64, and what is allowed of it if all parameters are in it.
 _ROUNDING, _ALLOWED = 6e-8, 5e-7
-_SAFE_SQUARES = (1e-24, 1e30)
 _EPS = float(np.finfo(np.float64).eps)
 _ALLOWED_DOUBLE = 32 * _EPS
 
@@ -135,7 +134,7 @@ class Found(Table):
             J Jᵀ, (m, m), float64.
         """
         gram, sizes = found[:, :-1], found[:, -1]
-        low, high = _SAFE_SQUARES
+        low, high = gram_module.SAFE_SQUARES
         squares = gram.diagonal()
         pairs = zip(squares.tolist(), sizes.tolist(), strict=True)
         if all(low <= square <= high and _ROUNDING * size <= _ALLOWED * square for square, size in pairs):
