@@ -28,7 +28,7 @@ from gradsurgery import shards
 from gradsurgery.call import Call, parameters, prepare, representation
 from gradsurgery.losses import Losses, Tasks
 from gradsurgery.report import Report
-from gradsurgery.world import World
+from gradsurgery.world import World, hold
 
 _ZEROS = np.zeros(4, dtype=np.uint64)
 _KEY = "gradsurgery"  # the one key that state_dict has beyond torch's own
@@ -448,9 +448,7 @@ class MultiLossOptimizer(Optimizer):
         group = self.process_group or dist.group.WORLD
         assert group is not None
         if self.distributed or shards.sharded(parameters(self)):
-            # Torch waits for ever if the reducer of DistributedDataParallel is the last to let go of a group whose
-            # threads have just worked with our tensors: it joins them without releasing the interpreter's lock.
-            self._group = group
+            hold(self, group)
             return World(group, self._name)
         self._warn_of_ranks()
         return None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import time
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +20,35 @@ from gradsurgery.losses import Tasks
 # The names that newer versions of torch have for what older ones call otherwise.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+#: Those who hold a process group in `_group`.
+_holders: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def hold(owner: Any, group: dist.ProcessGroup) -> None:
+    """Let an object hold the group that it works with, until the interpreter begins to end.
+
+    Whoever lets go of a gloo group last waits for its threads, and these need the interpreter's lock as long as one of
+    them still has a tensor. The reducer of DistributedDataParallel waits with the lock in its hands: for ever. While
+    modules are torn down nobody gets the lock any more: the process aborts. Python code that runs lets go well.
+
+    Args:
+        owner: The object; its attribute `_group` is set.
+        group: The process group.
+    """
+    owner._group = group
+    _holders.add(owner)
+
+
+@atexit.register
+def _let_go() -> None:
+    held = [owner._group for owner in list(_holders)]
+    if held:
+        gc.collect()  # models that nobody has any more go before their group
+        for owner in list(_holders):
+            owner._group = None
+        held.clear()
+        time.sleep(0.05)  # a thread that has just finished takes the lock once more, to put its tensors away
 
 
 class World:

@@ -740,3 +740,14 @@ def test_distributed_needs_a_process_group():
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.01), distributed=True)
     with pytest.raises(RuntimeError, match="init_process_group"):
         optimizer.backward(losses_of(net, data(1)[0, 0]))
+
+
+def test_a_group_is_let_go_when_the_interpreter_begins_to_end():
+    class Owner:
+        _group = None
+
+    owner = Owner()
+    world.hold(owner, "a group")
+    assert owner._group == "a group"
+    world._let_go()
+    assert owner._group is None
