@@ -110,6 +110,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, and then in as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def chosen(rows: int, steps: int, batch: int, seed: int) -> Tensor:
     """Which rows make the batches: (steps, 3, batch), drawn with replacement."""
     generator = torch.Generator().manual_seed(1000 + seed)

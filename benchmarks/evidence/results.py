@@ -15,7 +15,7 @@ import torch
 import gradsurgery
 from benchmarks.evidence import contenders
 from benchmarks.evidence.contenders import ALONE, SUM, TUNED
-from benchmarks.evidence.problem import Problem, clipped, score
+from benchmarks.evidence.problem import Problem, clipped, one_thread, score
 from benchmarks.evidence.runner import Queue, Records
 from benchmarks.evidence.statistics import bootstrap, delta_m, ranks, relative, verdict
 from benchmarks.evidence.training import PROBLEMS, Plan, first_trainings, last_trainings, vector
@@ -229,10 +229,8 @@ def prices(plan: Plan, rounds: int = 5, steps: int = 12) -> Data:
     Returns:
         Ratios by problem and contender, and the milliseconds of the plain sum.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     found: Data = {}
-    try:
+    with one_thread():
         for name in PRICED:
             problem = PROBLEMS[name]
             entrants = [c for c in plan.contenders if c != TUNED and contenders.refused(c, problem) is None]
@@ -253,8 +251,6 @@ def prices(plan: Plan, rounds: int = 5, steps: int = 12) -> Data:
                     for c, mine in seconds.items()
                 },
             }
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.evidence import contenders
+from benchmarks.evidence.problem import one_thread
 from benchmarks.evidence.training import Plan, Training, first_trainings, last_trainings, pairs, train
 
 Records = dict[str, dict[str, Any]]
@@ -141,14 +142,10 @@ def run(plan: Plan, store: Store, jobs: int, watch: Watch = lambda name: None) -
     """
     queue = Queue(plan, store.records)
     if jobs == 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             while (training := next(queue.missing(), None)) is not None:
                 store.add(train(training, plan))
                 watch(training.problem)
-        finally:
-            torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
     pool = ProcessPoolExecutor(jobs, context, _start_worker)
@@ -182,10 +179,8 @@ def estimate(plan: Plan) -> float:
     Returns:
         Seconds, to a factor of two or so.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     total = 0.0
-    try:
+    with one_thread():
         for name in plan.problems:
             problem = plan.problem(name)
             seconds = {}
@@ -202,8 +197,6 @@ def estimate(plan: Plan) -> float:
                     surgery = contender in contenders.surgeries()
                     count = len(first_trainings(plan, name, contender)) + len(plan.seeds)
                     total += count * problem.steps * seconds["PCGrad" if surgery else contenders.SUM]
-    finally:
-        torch.set_num_threads(threads)
     return total
 
 

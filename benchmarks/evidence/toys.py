@@ -9,7 +9,6 @@ from torch import nn
 
 from benchmarks.evidence.problem import Losses, Problem, Split, Start
 from gradsurgery.commands.comparing import PROBLEMS as SETTINGS
-from gradsurgery.problems import Problem as Toy
 
 _BUILT = {name: setting.build() for name, setting in SETTINGS.items()}
 
@@ -26,12 +25,6 @@ class Point(nn.Module):
         self.theta = nn.Parameter(theta)
 
 
-def breadth(toy: Toy) -> float:
-    """How far a loss varies along the Pareto front; its size where the front is one point."""
-    front = torch.stack(toy.losses(toy.pareto_set()))
-    return float((front.amax(dim=1) - front.amin(dim=1)).max()) or float(front.abs().max())
-
-
 def walk(seed: int, name: str) -> Start:
     toy = _BUILT[name]
     # One start a seed, a little off the toy's own, since some have one only.
@@ -44,7 +37,7 @@ def walk(seed: int, name: str) -> Start:
     def errors(split: Split) -> dict[str, float]:
         if not torch.isfinite(point.theta).all():
             return {"gap": float("nan")}
-        return {"gap": toy.gap(point.theta) / breadth(toy)}
+        return {"gap": toy.gap(point.theta) / toy.breadth()}
 
     return Start(point, [point.theta], losses, errors)
 
