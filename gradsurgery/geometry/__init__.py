@@ -5,13 +5,15 @@ the rows, w or a matrix of them: the direction is d = Jᵀ w. All of them comput
 absolute length: the answer for s·J follows from the answer for J for every s > 0 (as long as the entries of G stay
 within 1e-300 and 1e300).
 
-Two habits run through all of it:
+Three habits run through all of it:
 
 * **Unit rows.** Problems are solved for the cosines C_ij = G_ij / (n_i n_j), n_i = √G_ii, with unknowns v_i = w_i n_i.
   Rows of length 1e-6 and 1e6 then weigh the same, and every tolerance can be stated relative to the rows.
 * **A factor on request.** A Gram matrix squares the condition number: angles below 1e-8 are lost in it. Functions with
   a ``factor`` argument measure how far the Gram can be trusted and, where it cannot, call ``factor()`` for a matrix B
   of shape (m, k) with B Bᵀ = J Jᵀ to row accuracy (the triangle of a QR decomposition of Jᵀ, or J itself).
+* **Verified answers.** What an inequality decides is checked by its optimality conditions, whoever found it. Functions
+  with a ``flag`` argument call it with "not-converged" where they do not hold to rounding; without it that is an error.
 """
 
 from gradsurgery.geometry.balance import align, equal_projection

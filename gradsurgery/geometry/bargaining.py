@@ -10,6 +10,7 @@ from scipy.linalg import lstsq
 from scipy.linalg.lapack import dposv
 
 from gradsurgery.geometry.cones import min_norm, shortest
+from gradsurgery.geometry.nonnegative import Flag, refuse
 from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, half, select, unit, unit_rows
 
 _NEWTON_ROUNDS, _POINT_ROUNDS, _STALE_ROUNDS, _HALVINGS = 100, 500, 5, 40
@@ -24,6 +25,7 @@ def power_fixed_point(
     *,
     strength: ArrayLike = 1.0,
     noise: float = EPS,
+    flag: Flag = refuse,
 ) -> tuple[Array, bool]:
     """Weights w > 0 with G w = s w^(−1/α): Nash-MTL for α = 1, FairGrad for any α > 0, bargaining powers s.
 
@@ -36,6 +38,7 @@ def power_fixed_point(
         factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
         strength: s > 0, (m,) or one number.
         noise: error of the Gram's entries, relative to n_i n_j.
+        flag: called with "not-converged" if the conditions of the answer cannot be met; an error by default.
 
     Returns:
         ``(weights, solved)``. A zero row has no finite solution: it is left out and gets weight 0. ``solved`` is false,
@@ -53,7 +56,7 @@ def power_fixed_point(
             return weights, False
         part, part_factor = select(g, factor, keep)
         power = np.broadcast_to(np.asarray(strength, dtype=np.float64), m)[keep]
-        weights[keep], solved = power_fixed_point(part, alpha, part_factor, strength=power, noise=noise)
+        weights[keep], solved = power_fixed_point(part, alpha, part_factor, strength=power, noise=noise, flag=flag)
         return weights, solved
     top = norms.max()
     lengths = norms / top
@@ -67,14 +70,14 @@ def power_fixed_point(
     else:
         least = length * length / float(v.sum())
     if not (v.sum() < AMPLIFICATION * least and residual < 1e-10):
-        if min_norm(g, factor, noise=noise)[1]:
+        if min_norm(g, factor, noise=noise, flag=flag)[1]:
             return np.zeros(m), False
         if factor is None:
             columns = half(cosines)[0]
         else:
             norms, columns = unit_rows(factor)
             lengths = norms / top
-        v, solved = _power_point(columns, np.log(power) + (p - 1) * np.log(lengths), alpha)
+        v, solved = _power_point(columns, np.log(power) + (p - 1) * np.log(lengths), alpha, flag)
         if not solved:
             return np.zeros(m), False
     return v / lengths * top ** (-2 * alpha / (1 + alpha)), True
@@ -158,7 +161,7 @@ def _power_newton(cosines: Array, power: Array, lengths: Array, p: float) -> tup
     return kept, length, least
 
 
-def _power_point(columns: Array, log_b: Array, alpha: float) -> tuple[Array, bool]:
+def _power_point(columns: Array, log_b: Array, alpha: float, flag: Flag) -> tuple[Array, bool]:
     """The same v for unit columns that are nearly stationary, or that differ by any factor; and whether there is one.
 
     Two convex problems have this solution, with p_i = ⟨u_i, d⟩ and v_i = (b_i / p_i)^α: the least
@@ -176,9 +179,9 @@ def _power_point(columns: Array, log_b: Array, alpha: float) -> tuple[Array, boo
 
     # x are the p or the v, vector is d.
     if by_products:
-        vector = shortest(columns, power(log_b - log_b.max()))
+        vector = shortest(columns, power(log_b - log_b.max()), flag)
         if (vector @ columns).min() <= 0:
-            vector = shortest(columns, np.ones(m))
+            vector = shortest(columns, np.ones(m), flag)
         x, log_b = vector @ columns, alpha * log_b
         if x.min() <= 0:
             return np.zeros(m), False

@@ -5,14 +5,25 @@ from __future__ import annotations
 from math import sqrt
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import qr, solve_triangular
-from scipy.optimize import nnls
 
-from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, doubtful, half, unit, unit_rows
+from gradsurgery.geometry.nonnegative import Flag, bound, guess, nonnegative, refuse
+from gradsurgery.geometry.units import (
+    AMPLIFICATION,
+    DEPENDENT,
+    EPS,
+    Array,
+    Factor,
+    arranged,
+    doubtful,
+    half,
+    unit,
+    unit_rows,
+)
 
 
-def least_distance(columns: Array, bounds: Array) -> Array:
+def least_distance(columns: Array, bounds: Array, flag: Flag = refuse) -> tuple[Array, Array, float]:
     """Multipliers x ≥ 0 of the shortest e with ⟨u_i, e⟩ ≥ h_i, up to a factor: argmin ‖Σ x_i u_i‖² + (hᵀx − 1)².
 
     e = Σ x_i u_i / (1 − hᵀx), and no e exists when hᵀx = 1 (Lawson & Hanson 1974, chapter 23).
@@ -20,26 +31,32 @@ def least_distance(columns: Array, bounds: Array) -> Array:
     Args:
         columns: u_1 … u_m, (k, m).
         bounds: h, (m,).
+        flag: called with "not-converged" if x cannot be found; an error by default.
 
     Returns:
-        x, (m,).
+        x, (m,); Σ x_i u_i, (k,); and 1 − hᵀx.
     """
-    target = np.zeros(len(columns) + 1)
-    target[-1] = 1.0
-    return nnls(np.vstack((columns, bounds)), target)[0]
+    k, m = columns.shape
+    stacked = np.empty((k + 1, m))
+    stacked[:k], stacked[k] = columns, bounds
+    target = np.zeros(k + 1)
+    target[k] = 1.0
+    x, residual = nonnegative(stacked, target, flag)
+    return x, -residual[:k], float(residual[k])
 
 
-def shortest(columns: Array, bounds: Array) -> Array:
+def shortest(columns: Array, bounds: Array, flag: Flag = refuse) -> Array:
     """The shortest e with ⟨u_i, e⟩ ≥ h_i, if there is one, up to a factor.
 
     Args:
         columns: u_1 … u_m, (k, m).
         bounds: h, (m,).
+        flag: called with "not-converged" if e cannot be found; an error by default.
 
     Returns:
         e, (k,).
     """
-    x = least_distance(columns, bounds)
+    x, point, _ = least_distance(columns, bounds, flag)
     support = np.flatnonzero(x)
     if 0 < len(support) <= len(columns):
         # Once more on the support, where the constraints are equations: Σ x_i u_i loses digits where it cancels.
@@ -47,10 +64,12 @@ def shortest(columns: Array, bounds: Array) -> Array:
         pivots = np.abs(r.diagonal())
         if pivots.min() > 4 * len(x) * EPS * pivots.max():
             return np.asarray(q @ solve_triangular(r, bounds[support], trans=1))
-    return np.asarray(columns @ x)
+    return point
 
 
-def min_norm(gram: ArrayLike, factor: Factor | None = None, *, noise: float = EPS) -> tuple[Array, bool]:
+def min_norm(
+    gram: ArrayLike, factor: Factor | None = None, *, noise: float = EPS, flag: Flag = refuse
+) -> tuple[Array, bool]:
     """Weights of the shortest vector in the convex hull of the rows (MGDA): argmin ‖Jᵀ w‖, w ≥ 0, Σ w = 1.
 
     In unit rows, minimising ‖Σ v_i u_i‖² + (aᵀv − 1)² over v ≥ 0, with a_i = n_min / n_i, gives the point up to its
@@ -60,6 +79,7 @@ def min_norm(gram: ArrayLike, factor: Factor | None = None, *, noise: float = EP
         gram: (m, m) Gram matrix.
         factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
         noise: error of the Gram's entries, relative to n_i n_j.
+        flag: called with "not-converged" if the conditions of the answer cannot be met; an error by default.
 
     Returns:
         ``(weights, stationary)``: (m,) on the simplex, and whether the shortest vector is zero as far as the input can
@@ -72,25 +92,30 @@ def min_norm(gram: ArrayLike, factor: Factor | None = None, *, noise: float = EP
     if zero.any():
         return zero / np.count_nonzero(zero), True
     columns, pivot = half(cosines)
+    order = None
+    if pivot < DEPENDENT:
+        order, norms, cosines, factor = arranged(norms, cosines, factor)
+        columns, pivot = half(cosines)
     a = norms.min() / norms
-    v = least_distance(columns, a)
-    total = v.sum()
-    point = columns @ v
-    length = np.sqrt(point @ point)
+    unsure: list[str] = []
+    v, point, gap = least_distance(columns, a, unsure.append)
+    total, length = v.sum(), sqrt(point @ point)
     tolerance = np.sqrt(m * noise)
-    if factor is not None and pivot * length * AMPLIFICATION < total:
-        slack = point @ columns - length * length / (a @ v) * a
+    if factor is not None and (unsure or pivot * length * AMPLIFICATION < total):
+        slack = point @ columns - gap * a
         active = (v > 0) | (slack <= 100 * m * noise * total)
-        if doubtful(np.vstack((columns, a)), active, float(length / total), noise):
+        if unsure or doubtful(np.vstack((columns, a)), active, length / float(total), noise):
+            unsure.clear()
             norms, columns = unit_rows(factor)
             a = norms.min() / norms
-            v = least_distance(columns, a)
-            total = v.sum()
-            point = columns @ v
-            length = np.sqrt(point @ point)
+            v, point, _ = least_distance(columns, a, unsure.append)
+            total, length = v.sum(), sqrt(point @ point)
             tolerance = 16 * m * EPS
+    for reason in unsure:
+        flag(reason)
     weights = v * a
-    return weights / weights.sum(), bool(length <= tolerance * total)
+    weights /= weights.sum()
+    return weights if order is None else weights[np.argsort(order)], bool(length <= tolerance * total)
 
 
 def frank_wolfe(gram: ArrayLike, max_iterations: int = 250, tolerance: float = 1e-5) -> tuple[Array, int]:
@@ -145,7 +170,9 @@ def project_simplex(v: ArrayLike) -> Array:
     return w / w.sum()
 
 
-def dual_cone(gram: ArrayLike, u: ArrayLike, factor: Factor | None = None, *, noise: float = EPS) -> Array:
+def dual_cone(
+    gram: ArrayLike, u: ArrayLike, factor: Factor | None = None, *, noise: float = EPS, flag: Flag = refuse
+) -> Array:
     """Weights of the projection of Jᵀ u on the dual cone {d: J d ≥ 0}: w = u + λ, λ ≥ 0 minimising ‖Jᵀ (u + λ)‖.
 
     One non-negative least squares problem in unit rows for each u; the cone does not depend on the row lengths.
@@ -156,6 +183,7 @@ def dual_cone(gram: ArrayLike, u: ArrayLike, factor: Factor | None = None, *, no
         u: (m,) weights of the vector to project, or (k, m), one vector a row.
         factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
         noise: error of the Gram's entries, relative to n_i n_j.
+        flag: called with "not-converged" if the conditions of the answer cannot be met; an error by default.
 
     Returns:
         w of the shape of u. A zero row keeps its weight.
@@ -164,38 +192,76 @@ def dual_cone(gram: ArrayLike, u: ArrayLike, factor: Factor | None = None, *, no
     u = np.asarray(u, dtype=np.float64)
     m = len(norms)
     wanted = (u * norms).reshape(-1, m)
-    columns, pivot = half(cosines)
-    lowest = (wanted @ cosines).min(axis=1).tolist()
+    products = wanted.dot(cosines)
     # A vector that no row opposes is its own projection.
-    opposed = [i for i, low in enumerate(lowest) if low < 0]
-    if not opposed:
+    if products.item(products.argmin()) >= 0:
         return u.copy()
-    targets = wanted @ -columns.T
-    pushed = np.zeros_like(wanted)
-    for i in opposed:
-        pushed[i] = nnls(columns, targets[i])[0]
+    columns, pivot = half(cosines)
+    order = None
+    if pivot < DEPENDENT:
+        order, norms, cosines, factor = arranged(norms, cosines, factor)
+        wanted, products = wanted[:, order], products[:, order]
+        columns, pivot = half(cosines)
+    unsure: list[str] = []
+    s = _push(columns, wanted, products, unsure.append)
     # For u ≥ 0, ‖Jᵀ(u + λ)‖ ≥ σ_min |u + λ|₁ / √m, and after pivoting σ_min ≥ 3 pivot / √(4^m + 6m − 1) (Higham 2002,
     # chapter 8). Where that is good enough, as for most small m, no closer look is needed.
     sound = m < 32 and 3 * AMPLIFICATION * pivot * pivot >= sqrt(m * (4.0**m + 6 * m - 1)) and u.min() >= 0
-    if factor is not None and not sound:
-        exact: Array | None = None
-        for i in opposed:
-            y, s = wanted[i], pushed[i]
-            point = columns @ (y + s)
-            total = float(np.abs(y).sum() + s.sum())
-            length = float(np.sqrt(point @ point))
-            if pivot * length * AMPLIFICATION < total:
-                active = (norms > 0) & ((s > 0) | (point @ columns <= 100 * m * noise * total))
-                if doubtful(columns, active, length / total, noise):
-                    if exact is None:
-                        exact = unit_rows(factor)[1]
-                    pushed[i] = nnls(exact, -(exact @ y))[0]
-    pushed /= norms if norms.all() else np.where(norms > 0, norms, 1.0)
-    return u + pushed.reshape(u.shape)
+    if factor is not None and (unsure or not sound):
+        doubt = _too_coarse(columns, pivot, norms, wanted, s, noise) | bool(unsure)
+        coarse = np.flatnonzero(doubt & (products.min(axis=1) < 0))
+        unsure.clear()
+        if len(coarse):
+            s[coarse] = _push(unit_rows(factor)[1], wanted[coarse], products[coarse], unsure.append)
+    for reason in unsure:
+        flag(reason)
+    s /= norms if norms[norms.argmin()] > 0 else np.where(norms > 0, norms, 1.0)
+    if order is not None:
+        s = s[:, np.argsort(order)]
+    return u + s.reshape(u.shape)
+
+
+def _push(columns: Array, wanted: Array, products: Array, flag: Flag) -> Array:
+    """The s ≥ 0 with the least ‖columns (y + s)‖, for each y of ``wanted``: (k, m), a problem a row.
+
+    ``products`` are those of the columns with each vector, as far as they are known.
+    """
+    targets = wanted @ -columns.T
+    # Where one row opposes, this often is the answer; where none does, it is.
+    opposed = products < 0
+    s = np.where(opposed, -products, 0.0)
+    for i in np.flatnonzero(opposed.sum(axis=1) > 1):
+        s[i] = guess(columns, targets[i])
+    # The conditions of `nonnegative`, for all answers at once.
+    excess = (targets - s.dot(columns.T)).dot(columns)
+    np.abs(excess, out=excess, where=s > 0)
+    excess -= bound(len(columns.T)) * np.sqrt(np.einsum("ij,ij->i", targets, targets))[:, None]
+    if not (excess.item(excess.argmax()) <= 0 and s.item(s.argmin()) >= 0):
+        for i in np.flatnonzero(~((excess <= 0) & (s >= 0)).all(axis=1)):
+            s[i] = nonnegative(columns, targets[i], flag)[0]
+    return s
+
+
+def _too_coarse(columns: Array, pivot: float, norms: Array, wanted: Array, s: Array, noise: float) -> NDArray[np.bool_]:
+    """For which vectors the Gram, whose square root ``columns`` are, cannot tell the projection."""
+    points = (wanted + s).dot(columns.T)
+    totals = np.abs(wanted).sum(axis=1) + s.sum(axis=1)
+    lengths = np.sqrt(np.einsum("ij,ij->i", points, points))
+    coarse = pivot * lengths * AMPLIFICATION < totals
+    for i in np.flatnonzero(coarse):
+        active = (norms > 0) & ((s[i] > 0) | (points[i] @ columns <= 100 * len(norms) * noise * totals[i]))
+        coarse[i] = doubtful(columns, active, float(lengths[i] / totals[i]), noise)
+    return coarse
 
 
 def closest_point(
-    gram: ArrayLike, start: int, demand: ArrayLike, factor: Factor | None = None, *, noise: float = EPS
+    gram: ArrayLike,
+    start: int,
+    demand: ArrayLike,
+    factor: Factor | None = None,
+    *,
+    noise: float = EPS,
+    flag: Flag = refuse,
 ) -> tuple[Array, float, float]:
     """Weights of the point closest to one unit row that has given products with others: argmin ‖p − u_start‖ (PCD).
 
@@ -208,6 +274,7 @@ def closest_point(
         demand: (m,) products demanded with the unit rows; −inf where there is no constraint. A zero row has none.
         factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
         noise: error of the Gram's entries, relative to n_i n_j.
+        flag: called with "not-converged" if the conditions of the answer cannot be met; an error by default.
 
     Returns:
         ``(y, length, along)``: (m,) weights of the *unit* rows, p = Σ y_j u_j, all zero if no p meets the constraints
@@ -218,24 +285,34 @@ def closest_point(
     m = len(norms)
     demand = np.where(norms > 0, np.asarray(demand, dtype=np.float64), -np.inf)
     columns, pivot = half(cosines)
+    back = np.arange(m)
+    if pivot < DEPENDENT:
+        order, norms, cosines, factor = arranged(norms, cosines, factor)
+        back = np.argsort(order)
+        demand, start = demand[order], int(back[start])
+        columns, pivot = half(cosines)
     tolerance = (m * noise) ** 0.5
-    y, point = _closest(columns, start, demand, tolerance)
+    unsure: list[str] = []
+    y, point = _closest(columns, start, demand, tolerance, unsure.append)
     length, total = float(np.sqrt(point @ point)), float(y.sum())
-    if factor is not None and (length <= tolerance * total or pivot * length * AMPLIFICATION < total):
+    if factor is not None and (unsure or length <= tolerance * total or pivot * length * AMPLIFICATION < total):
         active = (y > 0) | (point @ columns - demand <= 100 * m * noise * total)
-        if doubtful(columns, active, length / max(total, 1.0), noise):
+        if unsure or doubtful(columns, active, length / max(total, 1.0), noise):
+            unsure.clear()
             columns = unit_rows(factor)[1]
             # Rows of lower precision are rounded themselves.
             tolerance = 16 * m * EPS if noise <= EPS else (m * EPS) ** 0.5
-            y, point = _closest(columns, start, demand, tolerance)
+            y, point = _closest(columns, start, demand, tolerance, unsure.append)
             length, total = float(np.sqrt(point @ point)), float(y.sum())
+    for reason in unsure:
+        flag(reason)
     if length <= tolerance * total:
-        return y, 0.0, 0.0
+        return y[back], 0.0, 0.0
     along = float(columns[:, start] @ point) / length
-    return y, length, along if abs(along) > tolerance else 0.0
+    return y[back], length, along if abs(along) > tolerance else 0.0
 
 
-def _closest(columns: Array, start: int, demand: Array, tolerance: float) -> tuple[Array, Array]:
+def _closest(columns: Array, start: int, demand: Array, tolerance: float, flag: Flag) -> tuple[Array, Array]:
     """The weights y of ``closest_point`` for unit columns, and the point; zeros if there is none."""
     y = np.zeros(columns.shape[1])
     y[start] = 1.0
@@ -244,8 +321,7 @@ def _closest(columns: Array, start: int, demand: Array, tolerance: float) -> tup
     top = float(h.max(initial=0.0))
     if top > 0:
         h /= top
-        x = least_distance(columns[:, j], h)
-        gap = 1 - float(h @ x)  # 1 / (1 + ‖e‖²) for the shortest e with ⟨u_j, e⟩ ≥ h_j
+        x, _, gap = least_distance(columns[:, j], h, flag)  # gap: 1 / (1 + ‖e‖²) for the shortest e, ⟨u_j, e⟩ ≥ h_j
         if gap <= max(tolerance * tolerance, 16 * len(y) * EPS):
             return np.zeros(len(y)), np.zeros(len(columns))
         x /= gap

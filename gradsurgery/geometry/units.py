@@ -19,6 +19,9 @@ _EPS_SINGLE = float(np.finfo(np.float32).eps)
 #: Rounding of the Gram may reach the answer multiplied by this, 2e-16 as 2e-12, before the factor is asked for.
 AMPLIFICATION = 1e4
 
+#: With a pivot below this the order of the rows could show in the answer; see ``arranged``.
+DEPENDENT = 0.1
+
 
 def unit(gram: ArrayLike) -> tuple[Array, Array]:
     """Row lengths and cosines: n_i = √G_ii and C_ij = G_ij / (n_i n_j).
@@ -121,6 +124,29 @@ def select(gram: Array, factor: Factor | None, keep: NDArray[np.intp]) -> tuple[
     """
     part = None if factor is None else lambda: np.asarray(factor(), dtype=np.float64)[keep]
     return gram[np.ix_(keep, keep)], part
+
+
+def arranged(
+    norms: Array, cosines: Array, factor: Factor | None
+) -> tuple[NDArray[np.intp], Array, Array, Factor | None]:
+    """The same rows in an order that does not depend on the one they came in.
+
+    Rounding depends on the order in which rows are treated, and where they are nearly dependent it is no longer small.
+    They are sorted by length, then by their cosines, both to ten digits.
+
+    Args:
+        norms: row lengths, (m,).
+        cosines: (m, m).
+        factor: of all rows.
+
+    Returns:
+        The order, (m,), and the three arguments in it.
+    """
+    top = float(norms.max(initial=0.0)) or 1.0
+    lengths = np.round(np.log(np.maximum(norms / top, np.finfo(np.float64).tiny)), 10)
+    order = np.lexsort((np.round((cosines**3).sum(axis=1), 10), lengths))
+    part, part_factor = select(cosines, factor, order)
+    return order, norms[order], part, part_factor
 
 
 def doubtful(columns: Array, active: NDArray[np.bool_], cancellation: float, noise: float) -> bool:

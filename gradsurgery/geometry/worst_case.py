@@ -7,12 +7,15 @@ from numpy.typing import ArrayLike
 from scipy.linalg.lapack import dtrtrs
 
 from gradsurgery.geometry.cones import least_distance
+from gradsurgery.geometry.nonnegative import Flag, refuse
 from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, doubtful, half, select, unit, unit_rows
 
 _ROUNDS = 100
 
 
-def cagrad(gram: ArrayLike, c: float, factor: Factor | None = None, *, noise: float = EPS) -> tuple[Array, bool]:
+def cagrad(
+    gram: ArrayLike, c: float, factor: Factor | None = None, *, noise: float = EPS, flag: Flag = refuse
+) -> tuple[Array, bool]:
     """Weights of CAGrad: the d within c ‖g_0‖ of the mean g_0 with the largest min_i ⟨g_i, d⟩ (Liu et al. 2021).
 
     In unit rows: the largest τ for which the shortest e = d − g_0 with ⟨u_i, e⟩ ≥ τ a_i − ⟨u_i, g_0⟩, a_i = 1/n_i, is
@@ -24,6 +27,7 @@ def cagrad(gram: ArrayLike, c: float, factor: Factor | None = None, *, noise: fl
         c: radius relative to ‖g_0‖, ≥ 0.
         factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
         noise: error of the Gram's entries, relative to n_i n_j.
+        flag: called with "not-converged" if the conditions of the answer cannot be met; an error by default.
 
     Returns:
         ``(weights, degenerate)``: (m,) weights with d = Jᵀ w, the mean included and not rescaled. Zero rows count in
@@ -40,13 +44,13 @@ def cagrad(gram: ArrayLike, c: float, factor: Factor | None = None, *, noise: fl
         return weights, True
     if len(keep) < m:
         part_gram, part_factor = select(g, factor, keep)
-        part, degenerate = cagrad(part_gram, c, part_factor, noise=noise)
+        part, degenerate = cagrad(part_gram, c, part_factor, noise=noise, flag=flag)
         weights[keep] = part * len(keep) / m
         return weights, degenerate
     if c == 0:
         return weights, False
     columns, pivot = half(cosines)
-    x, slack, mean, degenerate = _cagrad_multipliers(columns, norms, c, np.sqrt(m * noise))
+    x, slack, mean, degenerate = _cagrad_multipliers(columns, norms, c, np.sqrt(m * noise), flag)
     if factor is not None:
         total = max(float(x.sum()), EPS)
         cancellation = min(mean, c / total)
@@ -54,12 +58,14 @@ def cagrad(gram: ArrayLike, c: float, factor: Factor | None = None, *, noise: fl
             active = (x > 0) | (slack <= 100 * m * noise)
             if degenerate or doubtful(columns, active, cancellation, noise):
                 norms, columns = unit_rows(factor)
-                x, _, mean, degenerate = _cagrad_multipliers(columns, norms, c, 16 * m * EPS)
+                x, _, mean, degenerate = _cagrad_multipliers(columns, norms, c, 16 * m * EPS, flag)
     weights += x * (mean * norms.sum() / m) / norms
     return weights, degenerate
 
 
-def _cagrad_multipliers(columns: Array, norms: Array, c: float, tolerance: float) -> tuple[Array, Array, float, bool]:
+def _cagrad_multipliers(
+    columns: Array, norms: Array, c: float, tolerance: float, flag: Flag
+) -> tuple[Array, Array, float, bool]:
     """Multipliers x ≥ 0, d = g_0 + ‖g_0‖ Σ x_i u_i; the slack of the constraints; ‖g_0‖ m / Σ n_i; degenerate."""
     a = norms.min() / norms
     mean = columns @ (norms / norms.sum())
@@ -74,13 +80,10 @@ def _cagrad_multipliers(columns: Array, norms: Array, c: float, tolerance: float
     inside = np.zeros(len(a))
     for _ in range(_ROUNDS):
         bounds = tau * a - slopes
-        x = least_distance(columns, bounds)
-        e = columns @ x
-        gap = 1 - float(bounds @ x)
+        x, e, gap = least_distance(columns, bounds, flag)
         reached = float(np.sqrt(e @ e)) / gap if gap > 0 else np.inf
         if tau == 0 and reached <= c:
-            v = least_distance(columns, a)
-            point = columns @ v
+            v, point, _ = least_distance(columns, a, flag)
             if np.sqrt(point @ point) <= tolerance * v.sum():
                 return x / gap, e @ columns / gap - bounds, length, True
         if reached <= c:

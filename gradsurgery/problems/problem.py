@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
+
+from gradsurgery.geometry.nonnegative import nonnegative
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ def relative_min_norm(rows: Tensor) -> float:
     """Length of the shortest vector in the convex hull of the rows, divided by the longest row.
 
     One non-negative least-squares problem: Σ vᵢ uᵢ ≈ 0 in unit rows u, with Σ vᵢ / ‖gᵢ‖ ≈ 1 beside it; its solution is
-    the min-norm point up to its length. It is independent of the solvers of the methods, so that it can judge them.
+    the min-norm point up to its length. Nothing of it but that solver, which checks the conditions of its answer, is
+    shared with the methods, so that it can judge them.
 
     Args:
         rows: Matrix of shape (m, n).
@@ -186,5 +188,5 @@ def relative_min_norm(rows: Tensor) -> float:
         return 0.0
     units = rows.double().cpu().numpy() / norms[:, None]
     share = norms.min() / norms
-    v, _ = nnls(np.vstack([units.T, share]), np.append(np.zeros(units.shape[1]), 1.0))
+    v, _ = nonnegative(np.vstack([units.T, share]), np.append(np.zeros(units.shape[1]), 1.0))
     return float(np.linalg.norm(v @ units) / (share @ v) * norms.min() / norms.max())

@@ -57,7 +57,7 @@ class CAGrad(Surgery):
         self.rescale = self._choice("rescale", rescale, (0, 1, 2))
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        weights, degenerate = geometry.cagrad(gram, self.c, self.factor, noise=self.noise)
+        weights, degenerate = geometry.cagrad(gram, self.c, self.factor, noise=self.noise, flag=self.flag)
         if degenerate:
             self.flag("stationary")
         return weights * len(gram) / (1.0, 1 + self.c**2, 1 + self.c)[self.rescale]

@@ -33,4 +33,4 @@ class DualProj(Surgery):
     preference_scales_rows = False
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        return geometry.dual_cone(gram, self.preferences(), self.factor, noise=self.noise)
+        return geometry.dual_cone(gram, self.preferences(), self.factor, noise=self.noise, flag=self.flag)

@@ -88,7 +88,7 @@ class EPO(Surgery):
                 v = _program(c.T @ n, c, np.zeros(len(n)), share)
         if v is None:
             self.flag("fallback")
-            alpha = geometry.min_norm(gram[np.ix_(keep, keep)], noise=self.noise)[0]
+            alpha = geometry.min_norm(gram[np.ix_(keep, keep)], noise=self.noise, flag=self.flag)[0]
             v = alpha / share
         point = float(v @ c @ v)
         if point <= m * self.noise * v.sum() ** 2:

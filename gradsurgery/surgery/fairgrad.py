@@ -56,7 +56,7 @@ class FairGrad(Surgery):
         self.scale = self._choice("scale", scale, ("sum", "paper"))
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        weights, solved = geometry.power_fixed_point(gram, self.alpha, self.factor, noise=self.noise)
+        weights, solved = geometry.power_fixed_point(gram, self.alpha, self.factor, noise=self.noise, flag=self.flag)
         if not solved:
             self.flag("stationary")
             return weights

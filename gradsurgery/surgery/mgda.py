@@ -66,7 +66,7 @@ class MGDA(Surgery):
             if iterations >= self.max_iterations:
                 self.flag("not-converged")
             return m * alpha
-        alpha, stationary = geometry.min_norm(gram, self.factor, noise=self.noise)
+        alpha, stationary = geometry.min_norm(gram, self.factor, noise=self.noise, flag=self.flag)
         if stationary:
             self.flag("stationary")
             return np.zeros(m)

@@ -54,7 +54,7 @@ class NashMTL(Surgery):
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         weights, solved = geometry.power_fixed_point(
-            gram, 1.0, self.factor, strength=self.preferences(), noise=self.noise
+            gram, 1.0, self.factor, strength=self.preferences(), noise=self.noise, flag=self.flag
         )
         if not solved:
             self.flag("stationary")

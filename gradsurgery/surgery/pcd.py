@@ -98,7 +98,7 @@ class PCD(Surgery):
         demand = self._taus(first) * lengths / lengths[first]  # definition 4.1, with ‖g̃₁‖ = 1
         demand[norms == 0] = -np.inf
         demand[first] = 0.0 if self.protect_primary else -np.inf
-        y, length, along = geometry.closest_point(gram, first, demand, self.factor, noise=self.noise)
+        y, length, along = geometry.closest_point(gram, first, demand, self.factor, noise=self.noise, flag=self.flag)
         if not y.any():
             self.flag("infeasible")
             weights[first] = 1.0

@@ -79,7 +79,7 @@ class PMGDA(Surgery):
             weights = self._correct(gram, off / distance)
             if weights is not None:
                 return weights
-        alpha, stationary = geometry.min_norm(gram, self.factor, noise=self.noise)
+        alpha, stationary = geometry.min_norm(gram, self.factor, noise=self.noise, flag=self.flag)
         if stationary:
             self.flag("stationary")
             return np.zeros(m)

@@ -99,7 +99,9 @@ class SDMGrad(DoubleSampling):
         # Σ w = 1, so Jᵀ(w + λw̃) = Σ wᵢ (gᵢ + λ Jᵀw̃): the min-norm point of shifted rows.
         shift = np.eye(len(preferred)) + self.strength * preferred
         if len(gram) == len(preferred):
-            return geometry.min_norm(shift @ products @ shift.T, lambda: shift @ self.factor(), noise=self.noise)
+            return geometry.min_norm(
+                shift @ products @ shift.T, lambda: shift @ self.factor(), noise=self.noise, flag=self.flag
+            )
         values, vectors = np.linalg.eigh((products + products.T) / 2)
         half = shift @ (vectors * np.sqrt(np.maximum(values, 0.0)))
-        return geometry.min_norm(half @ half.T, lambda: half)[0], False
+        return geometry.min_norm(half @ half.T, lambda: half, flag=self.flag)[0], False

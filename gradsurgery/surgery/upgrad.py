@@ -33,4 +33,6 @@ class UPGrad(Surgery):
     preference_scales_rows = False
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        return geometry.dual_cone(gram, np.diag(self.preferences()), self.factor, noise=self.noise).sum(axis=0)
+        return geometry.dual_cone(gram, np.diag(self.preferences()), self.factor, noise=self.noise, flag=self.flag).sum(
+            axis=0
+        )

@@ -155,14 +155,15 @@ def assert_min_norm(direction: Direction, rows: Array, tolerance: float = 1e-9) 
     """d is the shortest vector of the convex hull of the rows: ⟨gᵢ, d⟩ ≥ ‖d‖² for all i, and ‖d‖ ≤ min ‖gᵢ‖.
 
     By these alone d could be shorter than the shortest vector of the hull; that it lies in the hull is checked by its
-    distance from it, found by a non-negative least squares problem.
+    distance from it, found by a non-negative least squares problem. Any answer of that problem gives a distance that is
+    too large at worst.
 
     Args:
         direction: The method, in mean scale (simplex weights).
         rows: J, (m, n).
         tolerance: Relative to the lengths that meet in each inequality.
     """
-    from scipy.optimize import nnls
+    from gradsurgery.geometry.nonnegative import nonnegative
 
     d = direction(rows)
     assert np.isfinite(d).all(), f"the direction is not finite: {d}"
@@ -174,6 +175,6 @@ def assert_min_norm(direction: Direction, rows: Array, tolerance: float = 1e-9) 
         # In the hull of J iff in the hull of the rows that are not longer than needed; scaled so that all terms count.
         unit = max(length, float(lengths.min()))
         columns = np.vstack((rows.T / unit, np.ones(len(rows))))
-        weights = np.maximum(np.linalg.norm(columns, axis=0), 1.0)
-        _, distance = nnls(columns / weights, np.append(d / unit, 1.0))
+        _, off = nonnegative(columns, np.append(d / unit, 1.0))
+        distance = float(np.linalg.norm(off))
         assert distance <= 1e-6, f"min-norm point: {distance * unit:.3g} away from the convex hull"
