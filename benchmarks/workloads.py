@@ -85,20 +85,20 @@ def mlp(tasks: int, width: int = 512, depth: int = 4, batch: int = 128) -> tuple
     return Multi(trunk, width, tasks), lambda: torch.randn(batch, width)
 
 
-def conv(tasks: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+def conv(tasks: int, batch: int = 64) -> tuple[nn.Module, Callable[[], Tensor]]:
     blocks = [
         layer
         for i, o in ((3, 32), (32, 64), (64, 128))
         for layer in (nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
     ]
     trunk = nn.Sequential(*blocks, nn.Flatten(), *linear([2048, 256]))
-    return Multi(trunk, 256, tasks), lambda: torch.randn(64, 3, 32, 32)
+    return Multi(trunk, 256, tasks), lambda: torch.randn(batch, 3, 32, 32)
 
 
-def transformer(tasks: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    layer = nn.TransformerEncoderLayer(256, 4, 512, dropout=0.0, batch_first=True)
-    trunk = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-    return Multi(trunk, 256, tasks), lambda: torch.randn(8, 64, 256)
+def transformer(tasks: int, width: int = 256, layers: int = 3) -> tuple[nn.Module, Callable[[], Tensor]]:
+    layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
+    trunk = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+    return Multi(trunk, width, tasks), lambda: torch.randn(8, 64, width)
 
 
 def recommender(tasks: int) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -106,8 +106,8 @@ def recommender(tasks: int) -> tuple[nn.Module, Callable[[], Tensor]]:
     return Multi(trunk, 256, tasks), lambda: torch.randint(50_000, (128, 8))
 
 
-def pinn(tasks: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    return Burgers(tasks), lambda: torch.rand(2560, 2)
+def pinn(tasks: int, width: int = 64, depth: int = 4, points: int = 2560) -> tuple[nn.Module, Callable[[], Tensor]]:
+    return Burgers(tasks, width, depth), lambda: torch.rand(points, 2)
 
 
 # Name → what it is, and what builds the model and its inputs.
