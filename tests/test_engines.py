@@ -162,6 +162,23 @@ def test_what_only_one_loss_really_reaches_is_private(trunk, engine):
     assert (report.gram is None) == (told.gram is None)
 
 
+@pytest.mark.parametrize("engine", ["rows", "ghosts", "blocks"])
+def test_what_turns_out_to_be_private_is_examined(engine):
+    """The only gradient that is not finite is that of a layer which the walk took for shared."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"trunk": nn.Linear(3, 4), "a": nn.Linear(4, 2), "b": nn.Linear(3, 2)}).double()
+    inputs, bad = torch.ones(2, 5, 3, dtype=torch.float64)
+    bad[0] = torch.inf
+    z = net["trunk"](inputs)
+    a, b = Both.apply(net["a"](z), net["b"](bad))
+    b = torch.where(b.isfinite(), b, 0.0)  # a weight's gradient is the input times this one's, which is 0: inf · 0
+    losses = {"a": z.square().mean() + a.sum(), "b": z.sum() + b.square().mean()}
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.1), engine=engine)
+    with pytest.raises(RuntimeError, match="gradient of 'b' is not finite"):
+        optimizer.backward(losses)
+    assert all(p.grad is None for p in net.parameters())
+
+
 @OVER_ENGINES
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_graph_is_kept_if_asked(keep, engine, x):
