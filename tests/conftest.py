@@ -9,6 +9,8 @@ os.environ["MPLBACKEND"] = "Agg"
 # Text is as wide as the terminal, and what starts the tests may say how wide that is.
 os.environ["COLUMNS"] = "100"
 
+import importlib.metadata
+
 import hypothesis
 import pytest
 import torch
@@ -17,11 +19,21 @@ import torch
 # small as those of the tests are faster without a pool.
 torch.set_num_threads(1)
 
-# No deadline: the first example pays for imports and caches. In CI the examples are the same in every run; on a desk
-# they differ, and what fails is kept in .hypothesis and tried first the next time.
-hypothesis.settings.register_profile("desk", deadline=None, max_examples=40)
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
+# No deadline: the first example pays for imports and caches. The examples are the same in every run and on every
+# machine, so that what passes for one passes for all. `make explore` draws new ones; what fails there is kept in
+# .hypothesis and tried first the next time.
+hypothesis.settings.register_profile("fixed", deadline=None, max_examples=40, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=200, print_blob=True)
+hypothesis.settings.load_profile("explore" if os.environ.get("EXPLORE") else "fixed")
+
+
+def pytest_report_header():
+    """Which of the libraries that this one is compared with are there."""
+    from gradsurgery.testing import PEERS
+
+    installed = {d.metadata["Name"].replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    found = [f"{name} {installed.get(name.replace('_', '-'), 'is not installed')}" for name in PEERS]
+    return f"peers: {', '.join(found)}"
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ def _process(rank: int, cases_of: Callable[[int, int], Cases], size: int, folder
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("error")
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=300)
     )
     told: dict[str, str] = {}
     for name, case in cases_of(rank, size).items():

@@ -39,9 +39,14 @@ def weight_tolerance(name):
 
 
 def test_the_file_has_the_cases_of_the_script():
-    assert {case["name"]: case["rows"] for case in CASES} == playground_cases.inputs(), (
-        "run python docs/playground_cases.py"
-    )
+    made = playground_cases.inputs()
+    assert [case["name"] for case in CASES] == list(made), "run python docs/playground_cases.py"
+    for case in CASES:  # sines, powers and normal draws differ in their last digits from processor to processor
+        rows = np.array(case["rows"])
+        off = np.linalg.norm(rows - made[case["name"]], axis=1)
+        assert (off <= 1e-14 * np.linalg.norm(rows, axis=1)).all(), (
+            f"{case['name']}: run python docs/playground_cases.py"
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
