@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What `make test` hands to pytest: make test ARGS="-x tests/test_docs.py"
 ARGS ?=
+# What the tests need: the library, what it works with, and what it is compared with, as far as that installs.
+TESTED := $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp $(VENV)/peers.stamp
+# The tests whose results are floats.
+NUMERIC := engines geometry gradnorm methods playground precision priority_methods reference row_methods weighting
 # A process for each core. Files stay whole: what is spawned or trained once for a file is then done once.
 PARALLEL ?= -n auto --dist loadfile
 
@@ -12,7 +16,7 @@ PARALLEL ?= -n auto --dist loadfile
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-browser lint format docs bench bench-solvers published conformance evidence clean
+.PHONY: help demo test test-all test-old-processor test-browser explore lint format docs bench bench-compare structure bench-solvers published conformance evidence clean
 
 help: ## Say what the targets are
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -20,11 +24,21 @@ help: ## Say what the targets are
 demo: $(VENV)/demo.stamp ## Train on two losses of very different size, method by method (ARGS=--quick for a first look)
 	$(BIN)/python -m gradsurgery demo $(ARGS)
 
-test: $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp ## Run the tests that are not slow
+test: $(TESTED) ## Run the tests that are not slow
 	$(BIN)/python -m pytest -m "not slow and not browser" $(PARALLEL) $(ARGS)
 
-test-all: $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp ## Run the slow tests too
+test-all: $(TESTED) ## Run the slow tests too
 	$(BIN)/python -m pytest -m "not browser" $(PARALLEL) $(ARGS)
+
+# Every switch of torch, numpy and OpenBLAS for plainer instructions at once; a processor that lacks one ignores it.
+test-old-processor: $(TESTED) ## Run the numeric tests with the instructions of an older processor
+	ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Prescott \
+	NPY_DISABLE_CPU_FEATURES="$$($(BIN)/python -c 'from numpy import show_config as c; print(*c("dicts")["SIMD Extensions"].get("found", []))')" \
+	$(BIN)/python -m pytest -m "not slow and not browser" $(PARALLEL) $(addprefix tests/test_,$(addsuffix .py,$(NUMERIC))) $(ARGS)
+
+# Draws are the same in every run elsewhere. What fails is printed with the line that repeats it, and tried first next time.
+explore: $(TESTED) ## Draw new examples for the tests that draw
+	EXPLORE=1 $(BIN)/python -m pytest -m "not browser" $(PARALLEL) $$(grep -l hypothesis tests/test_*.py) $(ARGS)
 
 test-browser: $(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/docs.stamp $(VENV)/browser.stamp ## Test the playground in Chromium, which must be installed
 	$(BIN)/python -m pytest -m browser tests/test_playground_browser.py $(ARGS)
@@ -48,6 +62,12 @@ docs: $(VENV)/demo.stamp $(VENV)/docs.stamp ## Build the pages into docs/_build/
 bench: $(VENV)/demo.stamp $(VENV)/peers.stamp ## Measure the cost of a step, against other libraries
 	$(BIN)/python -m benchmarks.steps $(ARGS)
 
+bench-compare: $(VENV)/demo.stamp ## Compare the speed of this tree with that of another commit (BASE=HEAD~1, ARGS=--quick)
+	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
+
+structure: $(VENV)/demo.stamp $(VENV)/lint.stamp ## Count what a step enters, and how complex it is
+	$(BIN)/python -m benchmarks.structure $(ARGS)
+
 # One thread: on matrices this small, waiting for a second one costs more than it brings.
 bench-solvers: $(VENV)/peers.stamp ## Time the methods against TorchJD's on the same matrices
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.solvers $(ARGS)
@@ -69,6 +89,15 @@ clean: ## Remove the environment, the caches and the built pages
 # the build tools are pinned and installed like everything else.
 $(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/build.stamp
 	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# Not every peer installs on every Python and processor. Those that do are installed, one by one if need be; tests and
+# benchmarks name those that are missing.
+$(VENV)/peers.stamp: $(VENV)/demo.stamp
+	@$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[peers]' || \
+	for peer in $$($(BIN)/python -m benchmarks.peers); do \
+		$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt "$$peer" || echo "Goes on without $$peer."; \
+	done
 	@touch $@
 
 $(VENV)/build.stamp: constraints.txt | $(BIN)/python
