@@ -129,7 +129,9 @@ def test_under_a_gradient_scaler():
         scaler.step(optimizer)
         scaler.update()
     assert scaler.get_scale() == 2.0**100, "bfloat16 has the range of float32"
-    equal(net, train(PCGrad, {"row_dtype": torch.bfloat16})[0])
+    # Squares of scaled rows are beyond float32, so that their products are made in float64: not the same bits.
+    wanted = train(PCGrad, {"row_dtype": torch.bfloat16})[0]
+    torch.testing.assert_close(list(net.parameters()), list(wanted.parameters()))
     before = copy.deepcopy([net.state_dict(), optimizer.state_dict()])
     losses = losses_of(net(inputs(5, torch.float32)))
     optimizer.backward({**losses, "b": losses["b"] * float("inf")}, scaler=scaler)

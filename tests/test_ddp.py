@@ -714,7 +714,7 @@ def _one_dies(rank, folder):
 
 
 def test_a_process_that_dies_is_an_error_for_the_others(tmp_path):
-    # The others wait no longer than the group's timeout, which is a third of what a test may take.
+    # The others wait no longer than the group's timeout, which is less than a test may take.
     torch.multiprocessing.spawn(_one_dies, args=(str(tmp_path),), nprocs=2)
     told = (tmp_path / "told").read_text()
     assert told.startswith("True True "), told

@@ -191,14 +191,40 @@ def test_each_process_measures_its_own_tree(tmp_path):
     with (tmp_path / "gradsurgery" / "__init__.py").open("a", encoding="utf-8") as file:
         file.write("del MGDA\n_w = PCGrad.weights\nPCGrad.weights = lambda self, *args: 2 * _w(self, *args)\n")
     cells = [*itertools.product(["MLP 2 × 64"], ["PCGrad", "UPGrad"], [2]), ("PINN 3 × 20", "MGDA", 2)]
-    found = dict(compare.compare(tmp_path, cells, pairs=3, restarts=2))
+    found = dict(compare.compare(tmp_path, cells, pairs=2, restarts=1))
     assert list(found) == cells
     doubled, same, missing = found.values()
     assert doubled["apart"] == pytest.approx(0.5, abs=0.2)  # the heads' gradients are not in it
     assert same["apart"] == 0
-    assert [len(same[key]) for key in ("ratios", "seconds")] == [3, 3]
+    assert [len(same[key]) for key in ("ratios", "seconds")] == [2, 2]
     assert missing["errors"].keys() == {"the other"}
     assert "MGDA" in missing["errors"]["the other"]
+
+
+def test_restarts_are_joined(tmp_path, monkeypatch):
+    """This tree takes 3 seconds a call in the first processes and 5 in the second ones, the other always 2."""
+    started = []
+
+    class Fake:
+        def __init__(self, tree):
+            self.closed, self.mine = False, tree == compare.ROOT
+            started.append(self)
+            self.spent = 2.0 if not self.mine else 3.0 if len(started) <= 2 else 5.0
+
+        def ask(self, what):
+            return {"gradient": [1.0], "seconds": self.spent * (what if isinstance(what, int) else 1)}
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr(compare, "Worker", Fake)
+    cells = [("MLP 2 × 64", "PCGrad", 2), ("MLP 2 × 64", "MGDA", 2)]
+    found = dict(compare.compare(tmp_path, cells, pairs=5, restarts=2))
+    assert list(found) == cells
+    assert all(result["ratios"] == [1.5, 1.5, 2.5, 2.5, 2.5] for result in found.values())
+    assert all(result["seconds"] == [2.0] * 5 for result in found.values())
+    assert len(started) == 4
+    assert all(worker.closed for worker in started)
 
 
 def test_a_commit_is_unpacked(tmp_path, monkeypatch):
