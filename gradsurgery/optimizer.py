@@ -11,6 +11,7 @@ import copy
 import difflib
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery import losses as losses_module
+from gradsurgery import misuse, shards
 from gradsurgery import rows as rows_module
-from gradsurgery import shards
 from gradsurgery.call import Call, parameters, prepare, representation
 from gradsurgery.losses import Losses, Tasks
 from gradsurgery.report import Report
@@ -163,12 +164,16 @@ class MultiLossOptimizer(Optimizer):
             "warned": False,
             "warned_of_ranks": False,
             "walked": None,
+            "loop": misuse.Loop(),
             "generator": None,
             "unbatched": False,
             "hooked": False,
             "flags": [],
             **_of_one_call(),
         }
+        if isinstance(optimizer, MultiLossOptimizer):
+            optimizer._run["loop"].plain_steps = None  # nobody calls `backward` of the one inside
+        misuse.watch(self)
 
     # ------------------------------------------------------------------------------ torch's contract
 
@@ -208,6 +213,13 @@ class MultiLossOptimizer(Optimizer):
     _optimizer_load_state_dict_post_hooks = property(lambda self: self.base._optimizer_load_state_dict_post_hooks)
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # A gradient scaler asks before it steps. It shall unscale the gradients and skip the step by itself, as with
+        # any optimizer that does not have this.
+        self._run["loop"].see_scaler(self, sys._getframe(1))
+        raise AttributeError(f"{self._name} leaves the scale to the gradient scaler.")
+
+    @property
     def train(self) -> Callable[[], Any]:
         """``train`` of the wrapped optimizer, where it has one, as schedule-free optimizers do."""
         base: Any = self.base
@@ -239,13 +251,19 @@ class MultiLossOptimizer(Optimizer):
                 f"{self._name}.step: gradients were accumulated that no call has acted on. Leave out "
                 "accumulate=True in the backward() before step(), or throw them away with zero_grad()."
             )
-        result = self.base.step(closure)
+        loop: misuse.Loop = self._run["loop"]
+        if closure is None:
+            loop.see_step(self)
+        with loop.step():
+            result = self.base.step(closure)
         if self._run["kept"] is not None:
             raise RuntimeError(
                 f"{self._name}.step: the closure accumulated gradients and did not act on them, so the step was made "
                 "without. Leave out accumulate=True in its last backward()."
             )
         self._commit()
+        if closure is not None:
+            loop.see_step(self)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -311,6 +329,7 @@ class MultiLossOptimizer(Optimizer):
                 bare[_KEY] = saved["inner"]
         self.base.load_state_dict(bare)
         self._run.update(committed=memory, pending=None, kept=None)
+        self._run["loop"].plain_steps = None
 
     def _require_whole(self, saved: Any) -> None:
         if not isinstance(saved, Mapping):
@@ -345,6 +364,7 @@ class MultiLossOptimizer(Optimizer):
         # As they are; torch's version would patch `step` on this class.
         self.__dict__.update(state)
         self._group = None
+        misuse.watch(self)
 
     # ------------------------------------------------------------------------------- what users call
 
@@ -402,6 +422,8 @@ class MultiLossOptimizer(Optimizer):
             ValueError: There is no loss, or one is not a scalar, or was passed twice.
             RuntimeError: A loss has no graph, reaches no parameter, or is not finite under ``nonfinite="raise"``.
         """
+        loop: misuse.Loop = self._run["loop"]
+        loop.plain_steps = None
         world = self._world()
         if world is not None and self.debug:
             world.require_replicas(parameters(self))
@@ -420,7 +442,9 @@ class MultiLossOptimizer(Optimizer):
                     report = Report(call.tasks.present, call.values, flags=[*self._run["flags"], "accumulating"])
                 else:
                     self._run["call"] = call
+                    loop.see_gradients(self, call)
                     report = self._act(call)
+                    loop.proposed(self, scaler is not None)
                 self._run["kept"] = call.kept if accumulate else None
             else:  # no loss is left
                 report = Report((), np.zeros(0), flags=[*self._run["flags"], "skipped"])

@@ -1,0 +1,181 @@
+"""What a training loop does wrong without an error: each is said once an optimizer, with the cure."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradsurgery import rows
+from gradsurgery.call import Call, parameters
+
+if TYPE_CHECKING:
+    from gradsurgery.optimizer import MultiLossOptimizer
+
+#: So many plain steps before the first ``backward`` are taken for a warm-up.
+PLAIN_STEPS = 1
+
+
+class Loop:
+    """How the training loop calls one optimizer.
+
+    Attributes:
+        plain_steps: Steps with gradients before the first ``backward``; None once that is no concern any more.
+        stepping: The wrapped optimizer steps because this one does.
+        scaled: The last ``backward`` was given a gradient scaler.
+        said: What was said already.
+    """
+
+    def __init__(self) -> None:
+        self.plain_steps: int | None = 0
+        self.stepping = False
+        self.scaled = False
+        self.said: set[str] = set()
+        self._written: weakref.ref[Tensor] | None = None  # one of the gradients that the last `backward` wrote
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_written": None}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Mark the steps of the wrapped optimizer that this one asks for."""
+        self.stepping = True
+        try:
+            yield
+        finally:
+            self.stepping = False
+
+    def proposed(self, method: MultiLossOptimizer, scaled: bool) -> None:
+        """Note what ``backward`` leaves behind for the step.
+
+        Args:
+            method: The optimizer.
+            scaled: It was given a gradient scaler.
+        """
+        self.scaled = scaled
+        grads = (p.grad for group in method.param_groups for p in group["params"] if p.grad is not None)
+        first = next(grads, None)
+        self._written = None if first is None else weakref.ref(first)
+
+    def see_step(self, method: MultiLossOptimizer) -> None:
+        """Look at a step: where do its gradients come from?
+
+        Args:
+            method: The optimizer.
+        """
+        if self.plain_steps is None or all(p.grad is None for p in parameters(method)):
+            return
+        self.plain_steps += 1
+        if self.plain_steps > PLAIN_STEPS:
+            self.plain_steps = None
+            warnings.warn(
+                f"{method._name}.step: backward() of this optimizer was never called, and the gradients come from "
+                f"elsewhere: every step is that of {_named(method.base)} alone, and the method does nothing. In place "
+                'of loss.backward(), call optimizer.backward({"name": loss, ...}) with each loss by itself. For a '
+                "plain warm-up ignore this, or pass warmup=.",
+                stacklevel=3,
+            )
+
+    def see_base_step(self, method: MultiLossOptimizer) -> None:
+        """Look at a step of the wrapped optimizer: did the user make it, with gradients of this one?
+
+        Args:
+            method: The optimizer.
+        """
+        written = None if self._written is None else self._written()
+        if self.stepping or written is None or method._run["pending"] is None or "base" in self.said:
+            return
+        if any(p.grad is written for p in parameters(method)):
+            self.said.add("base")
+            warnings.warn(
+                f"{method._name}: step() of the wrapped {_named(method.base)} was called with the gradients that "
+                f"backward() wrote, so that {method._name} does not learn of the step: its memory, `every`, `warmup` "
+                f"and random draws stand still. Call step() of the {method._name} instead, and give it to schedulers, "
+                "scalers and trainers.",
+                stacklevel=4,
+            )
+
+    def see_scaler(self, method: MultiLossOptimizer, caller: FrameType) -> None:
+        """Look at a step that a gradient scaler is about to make.
+
+        Args:
+            method: The optimizer.
+            caller: Who asks.
+        """
+        if self.scaled or method._run["pending"] is None or "scaler" in self.said:
+            return
+        if isinstance(caller.f_locals.get("self"), torch.amp.GradScaler):
+            self.said.add("scaler")
+            warnings.warn(
+                f"{method._name}: a gradient scaler makes the step, and backward() was not given it. Gradients of "
+                "losses that were not scaled are divided by the scale all the same; scaled losses mislead a method "
+                "that looks at them. Pass the losses as they are, and the scaler: optimizer.backward(losses, "
+                "scaler=scaler).",
+                stacklevel=4,
+            )
+
+    def see_gradients(self, method: MultiLossOptimizer, call: Call) -> None:
+        """Look at the gradients found at the start of the first step: do they hold the sum of the losses already?
+
+        It costs one more backward pass, and only where every parameter that the losses reach has a gradient.
+
+        Args:
+            method: The optimizer.
+            call: The call of ``backward``, before anything is differentiated.
+        """
+        run = method._run
+        started = run["committed"]["step"] or run["pending"] is not None or "twice" in self.said
+        elsewhere = call.kept is not None or call.world is not None or call.sharded or call.graph.hidden
+        if started or elsewhere or not call.mine or any(p.grad is None for p in call.mine):
+            return
+        roots = [root for root in call.tasks.roots if root is not None]
+        sums = rows.one_pass(roots, call.seeds, call.mine, retain_graph=True, engine="grad")
+        if _equal([p.grad for p in call.mine], sums):
+            self.said.add("twice")
+            warnings.warn(
+                f"{method._name}.backward: .grad holds the gradient of the sum of these losses already, and what is "
+                "added now makes it count twice. Leave out sum(losses).backward(): optimizer.backward(losses) takes "
+                "its place.",
+                stacklevel=3,
+            )
+
+
+def watch(method: MultiLossOptimizer) -> None:
+    """Hear of the steps of the wrapped optimizer.
+
+    Args:
+        method: The optimizer. The hook does not keep it alive, and goes with it.
+    """
+    me = weakref.ref(method)
+
+    def stepped(*_: object) -> None:
+        if (alive := me()) is not None:
+            alive._run["loop"].see_base_step(alive)
+
+    if getattr(method.base, "_optimizer_step_post_hooks", None) is not None:
+        weakref.finalize(method, method.base.register_step_post_hook(stepped).remove).atexit = False
+
+
+@torch.no_grad()
+def _equal(found: list[Tensor | None], sums: rows.Row) -> bool:
+    """Whether gradients are equal to rounding, and not 0."""
+    apart = size = 0.0
+    rough = 0.0
+    for a, b in zip(found, sums, strict=True):
+        if a is None or b is None:
+            return False
+        a, b = (g.to_dense() if g.is_sparse else g for g in (a, b))
+        apart += float((a - b).abs().double().square().sum())
+        size += float(b.abs().double().square().sum())
+        rough = max(rough, torch.finfo(b.dtype).eps)
+    return apart <= rough * size and size > 0
+
+
+def _named(optimizer: torch.optim.Optimizer) -> str:
+    return type(optimizer).__name__
