@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import warnings
 from array import array
@@ -168,7 +169,7 @@ class Monitor:
         """The numbers of all recorded steps, (steps,) each, nan where there was none.
 
         Keys: "total", "loss/NAME", "weight/NAME", "norm/NAME", "cosine/NAME/NAME", "conflict_rate",
-        "projections".
+        "projections". In names of pairs "/" is written "%2F", and "%" as "%25".
         """
         return {key: np.array(column) for key, column in self._columns.items()}
 
@@ -182,10 +183,11 @@ class Monitor:
         Returns:
             (steps,), nan where there was no such number.
         """
-        for key in ("/".join((kind, *names)), "/".join((kind, *reversed(names)))):
+        found = np.full(len(self.steps), math.nan)
+        for key in (_key(kind, *names), _key(kind, *reversed(names))):  # the order of the losses may have changed
             if key in self._columns:
-                return np.array(self._columns[key])
-        return np.full(len(self.steps), math.nan)
+                found = np.where(np.isnan(found), self._columns[key], found)
+        return found
 
     @property
     def cosines(self) -> np.ndarray:
@@ -240,13 +242,25 @@ class Monitor:
 
         Args:
             path: Where to. Flags are in the last column, with blanks between them.
+
+        Raises:
+            ValueError: A name cannot be written as UTF-8. The file is as it was.
         """
-        with Path(path).open("w", encoding="utf-8", newline="") as file:
-            lines = csv.writer(file)
-            lines.writerow(["step", *self._columns, "flags"])
-            for row, (step, flags) in enumerate(zip(self.steps, self.flags, strict=True)):
-                numbers = (column[row] for column in self._columns.values())
-                lines.writerow([step, *("" if math.isnan(x) else repr(x) for x in numbers), " ".join(flags)])
+        text = io.StringIO(newline="")
+        lines = csv.writer(text)
+        lines.writerow(["step", *self._columns, "flags"])
+        for row, (step, flags) in enumerate(zip(self.steps, self.flags, strict=True)):
+            numbers = (column[row] for column in self._columns.values())
+            lines.writerow([step, *("" if math.isnan(x) else repr(x) for x in numbers), " ".join(flags)])
+        try:
+            encoded = text.getvalue().encode("utf-8")
+        except UnicodeEncodeError as error:
+            names = [name for name in self._names if not _encodes(name)]
+            raise ValueError(
+                f"Monitor.to_csv: the names {names} hold a lone surrogate, which UTF-8 cannot write. Rename the "
+                "losses. The file is as it was."
+            ) from error
+        Path(path).write_bytes(encoded)
 
     def table(self) -> Table:
         """Sum the run up: a row a task.
@@ -471,12 +485,23 @@ def _scalars(report: Report) -> Iterator[tuple[str, float]]:
         table = cosines.tolist()
         for i, first in enumerate(report.names):
             for j in range(i + 1, len(report.names)):
-                yield f"cosine/{first}/{report.names[j]}", table[i][j]
+                yield _key("cosine", first, report.names[j]), table[i][j]
         rate = report.conflict_rate
         assert rate is not None
         yield "conflict_rate", rate
     if report.projections is not None:
         yield "projections", float(report.projections)
+
+
+def _key(kind: str, *names: str) -> str:
+    """The name of a column; no two pairs have the same."""
+    if len(names) > 1:
+        names = tuple(name.replace("%", "%25").replace("/", "%2F") for name in names)
+    return "/".join((kind, *names))
+
+
+def _encodes(name: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def needs(what: str, package: str) -> str:

@@ -203,12 +203,14 @@ def test_pickling_and_copying_leave_the_monitor_behind(copied):
 
 def test_close_and_context_manager():
     theta, optimizer = linear()
+    before = dict(optimizer.base._optimizer_step_post_hooks)
     with Monitor(optimizer) as monitor:
+        assert len(optimizer.base._optimizer_step_post_hooks) == len(before) + 1
         step(theta, optimizer, a=A, b=B)
     step(theta, optimizer, a=A, b=B)
     monitor.close()
     assert monitor.steps == [1]
-    assert not optimizer.base._optimizer_step_post_hooks
+    assert dict(optimizer.base._optimizer_step_post_hooks) == before
 
 
 def test_keeps_no_tensor():
@@ -255,6 +257,36 @@ def test_csv(tmp_path):
         first, second = csv.DictReader(file)
     assert (first["step"], first["loss/a"], first["loss/b"], first["flags"]) == ("1", "2.0", "", "warmup")
     assert float(second["cosine/a/b"]) == monitor.column("cosine", "a", "b")[1]
+
+
+def test_pairs_whose_names_have_slashes_keep_columns_of_their_own():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    for names in (("a", "b/c"), ("a/b", "c"), ("a%2Fb", "c")):
+        step(theta, optimizer, **dict(zip(names, (A, B), strict=True)))
+    cosines = [key for key in monitor.history if key.startswith("cosine")]
+    assert cosines == ["cosine/a/b%2Fc", "cosine/a%2Fb/c", "cosine/a%252Fb/c"]
+    for row, pair in enumerate((("a", "b/c"), ("a/b", "c"), ("c", "a%2Fb"))):
+        assert np.flatnonzero(~np.isnan(monitor.column("cosine", *pair))).tolist() == [row]
+
+
+def test_a_pair_in_either_order_is_one_column():
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    step(theta, optimizer, a=A, b=B)
+    step(theta, optimizer, b=B, a=A)
+    assert monitor.column("cosine", "a", "b") == pytest.approx([-0.6, -0.6])
+
+
+def test_a_name_that_cannot_be_written_leaves_the_file_alone(tmp_path):
+    theta, optimizer = linear()
+    monitor = Monitor(optimizer)
+    step(theta, optimizer, **{"a\ud800": A, "b": B})
+    file = tmp_path / "run.csv"
+    file.write_text("kept")
+    with pytest.raises(ValueError, match=r"lone surrogate.*Rename the losses"):
+        monitor.to_csv(file)
+    assert file.read_text() == "kept"
 
 
 def test_table():

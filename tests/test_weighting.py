@@ -964,6 +964,25 @@ def test_cov_of_constant_losses_is_equal():
     assert (found[3:] != run(CoVWeighter, A)[3:]).all()
 
 
+def test_cov_with_decay_forgets_the_spread_too():
+    """Against moments written out: weights fall as the factors of `decay` do."""
+    history, decay = np.array(A), 0.8
+    mean = ratios = variance = None
+    for t, losses in enumerate(history[:-1]):
+        now = losses / (losses if t == 0 else mean)
+        keep = decay if t else 0.0
+        variance = np.zeros(3) if t == 0 else keep * (variance + (1 - keep) * (now - ratios) ** 2)
+        ratios = now if t == 0 else keep * ratios + (1 - keep) * now
+        mean = losses if t == 0 else keep * mean + (1 - keep) * losses
+    expected = np.sqrt(variance) / ratios
+    found = run(CoVWeighter, history, decay=decay)[-1]
+    np.testing.assert_allclose(found, 3 * expected / expected.sum(), rtol=1e-9)
+    # A loss that was wild long ago, and calm since, against one that goes on as ever.
+    calm = [[1.0 + (t < 20) * (t % 2), 1.0 + 0.1 * (t % 2), 1.0] for t in range(400)]
+    assert run(CoVWeighter, calm, decay=0.9)[-1][0] < 1e-6
+    assert run(CoVWeighter, calm)[-1][0] > 1.0
+
+
 def test_slaw_by_its_definition():
     found = run(SLAWWeighter, A)
     for t in range(1, len(A)):

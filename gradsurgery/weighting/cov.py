@@ -25,12 +25,13 @@ class CoVWeighter(RecordingWeighter):
     Paper: Groenendijk, Karaoglu, Gevers and Mensink, Multi-Loss Weighting with Coefficient of Variations, WACV 2021,
     arXiv 2009.01717. Checked against the official code, whose moments are those of Welford's method.
 
-    Departure: the official 1e-8 added to the variances is left out, so that a loss that has been constant gets weight
-    0.
+    Departures: the official 1e-8 added to the variances is left out, so that a loss that has been constant gets weight
+    0. With `decay` the deviations forget as the means do; in the official code they keep the whole past.
 
     Args:
         optimizer: The torch optimizer that makes the step.
-        decay: Means forget by this factor a step, 0 < decay < 1. None: means of the whole past, as in the paper.
+        decay: Means and deviations forget by this factor a step, 0 < decay < 1. None: those of the whole past, as in
+            the paper.
         **switches: See :class:`gradsurgery.optimizer.MultiLossOptimizer`.
 
     Raises:
@@ -66,7 +67,10 @@ class CoVWeighter(RecordingWeighter):
         now = np.minimum(ratio(losses, mean_loss), 1e100)  # its square is to be a number, too
         keep = count / (count + 1) if self.decay is None else np.where(count > 0, self.decay, 0.0)
         moved = keep * mean_ratio + (1 - keep) * now
-        self.keep("squares", self.recall("squares", 0.0) + (now - mean_ratio) * (now - moved))
+        # The sum of squares whose mean over all steps is the variance: that mean forgets as the other means do.
+        left = np.where(count > 0, keep * (count + 1) / np.maximum(count, 1), 0.0)
+        new = (1 - keep) * (count + 1) * (now - mean_ratio) * (now - moved)
+        self.keep("squares", left * self.recall("squares", 0.0) + new)
         self.keep("mean_ratio", moved)
         self.keep("mean_loss", mean_loss + (1 - keep) * (losses - mean_loss))
         self.keep("count", count + 1)
