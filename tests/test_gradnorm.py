@@ -89,6 +89,53 @@ def test_in_the_long_run_weighted_norms_are_equal():
     assert lengths.max() / lengths.min() < 2.0, "they start 100 apart"
 
 
+def applied(history, norms, **options):
+    """The weights that each step used."""
+    p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = gradsurgery.GradNormWeighter(torch.optim.SGD([p], lr=0.0), p, **options)
+    found = []
+    for losses, lengths in zip(history, norms, strict=True):
+        optimizer.zero_grad()
+        found.append(list(optimizer.backward(with_norms_and_losses(p, lengths, losses)).weights.values()))
+        optimizer.step()
+    return np.array(found)
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+@pytest.mark.parametrize("start", ["losses", "norms"])
+def test_a_start_is_the_paper_on_losses_divided_by_constants(start, rule):
+    rng = np.random.default_rng(3)
+    history = rng.uniform(0.5, 2.0, (30, 3)) * [1.0, 1e5, 1e-4]
+    norms = rng.uniform(0.5, 2.0, (30, 3)) * [1e-3, 1e6, 1.0]
+    units = history[0] if start == "losses" else norms[0]
+    plain = applied(history / units, norms / units, weight_optimizer=rule, alpha=0.3) / units
+    found = applied(history, norms, weight_optimizer=rule, alpha=0.3, start=start)
+    np.testing.assert_allclose(found, 3 * plain / plain.sum(axis=1, keepdims=True), rtol=1e-9)
+    assert found[0] * units == pytest.approx(found[0, 0] * units[0], rel=1e-12)
+
+
+def test_the_paper_s_start_is_the_default():
+    np.testing.assert_array_equal(applied(A, [NORMS] * len(A)), applied(A, [NORMS] * len(A), start="ones"))
+    np.testing.assert_array_equal(applied(A, [NORMS] * len(A))[0], 1.0)
+
+
+def test_a_gradient_of_zero_waits_for_its_unit():
+    found = applied(np.ones((3, 2)), [[2.0, 0.0], [2.0, 8.0], [2.0, 8.0]], start="norms", lr=1e-9)
+    np.testing.assert_allclose(found, [[1.0, 1.0], [1.6, 0.4], [1.6, 0.4]], rtol=1e-6)
+    np.testing.assert_array_equal(applied(np.ones((1, 2)), [[0.0, 0.0]], start="norms"), 1.0)
+
+
+@pytest.mark.parametrize("start", ["losses", "norms"])
+def test_an_absent_task_gets_its_unit_when_it_comes(start):
+    p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = gradsurgery.GradNormWeighter(torch.optim.SGD([p], lr=0.0), p, start=start, lr=1e-9)
+    a, b = with_norms_and_losses(p, [1.0, 4.0], [1.0, 4.0])
+    assert optimizer.backward({"a": a, "b": None}).weights == {"a": 1.0}
+    optimizer.step()
+    a, b = with_norms_and_losses(p, [2.0, 4.0], [2.0, 4.0])
+    assert optimizer.backward({"a": a, "b": b}).weights == pytest.approx({"a": 1.6, "b": 0.4})
+
+
 def test_the_initial_loss_is_the_first_and_stays():
     # Seen: the reference loss was overwritten in every step.
     _, optimizer = run(A)
@@ -131,6 +178,7 @@ def test_every_tensor_of_shared_params_counts():
 
     def first_move(params):
         optimizer = gradsurgery.GradNormWeighter(base, params, alpha=0.0, weight_optimizer="sgd")
+        optimizer.zero_grad()
         optimizer.backward([(3 * a + 4 * b).sum(), (a + 5 * b).sum() - 5])
         optimizer.step()
         return list(optimizer.state_dict()["gradsurgery"]["memory"]["weights"].values())
@@ -204,6 +252,7 @@ ARGUMENTS = [
     ({"alpha": -1.0}, ValueError, r"GradNormWeighter: `alpha` must be >= 0, got -1.0"),
     ({"lr": 0.0}, ValueError, r"GradNormWeighter: `lr` must be > 0, got 0.0"),
     ({"lr": float("nan")}, ValueError, r"`lr` must be a finite number"),
+    ({"start": "measured"}, ValueError, r"`start` must be one of"),
     ({"weight_optimizer": "rmsprop"}, ValueError, r"`weight_optimizer` must be one of"),
     ({"initial_losses": "last"}, ValueError, r"`initial_losses` must be numbers by name or in order, got 'last'"),
     ({"initial_losses": [1.0, 0.0]}, ValueError, r"initial_losses\['1'\]` must be > 0, got 0.0"),
@@ -236,6 +285,7 @@ def test_frozen_parameters_among_those_measured_count_for_nothing():
     for measured in ([p], [p, frozen]):
         frozen.requires_grad_(False)
         optimizer = gradsurgery.GradNormWeighter(torch.optim.SGD([p, frozen], lr=0.0), measured)
+        optimizer.zero_grad()
         optimizer.backward([p.sum() + frozen.sum(), (3 * p).square().sum()])
         optimizer.step()
         found.append(optimizer.state_dict()["gradsurgery"]["memory"])
