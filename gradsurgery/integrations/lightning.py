@@ -73,10 +73,14 @@ class MultiLossModuleMixin:
             TypeError: The optimizer is not one of this library.
         """
         named, self._named = self._named, None
+        module: Any = self
         if named is None:
+            found = module.optimizers(use_pl_optimizer=False)
+            for one in found if isinstance(found, list) else [found]:
+                if isinstance(one, MultiLossOptimizer):
+                    one._run["loop"].plain_steps = None  # whoever returns a plain loss here means it
             super().backward(loss, *args, **kwargs)  # type: ignore[misc]
             return
-        module: Any = self
         optimizer = module.optimizers(use_pl_optimizer=False)
         if not isinstance(optimizer, MultiLossOptimizer):
             raise TypeError(
