@@ -310,11 +310,14 @@ def triangle(rows: Sequence[Row] | Tensor) -> np.ndarray:
     rows = as_rows(rows)
     if not _any_double(rows):
         return square_root(gram_in(rows, torch.float64).cpu().numpy())
-    m = len(rows)
+    # Shortest first, so that rounding does not depend on the order in which the losses were given.
+    cpu = torch.device("cpu")
+    order = np.argsort([float(length(row, cpu)) for row in rows], kind="stable")
+    rows, m = [rows[i] for i in order], len(rows)
     held = np.zeros((0, m))
     for bucket in _buckets(rows, torch.float64):
         held = np.asarray(np.linalg.qr(np.concatenate([held, bucket.cpu().numpy().T]), mode="r"))
-    return np.ascontiguousarray(held.T)
+    return np.ascontiguousarray(held.T[np.argsort(order)])
 
 
 def square_root(gram: np.ndarray) -> np.ndarray:

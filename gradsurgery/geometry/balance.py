@@ -5,11 +5,23 @@ from __future__ import annotations
 from math import sqrt
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import solve_triangular
 from scipy.linalg.lapack import dgejsv, dgesdd, dgesv, dpotrf, dpotrs, dpstrf
 
-from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, full_rank, half, select, unit, unit_rows
+from gradsurgery.geometry.units import (
+    AMPLIFICATION,
+    DEPENDENT,
+    EPS,
+    Array,
+    Factor,
+    arranged,
+    full_rank,
+    half,
+    select,
+    unit,
+    unit_rows,
+)
 
 
 def equal_projection(
@@ -42,23 +54,28 @@ def equal_projection(
         y[keep], rank, degenerate = equal_projection(part, part_factor, by_length=by_length, noise=noise)
         return y, rank, degenerate
     triangle, _, rank, _ = dpstrf(cosines, tol=16 * m * noise)
+    back: NDArray[np.intp] | slice = slice(None)
+    if rank < m or triangle[-1, -1] < DEPENDENT:
+        order, norms, cosines, factor = arranged(norms, cosines, factor)
+        back = np.argsort(order)
+        triangle, _, rank, _ = dpstrf(cosines, tol=16 * m * noise)
     if rank == m:
         y = dpotrs(dpotrf(cosines)[0], np.ones(m))[0]
         pivot = float(triangle[-1, -1])
         # An error E of the cosines turns v by |E| |y| / (σ_min |v|), and |v|² = 1ᵀy; y itself errs by |E| |y| / σ_min².
         steep = float(np.abs(y).sum()) >= AMPLIFICATION * pivot * sqrt(max(float(y.sum()), 0.0))
         if factor is None or not (steep or pivot * pivot * AMPLIFICATION < 1):
-            return y, m, False
+            return y[back], m, False
     columns = half(cosines, 16 * m * noise)[0] if factor is None else full_rank(unit_rows(factor)[1], noise)
     if len(columns) == m:
-        return _foot(columns), m, False
+        return _foot(columns)[back], m, False
     scale = norms / norms.max() if by_length else np.ones(m)
     left, sigma, _ = np.linalg.svd((columns * scale).T, full_matrices=False)
     y = scale * (left @ (scale @ left / sigma**2))
     v = columns @ y
     if v @ v <= m * EPS:
         return np.zeros(m), len(columns), True
-    return y, len(columns), False
+    return y[back], len(columns), False
 
 
 def _foot(columns: Array) -> Array:
@@ -126,6 +143,11 @@ def align(
         balance[np.ix_(keep, keep)], rank = align(part, scale_mode, part_factor, noise=noise)
         return balance, rank
     columns, pivot = half(cosines, 16 * m * noise)
+    back: NDArray[np.intp] | None = None
+    if pivot < DEPENDENT:
+        order, norms, cosines, factor = arranged(norms, cosines, factor)
+        back = np.argsort(order)
+        columns, pivot = half(cosines, 16 * m * noise)
     if factor is not None and pivot * pivot * AMPLIFICATION < 1:
         norms, columns = unit_rows(factor)
         columns = full_rank(columns, noise)
@@ -144,4 +166,5 @@ def align(
     scale = np.sqrt(np.mean(sigma**2)) if scale_mode == "rmse" else sigma[-1 if scale_mode == "min" else rank // 2]
     polar = right @ left[:, :rank].T
     balance = dgesv(columns, polar)[2] if rank == m else np.linalg.lstsq(columns, polar)[0]
-    return balance * scale / norms[:, None], rank
+    balance = balance * scale / norms[:, None]
+    return balance if back is None else balance[np.ix_(back, back)], rank

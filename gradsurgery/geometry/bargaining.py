@@ -11,7 +11,7 @@ from scipy.linalg.lapack import dposv
 
 from gradsurgery.geometry.cones import min_norm, shortest
 from gradsurgery.geometry.nonnegative import Flag, refuse
-from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, half, select, unit, unit_rows
+from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, arranged, half, select, unit, unit_rows
 
 _NEWTON_ROUNDS, _POINT_ROUNDS, _STALE_ROUNDS, _HALVINGS = 100, 500, 5, 40
 # Numbers and their powers keep within e^±600; beyond, their logarithms are used.
@@ -72,14 +72,17 @@ def power_fixed_point(
     if not (v.sum() < AMPLIFICATION * least and residual < 1e-10):
         if min_norm(g, factor, noise=noise, flag=flag)[1]:
             return np.zeros(m), False
+        order, norms, cosines, factor = arranged(norms, cosines, factor)
+        back = np.argsort(order)
         if factor is None:
             columns = half(cosines)[0]
         else:
             norms, columns = unit_rows(factor)
-            lengths = norms / top
+        lengths, power = norms / top, power[order]
         v, solved = _power_point(columns, np.log(power) + (p - 1) * np.log(lengths), alpha, flag)
         if not solved:
             return np.zeros(m), False
+        v, lengths = v[back], lengths[back]
     return v / lengths * top ** (-2 * alpha / (1 + alpha)), True
 
 

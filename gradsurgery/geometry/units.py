@@ -132,7 +132,8 @@ def arranged(
     """The same rows in an order that does not depend on the one they came in.
 
     Rounding depends on the order in which rows are treated, and where they are nearly dependent it is no longer small.
-    They are sorted by length, then by their cosines, both to ten digits.
+    They are sorted by length, then by their cosines, both to ten digits, which another order of sums leaves alone;
+    what ties there is sorted by all digits.
 
     Args:
         norms: row lengths, (m,).
@@ -144,7 +145,8 @@ def arranged(
     """
     top = float(norms.max(initial=0.0)) or 1.0
     lengths = np.round(np.log(np.maximum(norms / top, np.finfo(np.float64).tiny)), 10)
-    order = np.lexsort((np.round((cosines**3).sum(axis=1), 10), lengths))
+    cubes = (np.sort(cosines, axis=1) ** 3).sum(axis=1)
+    order = np.lexsort((cubes, norms, np.round(cubes, 10), lengths))
     part, part_factor = select(cosines, factor, order)
     return order, norms[order], part, part_factor
 

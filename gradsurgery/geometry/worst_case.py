@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg.lapack import dtrtrs
 
 from gradsurgery.geometry.cones import least_distance
-from gradsurgery.geometry.nonnegative import Flag, refuse
-from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, doubtful, half, select, unit, unit_rows
+from gradsurgery.geometry.nonnegative import NOT_CONVERGED, Flag, refuse
+from gradsurgery.geometry.units import (
+    AMPLIFICATION,
+    DEPENDENT,
+    EPS,
+    Array,
+    Factor,
+    arranged,
+    doubtful,
+    half,
+    select,
+    unit,
+    unit_rows,
+)
 
 _ROUNDS = 100
+# What may be left of the conditions where the multipliers come from the last step of the search.
+_SEARCHED = 1e-12
 
 
 def cagrad(
@@ -50,6 +66,10 @@ def cagrad(
     if c == 0:
         return weights, False
     columns, pivot = half(cosines)
+    order = None
+    if pivot < DEPENDENT:
+        order, norms, cosines, factor = arranged(norms, cosines, factor)
+        columns, pivot = half(cosines)
     x, slack, mean, degenerate = _cagrad_multipliers(columns, norms, c, np.sqrt(m * noise), flag)
     if factor is not None:
         total = max(float(x.sum()), EPS)
@@ -59,8 +79,9 @@ def cagrad(
             if degenerate or doubtful(columns, active, cancellation, noise):
                 norms, columns = unit_rows(factor)
                 x, _, mean, degenerate = _cagrad_multipliers(columns, norms, c, 16 * m * EPS, flag)
-    weights += x * (mean * norms.sum() / m) / norms
-    return weights, degenerate
+    x *= mean * norms.sum() / m
+    x /= norms
+    return weights + (x if order is None else x[np.argsort(order)]), degenerate
 
 
 def _cagrad_multipliers(
@@ -117,4 +138,9 @@ def _cagrad_multipliers(
         if high - low <= 2 * EPS * max(abs(low), abs(high)):
             break
         tau = guess
-    return inside, (columns @ inside) @ columns - (low * a - slopes), length, False
+    e = columns @ inside
+    slack = e @ columns - (low * a - slopes)
+    allowed = _SEARCHED * max(1.0, abs(low))
+    if max(-slack.min(), np.abs(slack[inside > 0]).max(initial=0.0), abs(sqrt(e @ e) - c)) > allowed:
+        flag(NOT_CONVERGED)
+    return inside, slack, length, False
