@@ -223,9 +223,9 @@ the reference answers of `gradsurgery.testing`. Methods that draw an order at ra
 distances here and plain ones there.
 
 MGDA, CAGrad, UPGrad, DualProj and PCD begin with a guess of `scipy.optimize.nnls`, and none depends on it being right:
-all releases since 1.15 can return a point that is not optimal, without an error, and those from 1.12 to 1.14 work on normal
-equations and may not end. The optimality conditions of their answers are verified to rounding; where they do not hold,
-active sets of this library go on from the guess. Where even these do not reach them, the report has the flag
+all releases since 1.15 can return a point that is not optimal, without an error, and those from 1.12 to 1.14 work on
+normal equations and may not end. The optimality conditions of their answers are verified to rounding; where they do not
+hold, active sets of this library go on from the guess. Where even these do not reach them, the report has the flag
 "not-converged".
 
 Measured on {machine}, one thread, torch {torch}, TorchJD {torchjd}, Python {python}, on the CPU.
