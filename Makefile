@@ -12,6 +12,9 @@ NUMERIC := engines geometry gradnorm methods playground precision priority_metho
 # A process for each core. Files stay whole: what is spawned or trained once for a file is then done once.
 PARALLEL ?= -n auto --dist loadfile
 
+# How long `make explore` compares settings with the literal reference.
+MINUTES ?= 10
+
 .DEFAULT_GOAL := help
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
 .NOTPARALLEL:
@@ -37,7 +40,8 @@ test-old-processor: $(TESTED) ## Run the numeric tests with the instructions of 
 	$(BIN)/python -m pytest -m "not slow and not browser" $(PARALLEL) $(addprefix tests/test_,$(addsuffix .py,$(NUMERIC))) $(ARGS)
 
 # Draws are the same in every run elsewhere. What fails is printed with the line that repeats it, and tried first next time.
-explore: $(TESTED) ## Draw new examples for the tests that draw
+explore: $(TESTED) ## Draw new examples for the tests that draw, and new settings for the literal reference (MINUTES=240 for hours)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/literal.py --minutes $(MINUTES)
 	EXPLORE=1 $(BIN)/python -m pytest -m "not browser" $(PARALLEL) $$(grep -l hypothesis tests/test_*.py) $(ARGS)
 
 test-browser: $(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/docs.stamp $(VENV)/browser.stamp ## Test the playground in Chromium, which must be installed

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from gradsurgery import losses as losses_module
 from gradsurgery import rows as rows_module
 from gradsurgery import shards
-from gradsurgery.graph import Graph, walk
+from gradsurgery.graph import Graph, undecided, walk
 from gradsurgery.kept import Kept, collect
 from gradsurgery.losses import Tasks
 from gradsurgery.world import World
@@ -178,6 +178,25 @@ class Call:
             result[j] = g
         return result
 
+    def undecided(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Find the parameters of which the graph does not tell whether two losses reach them, or one alone.
+
+        Args:
+            params: The parameters that two losses may reach, the same on all processes.
+
+        Returns:
+            Those of them.
+        """
+        if self.graph.masks is None or not params:
+            return list(params)
+        certain, open_here = undecided(self.tasks.roots, self.graph.nodes)
+        marks = [[certain.get(p, 0) >> i & 1 for p in params] for i in range(len(self.tasks.present))]
+        found = torch.tensor([*marks, [p in open_here for p in params]], dtype=torch.uint8, device="cpu")
+        if self.world is not None:
+            found = self.world.any_of(found)
+        counts, unsure = found[:-1].sum(dim=0).tolist(), found[-1].tolist()
+        return [p for p, n, mark in zip(params, counts, unsure, strict=True) if mark and n < 2]
+
     @cached_property
     def leaves(self) -> list[Tensor]:
         """Everything that an ordinary backward pass may write to, as far as it is known.
@@ -248,7 +267,7 @@ def prepare(
             method._run["tasks"] = tasks
             if not keep and (accumulate or method._run["kept"] is None):
                 return None
-    graph, mine, theirs = _reached(method, tasks, [p for other in others for p in parameters(other)], world, accumulate)
+    graph, mine, theirs = _reached(method, tasks, [p for other in others for p in parameters(other)], world)
     spread = bool(shards.sharded(mine))
     if spread and world is not None:
         _require_everywhere(method, tasks, world)
@@ -299,7 +318,8 @@ def prepare(
         if not accumulate:
             call.kept = call.kept.in_order([*tasks.names, *call.kept.present])
             call.values = call.kept.values
-            call.tasks = Tasks(tasks.names, call.kept.present, tuple(call.values.unbind()), ())
+            m = len(call.kept.present)
+            call.tasks = Tasks(tasks.names, call.kept.present, tuple(call.values.unbind()), (None,) * m)
             method._run["tasks"] = call.tasks
     return call
 
@@ -346,7 +366,7 @@ def _optimizers(owner: str, others: Optimizer | Iterable[Optimizer]) -> list[Opt
 
 
 def _reached(
-    method: MultiLossOptimizer, tasks: Tasks, others: Sequence[Tensor], world: World | None, accumulate: bool
+    method: MultiLossOptimizer, tasks: Tasks, others: Sequence[Tensor], world: World | None
 ) -> tuple[Graph, list[Tensor], list[Tensor]]:
     """Walk over the graph of the losses.
 
@@ -354,13 +374,6 @@ def _reached(
         What was found, the parameters of this optimizer that may be reached, and those of the other ones.
     """
     params = parameters(method)
-    # What reads loss values only needs no more than torch does, once it is clear that every loss reaches something.
-    alone = world is None and not others and not method.walks and method._run["kept"] is None
-    known = (tasks.present, tuple(map(id, params)))
-    if alone and not accumulate and method._run["walked"] == known:
-        m = len(tasks.present)
-        return Graph(None, (), (False,) * m, (False,) * m, hidden=False, nodes={}), params, []
-    method._run["walked"] = None
     graph = walk(tasks.roots)
     own = set(params)
     # fully_shard differentiates with respect to tensors of its own.
@@ -405,8 +418,6 @@ def _reached(
                 "network of a GAN, freeze them with requires_grad_(False) or ignore this.",
                 stacklevel=4,
             )
-    if alone:
-        method._run["walked"] = known
     return graph, mine, theirs
 
 

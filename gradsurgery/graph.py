@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 # Freeing a graph that Python has walked recurses. The C++ stack of a main thread overflows at twice this depth.
@@ -141,3 +142,91 @@ def inputs_first(starts: Sequence[Node]) -> Nodes | None:
                 stack.pop()
                 order[node] = below
     return order
+
+
+class _Entry(NamedTuple):
+    """What is known of the losses whose gradients come into a node at one of its outputs.
+
+    Attributes:
+        mask: Those that may come.
+        certain: Those that do come.
+        together: If any of them comes, another one does too.
+    """
+
+    mask: int
+    certain: int
+    together: bool
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is out of the question that exactly one loss comes."""
+        return self.together or bool(self.certain & (self.certain - 1))
+
+
+def undecided(roots: Sequence[Tensor | GradientEdge | None], nodes: Nodes) -> tuple[dict[Tensor, int], set[Tensor]]:
+    """Find the leaves of which the graph does not tell whether two losses reach them, or one, or none.
+
+    Every node of torch passes a gradient on. A function written in Python or C++ may return None for some of its
+    inputs, and what it returns may depend on which of its outputs have a gradient. If two losses come in the same way,
+    they go on together or not at all.
+
+    Args:
+        roots: Where differentiation starts, (m,); None for a loss without a graph.
+        nodes: What :func:`walk` has found.
+
+    Returns:
+        For each leaf a bit mask of the losses that reach it for certain, and the leaves that are open.
+    """
+    entries: dict[Node, dict[int, _Entry]] = {}
+    certain: dict[Tensor, int] = {}
+    settled: dict[Tensor, bool] = {}
+
+    def enter(node: Node, output: int, new: _Entry) -> None:
+        outputs = entries.setdefault(node, {})
+        old = outputs.get(output, _Entry(0, 0, True))
+        outputs[output] = _Entry(old.mask | new.mask, old.certain | new.certain, old.together and new.together)
+
+    def reach(leaf: Tensor, entry: _Entry) -> None:
+        certain[leaf] = certain.get(leaf, 0) | entry.certain
+        settled[leaf] = settled.get(leaf, True) and entry.together
+
+    for i, root in enumerate(roots):
+        if root is None:
+            continue
+        entry = _Entry(1 << i, 1 << i, False)
+        start = root.grad_fn if isinstance(root, Tensor) else root.node
+        if start is not None:
+            enter(start, root.output_nr, entry)
+        elif isinstance(root, Tensor):
+            reach(root, entry)
+    for node in reversed(nodes):
+        outputs = entries.pop(node, {})
+        if type(node).__name__ == "AccumulateGrad":
+            for entry in outputs.values():
+                reach(node.variable, entry)  # type: ignore[attr-defined]
+            continue
+        below = None if _is_sink(node) else _passed(node, list(outputs.values()))
+        for k, (child, output) in enumerate(nodes[node]):
+            passed = below if below is not None else outputs.get(k)
+            if child is not None and passed is not None:
+                enter(child, output, passed)
+    open_leaves = {leaf for leaf, mask in certain.items() if not settled[leaf] and not mask & (mask - 1)}
+    return certain, open_leaves
+
+
+def _passed(node: Node, outputs: Sequence[_Entry]) -> _Entry:
+    """What comes out of a node below."""
+    mask = certain = 0
+    for entry in outputs:
+        mask |= entry.mask
+        certain |= entry.certain
+    settled = all(entry.settled for entry in outputs)
+    if not _may_keep(node):
+        return _Entry(mask, certain, settled or bool(certain & (certain - 1)))
+    alike = len(outputs) == 1 or all(entry.mask == entry.certain == mask for entry in outputs)
+    return _Entry(mask, 0, settled and alike)
+
+
+def _may_keep(node: Node) -> bool:
+    """Whether a node may hand None to an input that wants a gradient."""
+    return isinstance(node, BackwardCFunction) or type(node).__name__ == "CppFunction"

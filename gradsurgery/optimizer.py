@@ -71,7 +71,9 @@ class MultiLossOptimizer(Optimizer):
             inf and nan are always written through, so that the scaler skips the step. Where the update needs one
             backward pass only, gradients are examined under "skip" alone: it would cost a pass over all of them.
         every: Compute new weights in every k-th committed step and reuse the last ones, at the cost of one or two
-            backward passes, in between.
+            backward passes, in between. A surgery makes one pass a loss there too where the graph does not tell which
+            parameters are private: under reentrant activation checkpointing, in a compiled model, or below functions
+            written in Python that the losses reach in different ways. `shared_params` spares these.
         warmup: Number of committed steps at the beginning that use the plain sum.
         preference: The user's priorities, > 0, by name or in the order of the losses. They multiply the rows (surgery)
             or the weights (weighting), unless the paper has its own place for them.
@@ -163,7 +165,6 @@ class MultiLossOptimizer(Optimizer):
             "report": None,
             "warned": False,
             "warned_of_ranks": False,
-            "walked": None,
             "loop": misuse.Loop(),
             "generator": None,
             "unbatched": False,
@@ -482,11 +483,6 @@ class MultiLossOptimizer(Optimizer):
     def _act(self, call: Call) -> Report:
         """Do the work of ``backward``: surgery and weighting each in its own way."""
         raise TypeError(f"{self._name}: wrap the optimizer in a method, such as PCGrad, not in this base class.")
-
-    @property
-    def walks(self) -> bool:
-        """Whether the graph of the losses must be read in every call, and not only until all is known to be well."""
-        return True
 
     @property
     def memory(self) -> dict[str, Any]:

@@ -55,19 +55,29 @@ class Surgery(MultiLossOptimizer):
     """Base of the methods that work on the gradient of each loss.
 
     A parameter that two or more losses reach is *shared*; one that a single loss reaches is *private* and always gets
-    the plain gradient of that loss. A method overrides :meth:`weights`, which sees the inner products of the rows over
-    the shared parameters. It costs m backward passes a step and m rows of memory.
+    the plain gradient of that loss. Each call decides this anew, in steps that reuse weights too. A method overrides
+    :meth:`weights`, which sees the inner products of the rows over the shared parameters. It costs m backward passes a
+    step and m rows of memory.
+
+    Where fewer than two losses reach the parameters that a surgery acts on, there is nothing to balance: they get the
+    plain gradient with `reduction`, whether `shared_params` names them or not. The method is not asked, and
+    `preference`, `normalize`, `weight_momentum`, `min_weight` and `max_weight` do not act: a trunk does not jump as
+    tasks come and go. Methods that keep rows between steps go on with these when one task alone is present, without
+    those switches.
 
     Args:
-        optimizer: The optimizer that makes the step, or a weighter around it. Under a weighter the method sees each
-            loss multiplied by its coefficient.
+        optimizer: The optimizer that makes the step, or a weighter around it. Under a weighter the method, and all
+            that is said here of losses and rows, sees each loss multiplied by its coefficient, as if you had done so.
         shared_params: The parameters that the surgery acts on; all others get the plain gradient of the sum. Found from
             the graph by default.
         normalize: What the rows are divided by before the method sees them, for rows of very different lengths: "none";
             "l2": sᵢ = ‖gᵢ‖; "loss": sᵢ = lᵢ; "loss+": sᵢ = ‖gᵢ‖ lᵢ. The last two need positive losses. The weights α of
-            the scaled rows are applied to them: the raw gradients get αᵢ/sᵢ.
+            the scaled rows are applied to them: the raw gradients get αᵢ/sᵢ. In methods that keep rows between steps
+            (MoCo, ExcessMTL, Bloop, GCond) the rows are what these have made of them: s is the length of the average,
+            say, or the present loss.
         log_losses: Act on the logarithms of the losses, which must be positive: every gradient, private ones included,
-            is divided by its loss (the ``LOG_`` variants of the FAMO repository).
+            is divided by its loss (the ``LOG_`` variants of the FAMO repository). Not with a weighter inside, whose
+            coefficients would drop out.
         granularity: One surgery for "all" shared parameters together, one a parameter "group" of the optimizer, or one
             a "parameter".
         engine: How methods that need no more than the inner products of the rows get them. "rows": from the rows.
@@ -100,6 +110,8 @@ class Surgery(MultiLossOptimizer):
     rows_repeat_tasks = False
     #: `preference` multiplies the rows. Methods whose paper has another place for it read ``preferences()`` themselves.
     preference_scales_rows = True
+    #: Parameters that only absent losses have reached move, too.
+    moves_unreached = False
     # The method adds up gradients as they come, and has no rows; see streaming.py.
     streaming = False
 
@@ -131,6 +143,11 @@ class Surgery(MultiLossOptimizer):
             )
         self.normalize = self._choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
         self.log_losses = bool(log_losses)
+        if self.log_losses and isinstance(optimizer, Weighter):
+            raise ValueError(
+                f"{self._name}: log_losses=True excludes a weighter inside ({type(optimizer).__name__}): what "
+                "multiplies a loss drops out of the gradient of its logarithm. Leave out one of the two."
+            )
         self.granularity = self._choice("granularity", granularity, ("all", "group", "parameter"))
         self.engine = self._choice("engine", engine, ("auto", "rows", "ghosts", "blocks"))
         self.row_dtype = self._dtype_of_rows(row_dtype)
@@ -208,7 +225,8 @@ class Surgery(MultiLossOptimizer):
 
         Args:
             rows: One row a present task, one entry a parameter, ``None`` where a loss does not reach it.
-            losses: Values of the present losses, m detached scalars on their devices; not to be read on the host.
+            losses: Values of the present losses, m detached scalars on their devices; not to be read on the host. They
+                are multiplied by what a weighter inside gives, or logarithms under `log_losses`, as the rows are.
             params: The shared parameters.
 
         Returns:
@@ -418,17 +436,18 @@ class Surgery(MultiLossOptimizer):
         try:
             with self._proposal(Tasks(names, names, (), ())):
                 coefficients = self._logarithmic(values) if self.log_losses else None
+                seen = self._seen(values, coefficients)
                 if self.needs_gram_only:
                     gram = gram_module.gram_of_matrix(rows)
                     if not gram_module.in_range(gram):
                         self._require_finite(rows)
                         gram = gram_module.gram_outside_float32(rows, gram)
-                    weights = self._solve(Table(rows), gram, values, coefficients)
+                    weights = self._solve(Table(rows), gram, seen, coefficients)
                     if coefficients is not None:
                         weights = weights * coefficients
                     out: Tensor | None = rows_module.mixed(rows, weights if share == 1.0 else share * weights)
                 else:
-                    out = self._combined(rows, values, coefficients, share)
+                    out = self._combined(rows, seen, coefficients, share)
             if update:
                 self._commit()
                 pending = None
@@ -454,9 +473,7 @@ class Surgery(MultiLossOptimizer):
             )
         return known if self.stateful and known else _numbers(m)
 
-    def _combined(
-        self, rows: Tensor, values: np.ndarray, coefficients: np.ndarray | None, share: float
-    ) -> Tensor | None:
+    def _combined(self, rows: Tensor, seen: np.ndarray, coefficients: np.ndarray | None, share: float) -> Tensor | None:
         """``combine`` for methods that keep rows or work coordinate by coordinate."""
         self._require_finite(rows)
         m, like = len(rows), rows[0]
@@ -465,13 +482,13 @@ class Surgery(MultiLossOptimizer):
         if self.observes:
             factors = [1.0] * m if coefficients is None else coefficients.tolist()
             table = [[rows_module.wide(row) * c] for row, c in zip(rows, factors, strict=True)]
-            table = self.observe(table, list(torch.from_numpy(values)), [like])
+            table = self.observe(table, list(torch.from_numpy(seen)), [like])
             coefficients = None
             if (numbers := self._run.pop("numbers", None)) is not None:
                 self._run["measured"] = numbers.sum(dim=1).double().cpu().numpy()
         whole = Table(table)
         gram = whole.repaired(whole.products().cpu().numpy())
-        weights = self._solve(whole, gram, values, coefficients)
+        weights = self._solve(whole, gram, seen, coefficients)
         if coefficients is not None and len(weights) == m:
             weights = weights * coefficients
         applied = share * weights
@@ -543,10 +560,15 @@ class Surgery(MultiLossOptimizer):
     def _remember_reached(self, marks: Sequence[Sequence[int]], shared: Sequence[Tensor]) -> None:
         if self._run["draft"] is None:
             return
-        known = self.memory.get("reached", {})
+        known, ever = self.memory.get("reached", {}), self._reached_ever()
         places = [self._run["positions"][p] for p in shared]
+        # What one loss alone has reached so far is private, and stays so if another one comes in its place.
+        reached = [
+            {n for n, mark in zip(self.names, column, strict=True) if mark} for column in zip(*marks, strict=True)
+        ]
+        lasting = [len(now | ever.get(j, set())) > 1 for j, now in zip(places, reached, strict=True)]
         for name, row in zip(self.names, marks, strict=True):
-            now = {j for j, mark in zip(places, row, strict=True) if mark}
+            now = {j for j, mark, kept in zip(places, row, lasting, strict=True) if mark and kept}
             if not now <= set(known.get(name, ())):
                 known = {**known, name: sorted(now.union(known.get(name, ())))}
         self.memory["reached"] = known
@@ -562,6 +584,25 @@ class Surgery(MultiLossOptimizer):
     def _undecided(self) -> bool:
         """Whether the method does not know yet which parameters are private."""
         return False
+
+    def preferences(self) -> np.ndarray:
+        """The user's priorities of the present tasks. A task that is alone has none.
+
+        Returns:
+            (m,); ones if there are none.
+
+        Raises:
+            ValueError: A present task has none.
+        """
+        return np.ones(1) if self._alone else super().preferences()
+
+    def _settled(self, weights: np.ndarray) -> np.ndarray:
+        return weights if self._alone else super()._settled(weights)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether one task alone is present, so that there is nothing to balance. `combine` takes rows as they are."""
+        return self._run["call"] is not None and len(self.names) == 1
 
     def _coefficients(self, values: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
         """What each loss is multiplied by before the surgery: by a weighter inside, and by the logarithm."""
@@ -582,22 +623,29 @@ class Surgery(MultiLossOptimizer):
         self._require_positive(values, "log_losses=True takes its logarithm")
         return 1.0 / values
 
+    def _seen(self, values: np.ndarray, coefficients: np.ndarray | None) -> np.ndarray:
+        """The values of the losses as the method sees them: multiplied by a weighter inside, or their logarithms."""
+        if self.log_losses:
+            self._require_positive(values, "log_losses=True takes its logarithm")
+            return np.log(values)
+        return values if coefficients is None else coefficients * values
+
     def _solve_where_reached(
         self,
         rows: Table,
         gram: np.ndarray,
-        values: np.ndarray,
+        seen: np.ndarray,
         coefficients: np.ndarray | None,
         unscale: np.ndarray | float,
         reaching: Sequence[bool] | None,
     ) -> np.ndarray:
         """``_solve`` without the tasks that reach none of these parameters: they take no part, and have no zero row."""
-        m = len(values)
+        m = len(seen)
         if reaching is None and not isinstance(rows.rows, Tensor):
             reaching = [any(g is not None for g in row) for row in rows.rows[:m]]
         keep = [i for i in range(m) if reaching is None or reaching[i]]
         if len(keep) == m or (len(rows) != m and not self.rows_repeat_tasks):
-            return self._solve(rows, gram, values, coefficients, unscale)
+            return self._solve(rows, gram, seen, coefficients, unscale)
         weights = np.ones(m)
         if len(keep) > 1:
             tasks, measured = self._run["tasks"], self._run.get("measured")
@@ -607,7 +655,7 @@ class Surgery(MultiLossOptimizer):
             try:
                 part = gram[np.ix_(every, every)]
                 factors = None if coefficients is None else coefficients[keep]
-                weights[keep] = self._solve(rows.part(every), part, values[keep], factors, unscale)
+                weights[keep] = self._solve(rows.part(every), part, seen[keep], factors, unscale)
             finally:
                 self._run["tasks"] = tasks
         return weights
@@ -616,7 +664,7 @@ class Surgery(MultiLossOptimizer):
         self,
         rows: Table,
         gram: np.ndarray,
-        values: np.ndarray,
+        seen: np.ndarray,
         coefficients: np.ndarray | None,
         unscale: np.ndarray | float = 1.0,
     ) -> np.ndarray:
@@ -625,22 +673,24 @@ class Surgery(MultiLossOptimizer):
         Args:
             rows: The raw rows, still multiplied by the loss scale.
             gram: Their inner products without it, (m, m).
-            values: Raw loss values, (m,).
-            coefficients: What multiplies each loss, (m,). None: 1.
+            seen: Values of the losses as the method sees them, (m,).
+            coefficients: What still multiplies each row, (m,). None: 1.
             unscale: Reciprocal of the loss scale.
 
         Returns:
             (m,).
         """
-        m = len(values)
+        m = len(seen)
+        if self._alone and not self.observes:
+            return np.ones(1)
+        normalize = "none" if self._alone else self.normalize
         scaled = self.preference is not None and self.preference_scales_rows
-        if coefficients is None and self.normalize == "none" and not scaled:
+        if coefficients is None and normalize == "none" and not scaled:
             self._run.update(rows=rows, row_scales=unscale)
-            weights = self._settled(self.weights(gram, values))
+            weights = self._settled(self.weights(gram, seen))
             self._run["rows"] = None
             return weights
         coefficients = np.ones(m) if coefficients is None else coefficients
-        seen = np.log(values) if self.log_losses else coefficients * values
 
         # A method may have added rows of its own behind those of the tasks, or have rows of absent tasks.
         def spread(per_task: np.ndarray) -> np.ndarray:
@@ -651,10 +701,10 @@ class Surgery(MultiLossOptimizer):
         coefficients = spread(coefficients)
         lengths = coefficients * np.sqrt(gram.diagonal())
         around = np.ones(len(gram))
-        if self.normalize in ("loss", "loss+"):
-            self._require_positive(seen, f'normalize="{self.normalize}" divides by it')
+        if normalize in ("loss", "loss+"):
+            self._require_positive(seen, f'normalize="{normalize}" divides by it')
             around /= spread(seen)
-        if self.normalize in ("l2", "loss+"):
+        if normalize in ("l2", "loss+"):
             around *= np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
         if self.preference_scales_rows:
             around *= spread(self.preferences())

@@ -66,6 +66,7 @@ class MConFIG(ConFIG):
 
     stateful = True
     observes = True
+    moves_unreached = True
     has_weights = False
     scale = "paper"
 

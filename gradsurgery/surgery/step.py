@@ -80,16 +80,47 @@ class Step:
         if self.due != "act":
             self.method.flag("reused" if self.due == "reuse" else self.due)
         measured = None if self.inner is None else self.inner.measure(self.call)
-        # Where every loss has a graph of its own one pass a loss does: two passes over all would need them twice.
-        apart = (
-            self.due == "reuse"
-            and self.call.world is None
-            and not any(self.call.graph.overlaps)
-            and bool(self.method.memory["last_private"])
-        )
-        if self.call.kept is None and (self.due != "act" or self.call.features) and not apart:
+        if self.call.kept is None and (self.due != "act" or self.call.features) and not self._reuses_by_rows():
             return self._in_one_pass(measured)
         return streaming.report(self) if self.method.streaming else self._row_by_row(measured)
+
+    def _reuses_by_rows(self) -> bool:
+        """Whether a step that reuses weights makes one backward pass a loss all the same."""
+        method, call = self.method, self.call
+        if self.due != "reuse":
+            return False
+        shared = method._shared(call.mine, call.graph.masks)
+        # Where every loss has a graph of its own one pass a loss does: two passes over all would need them twice.
+        apart = call.world is None and not any(call.graph.overlaps) and len(shared) < len(call.mine) + len(call.theirs)
+        return apart or bool(self._open(shared))
+
+    def _open(self, shared: list[Tensor]) -> list[Tensor]:
+        """Find the shared parameters of which the graph of this call does not tell that two losses reach them."""
+        method = self.method
+        if method.shared_params is not None:
+            return []
+        if method.observes:
+            ever, position = method._reached_ever(), method._run["positions"]
+            shared = [p for p in shared if len(ever.get(position[p], ())) < 2]
+        return self.call.undecided(shared)
+
+    def settled(self, shared: list[Tensor]) -> list[Tensor]:
+        """Take out what only one loss really reaches, before the first pass over all.
+
+        Args:
+            shared: What two losses may reach.
+
+        Returns:
+            What they do reach. Where the graph does not tell, short passes do.
+        """
+        if not (left := self._open(shared)):
+            return shared
+        rows = self.call.rows_at(left, whole=False)
+        marks = torch.tensor([[g is not None for g in row] for row in rows], dtype=torch.uint8, device="cpu")
+        if self.call.world is not None:
+            marks = self.call.world.any_of(marks)
+        private = {p for p, n in zip(left, marks.sum(dim=0).tolist(), strict=True) if n < 2}
+        return [p for p in shared if p not in private]
 
     def _stopped(self, values: np.ndarray, finite: np.ndarray) -> Report | None:
         method, scaler = self.method, self.call.scaler
@@ -137,7 +168,8 @@ class Step:
         if method._run["draft"] is not None:
             if early is None:
                 coefficients = method._coefficients(values, *more)
-            multiplied = None if self.inner is None and not method.log_losses else coefficients
+            multiplied = None if early is not None or (self.inner is None and not method.log_losses) else coefficients
+            seen = method._seen(values, coefficients if early is None else early)
             for k, name in enumerate(named_parts):
                 if columns is not None:
                     method._run["measured"] = columns[:, parts[k]].sum(axis=1)
@@ -147,14 +179,14 @@ class Step:
                         if call.sharded:
                             reaching = [any(row[j] is not None for j in parts[k]) for row in found.rows[:m]]
                         weights[k] = method._solve_where_reached(
-                            tables[k], grams[k], values, multiplied, 1 / scale, reaching
+                            tables[k], grams[k], seen, multiplied, 1 / scale, reaching
                         )
                 elif self.due == "reuse":
                     weights[k] = np.array([method.memory["last_weights"][name] for name in self.names])
             if not found.shared and m > 1:
                 method.flag("nothing-shared")
             if method.every > 1 and self.due == "act":
-                self._remember(weights[0] if weights else np.ones(m), list(found.terms))
+                self._remember(weights[0] if weights else np.ones(m))
         del tables  # no name may hold the rows while they are combined
         return self._write(found, parts, weights, coefficients, early, values, gram)
 
@@ -315,7 +347,7 @@ class Step:
         marks = torch.tensor(there, dtype=torch.uint8, device="cpu").reshape(m, len(shared))
         if call.world is not None and not call.sharded:
             marks = call.world.any_of(marks)
-        if method.observes:
+        if self.observes:
             method._remember_reached(marks.tolist(), shared)
         self._find_private(found, marks)
         if call.world is not None and not call.sharded and found.slices is None:
@@ -403,6 +435,12 @@ class Step:
         method = self.method
         there = marks.sum(dim=0).tolist()
         found.silent = {p for p, n in zip(found.shared, there, strict=True) if not n}
+        if (
+            method.observes and not method.moves_unreached and found.silent
+        ):  # they have averages, and stay where they are
+            kept = [j for j, n in enumerate(there) if n]
+            found.rows = [[row[j] for j in kept] for row in found.rows]
+            found.shared, there = [found.shared[j] for j in kept], [there[j] for j in kept]
         if method.shared_params is not None or method._undecided():
             found.reaching = None if found.slices is None else marks.any(dim=1).tolist()
             if found.slices is not None:
@@ -445,7 +483,12 @@ class Step:
             method._unscale(row, loss_scale, 1.0 if early is None else float(early[i]))
         if method._run["draft"] is not None:
             like = [self._like(p) for p in found.shared]
-            found.rows = method.observe(found.rows, list(call.values.unbind()), like)
+            seen = call.values
+            if method.log_losses:
+                seen = seen.log()
+            elif early is not None:
+                seen = seen * torch.from_numpy(early).to(seen.device)
+            found.rows = method.observe(found.rows, list(seen.unbind()), like)
 
     def _table(self, found: Found, part: list[int]) -> Table:
         call = self.call
@@ -497,14 +540,11 @@ class Step:
         One more pass serves the private ones.
         """
         method, call, m, acts = self.method, self.call, self.m, self.due == "act"
-        mine, masks, position = call.mine, call.graph.masks, method._run["positions"]
-        if self.due == "reuse":
-            private = set(method.memory["last_private"])
-            shared = [p for p in mine if position[p] not in private]
-        else:
-            shared = method._shared(mine, masks)
+        shared = method._shared(call.mine, call.graph.masks)
+        if acts:
+            shared = self.settled(shared)
         is_shared = set(shared)
-        plain = [*(p for p in mine if p not in is_shared), *call.theirs]
+        plain = [*(p for p in call.mine if p not in is_shared), *call.theirs]
         # Rows at the features instead of the parameters.
         rows = list(call.rows_at(call.features, whole=False)) if acts else []
         for name, row in zip(self.names, rows, strict=False):
@@ -525,9 +565,9 @@ class Step:
             if self.due == "reuse":
                 weights = np.array([method.memory["last_weights"][name] for name in self.names])
             elif acts:
-                weights = method._solve(table, gram, values, coefficients, 1 / scale)
+                weights = method._solve(table, gram, method._seen(values, coefficients), coefficients, 1 / scale)
                 if method.every > 1:
-                    self._remember(weights, [])
+                    self._remember(weights)
         if call.world is not None:
             weights = call.world.first(weights, call.values.device)
         applied = self.share * weights * coefficients
@@ -542,11 +582,9 @@ class Step:
             self.names, values, applied, gram if acts else None, flags=method._run["flags"], engine="one pass"
         )
 
-    def _remember(self, weights: np.ndarray, plain: list[Tensor]) -> None:
-        """Keep the weights, and what they do not apply to, for the steps that reuse them."""
-        memory, position = self.method.memory, self.method._run["positions"]
-        memory["last_weights"] = dict(zip(self.names, map(float, weights), strict=True))
-        memory["last_private"] = [position[p] for p in plain if p in position]
+    def _remember(self, weights: np.ndarray) -> None:
+        """Keep the weights for the steps that reuse them."""
+        self.method.memory["last_weights"] = dict(zip(self.names, map(float, weights), strict=True))
 
 
 def _real(g: Tensor | None) -> Tensor | None:

@@ -41,7 +41,7 @@ def report(step: Step) -> Report:
             "and the graph does not tell: it hides them behind reentrant activation checkpointing, or is more than "
             "20,000 nodes deep. Name them in `shared_params`."
         )
-    shared = method._shared(call.mine, call.graph.masks)
+    shared = step.settled(method._shared(call.mine, call.graph.masks))
     is_shared = set(shared)
     everything = [*shared, *(p for p in (*call.mine, *call.theirs) if p not in is_shared)]
     values, scale = rows_module.host([call.values, call.loss_scale])
@@ -89,6 +89,10 @@ def report(step: Step) -> Report:
         weights[i], seen[i] = own, True
         _add(total, fresh, before, own, shared)
 
+    if seen.sum() == 1:  # nothing to balance: the priority of the only one does not act
+        only = float(weights[seen][0])
+        total = [s if s is None or only == 1.0 else s.div_(only) for s in total]
+        weights[seen] = 1.0
     if call.graph.masks is None:
         require_reached(method, reached.tolist())
     if not shared and m > 1:

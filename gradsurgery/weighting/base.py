@@ -86,11 +86,6 @@ class Weighter(MultiLossOptimizer):
         return None
 
     @property
-    def walks(self) -> bool:
-        """Whether the graph must be read in every call: gradients are measured, or steps of two kinds alternate."""
-        return type(self).measure is not Weighter.measure or self.every > 1 or self.warmup > 0
-
-    @property
     def measured(self) -> np.ndarray:
         """What :meth:`measure` returned, on the host, flat, float64."""
         measured: np.ndarray = self._run["measured"]
