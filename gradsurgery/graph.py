@@ -223,8 +223,7 @@ def _passed(node: Node, outputs: Sequence[_Entry]) -> _Entry:
     settled = all(entry.settled for entry in outputs)
     if not _may_keep(node):
         return _Entry(mask, certain, settled or bool(certain & (certain - 1)))
-    alike = len(outputs) == 1 or all(entry.mask == entry.certain == mask for entry in outputs)
-    return _Entry(mask, 0, settled and alike)
+    return _Entry(mask, 0, settled)  # to each input go the losses of some of the outputs, all or none of each
 
 
 def _may_keep(node: Node) -> bool:
