@@ -566,7 +566,9 @@ class Surgery(MultiLossOptimizer):
         reached = [
             {n for n, mark in zip(self.names, column, strict=True) if mark} for column in zip(*marks, strict=True)
         ]
-        lasting = [len(now | ever.get(j, set())) > 1 for j, now in zip(places, reached, strict=True)]
+        lasting = [
+            self.moves_unreached or len(now | ever.get(j, set())) > 1 for j, now in zip(places, reached, strict=True)
+        ]
         for name, row in zip(self.names, marks, strict=True):
             now = {j for j, mark, kept in zip(places, row, lasting, strict=True) if mark and kept}
             if not now <= set(known.get(name, ())):
