@@ -192,6 +192,23 @@ class Found(Table):
             return None
         return rows_module.gradient(self._roots[i], [self.shared[place]], self._seeds[i], True)[0]
 
+    def whole(self) -> list[Row]:
+        """Form all rows after all, after which the graph is gone.
+
+        Returns:
+            m rows over the shared parameters.
+        """
+        rows: list[Row] = []
+        for i, (root, seed) in enumerate(zip(self._roots, self._seeds, strict=True)):
+            row: Row = [None] * len(self.shared)
+            places = [place for place, g in enumerate(self.rows[i]) if g is not None and place not in self._dropped]
+            keep = self._retain or i < len(self._roots) - 1
+            found = rows_module.gradient(root, [self.shared[place] for place in places], seed, keep)
+            for place, g in zip(places, found, strict=True):
+                row[place] = g
+            rows.append(row)
+        return rows
+
     def products(self) -> Tensor:
         """Inner products, found already.
 
@@ -225,6 +242,11 @@ class Found(Table):
         """
         exact = self.sweep(None, torch.float64).cpu().numpy()
         return gram_module.square_root(exact[np.ix_(self._keep, self._keep)])
+
+    @property
+    def is_double(self) -> bool:
+        """Whether products are made in double precision."""
+        return False
 
     @property
     def noise(self) -> float:

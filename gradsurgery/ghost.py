@@ -107,6 +107,14 @@ class Found(Table):
         with _exactly(kept.device):
             return layer.combine([kept], [1.0])[layer.places.index(place)]
 
+    def whole(self) -> list[Row]:
+        """Form all rows after all.
+
+        Returns:
+            m rows over the shared parameters.
+        """
+        return [[self.row(i, place) for place in range(len(self.shared))] for i in range(len(self))]
+
     def products(self) -> Tensor:
         """Multiply in single precision, without waiting for the device.
 
@@ -159,9 +167,12 @@ class Found(Table):
         Returns:
             (m, k), k ≤ m.
         """
-        return gram_module.triangle(
-            [[self.row(i, place) for place in range(len(self._plan.shared))] for i in range(len(self))]
-        )
+        return gram_module.triangle(self.whole())
+
+    @property
+    def is_double(self) -> bool:
+        """Whether products are made in double precision."""
+        return False
 
     @property
     def noise(self) -> float:

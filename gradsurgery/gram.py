@@ -21,6 +21,12 @@ _CHUNK = 8192
 # Entries that are copied side by side for one product: what fits a cache on the CPU, what fills a GPU elsewhere.
 _BUCKET_CPU, _BUCKET_GPU = 2**19, 2**24
 
+# Least eigenvalue of the cosines from which a Gram matrix in double precision tells all that single precision holds.
+_WELL = 1e-6
+
+# Entries of all rows together up to which double precision costs nothing that shows.
+_FEW = 2**17
+
 # Squares of float32 entries leave the range of normal numbers not far outside these bounds of the squared norm.
 SAFE_SQUARES = (1e-24, 1e30)
 
@@ -60,7 +66,7 @@ class Table:
         Returns:
             (m, m), float64. To be added up over the processes.
         """
-        return gram_in(as_rows(self.rows), torch.float32 if self.world is None else torch.float64)
+        return gram_in(as_rows(self.rows), torch.float64 if self.is_double else torch.float32)
 
     def repaired(self, found: np.ndarray) -> np.ndarray:
         """Replace products that float32 could not hold.
@@ -83,6 +89,11 @@ class Table:
         return found if self.world is None else self.world.stacked(found)
 
     @property
+    def is_double(self) -> bool:
+        """Whether products are made in double precision."""
+        return self.world is not None or few(as_rows(self.rows))
+
+    @property
     def noise(self) -> float:
         """How far products may be off, relative to the lengths of the two rows."""
         return precision(self.rows) if self._noise is None else self._noise
@@ -98,6 +109,18 @@ def as_rows(rows: Sequence[Row] | Tensor) -> Sequence[Row]:
         m rows.
     """
     return [[row] for row in rows] if isinstance(rows, Tensor) else rows
+
+
+def few(rows: Sequence[Row]) -> bool:
+    """Whether all rows together have so few entries, on the host, that double precision costs nothing that shows.
+
+    Args:
+        rows: m rows.
+
+    Returns:
+        False on an accelerator.
+    """
+    return sum(g.numel() if g.device.type == "cpu" else _FEW for row in rows for g in row if g is not None) <= _FEW
 
 
 def gram(rows: Sequence[Row]) -> Tensor:
@@ -129,11 +152,10 @@ def gram_of_matrix(rows: Tensor) -> np.ndarray:
         if rows.dtype is torch.float64:
             j = rows.numpy()
             return j @ j.T
-        if rows.dtype is torch.float32 and rows.shape[1] <= _CHUNK:
-            j = rows.numpy()
-            with np.errstate(over="ignore", invalid="ignore"):  # such products are made again, in float64
-                return (j @ j.T).astype(np.float64)
-    return gram(as_rows(rows)).cpu().numpy()
+        if rows.dtype is torch.float32 and rows.numel() <= _FEW:
+            j = rows.numpy().astype(np.float64)
+            return np.asarray(j @ j.T)
+    return gram_in(as_rows(rows), torch.float64 if few(as_rows(rows)) else torch.float32).cpu().numpy()
 
 
 def in_range(gram: np.ndarray) -> bool:
@@ -298,8 +320,8 @@ def triangle(rows: Sequence[Row] | Tensor) -> np.ndarray:
     """A square root of the Gram matrix that keeps the accuracy of the rows.
 
     The Gram matrix squares the condition number; a QR factorisation of the rows does not. For rows in single precision
-    a Gram matrix in double precision is as good, and cheaper. Either costs more than :func:`gram` and is meant for the
-    rare inputs that need it.
+    that are not nearly dependent a Gram matrix in double precision is as good, and cheaper. Either costs more than
+    :func:`gram` and is meant for the rare inputs that need it.
 
     Args:
         rows: m rows.
@@ -309,7 +331,12 @@ def triangle(rows: Sequence[Row] | Tensor) -> np.ndarray:
     """
     rows = as_rows(rows)
     if not _any_double(rows):
-        return square_root(gram_in(rows, torch.float64).cpu().numpy())
+        products = gram_in(rows, torch.float64).cpu().numpy()
+        lengths = np.sqrt(products.diagonal())
+        outer = np.outer(lengths, lengths)
+        cosines = np.divide(products, outer, out=np.eye(len(outer)), where=outer > 0)
+        if np.isfinite(cosines).all() and np.linalg.eigvalsh(cosines)[0] > _WELL:
+            return square_root(products)
     # Shortest first, so that rounding does not depend on the order in which the losses were given.
     cpu = torch.device("cpu")
     order = np.argsort([float(length(row, cpu)) for row in rows], kind="stable")

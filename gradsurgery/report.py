@@ -41,7 +41,8 @@ class Report:
         projections: How often a gradient was projected off another, for the methods that do so pair by pair (PCGrad,
             GradVac); with one surgery a parameter or group, over all of them. None for all other methods.
         flags: What was unusual, for example "stationary", "rank-deficient", "nonfinite", "warmup", "reused",
-            "rounded-rows"; "not-converged" where no weights were found whose optimality conditions hold to rounding.
+            "rounded-rows"; "not-converged" where no weights were found whose optimality conditions hold to rounding;
+            "loss-may-rise" where rounding may have broken the promise of the method that none does.
     """
 
     def __init__(

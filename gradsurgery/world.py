@@ -177,6 +177,17 @@ class World:
         dist.broadcast(sent, group=self.group, group_src=0)
         return sent.cpu().numpy()
 
+    def added(self, numbers: np.ndarray) -> np.ndarray:
+        """Add numbers up over the processes.
+
+        Args:
+            numbers: Any shape, float64.
+
+        Returns:
+            The sums.
+        """
+        return np.asarray(self.total(torch.from_numpy(numbers).to(self._device or torch.device("cuda"))).cpu().numpy())
+
     def any_of(self, marks: Tensor) -> Tensor:
         """Marks that are set on any process.
 
@@ -370,20 +381,27 @@ class Slices:
         self.rows.masked_fill_(here, 0)
         return out
 
-    def direction(self, weights: np.ndarray, late: Tensor | None, factors: np.ndarray) -> list[Tensor]:
+    def direction(
+        self, weights: np.ndarray, late: Tensor | None, factors: np.ndarray, found: Tensor | None = None
+    ) -> list[Tensor]:
         """Combine the rows and collect the result.
 
         Args:
             weights: (m,).
             late: What :meth:`take_out` gave, or None.
             factors: Weights of that, (m,).
+            found: The sum of the rows of this process, if it is known already.
 
         Returns:
             One tensor a parameter.
         """
         wide = torch.promote_types(self.rows.dtype, torch.float32)
         with torch.autocast(self.rows.device.type, enabled=False):  # it would multiply in half precision
-            mine = torch.from_numpy(weights).to(self.rows.device, wide) @ self.rows.to(wide)
+            mine = (
+                found
+                if found is not None
+                else torch.from_numpy(weights).to(self.rows.device, wide) @ self.rows.to(wide)
+            )
             if late is not None:
                 mine += torch.from_numpy(factors).to(self.rows.device, wide) @ late.to(wide)
         mine = mine.to(self.rows.dtype)

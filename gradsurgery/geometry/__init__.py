@@ -19,8 +19,9 @@ Three habits run through all of it:
 from gradsurgery.geometry.balance import align, equal_projection
 from gradsurgery.geometry.bargaining import power_fixed_point
 from gradsurgery.geometry.cones import closest_point, dual_cone, frank_wolfe, min_norm, project_simplex
+from gradsurgery.geometry.descent import is_descent, moved_inside, shift
 from gradsurgery.geometry.pairwise import gradvac_mixing, pcgrad_mixing, pcgrad_of_two, streaming_pcgrad
-from gradsurgery.geometry.units import EPS, unit
+from gradsurgery.geometry.units import EPS, unit, unit_rows
 from gradsurgery.geometry.worst_case import cagrad
 
 __all__ = [
@@ -32,11 +33,15 @@ __all__ = [
     "equal_projection",
     "frank_wolfe",
     "gradvac_mixing",
+    "is_descent",
     "min_norm",
+    "moved_inside",
     "pcgrad_mixing",
     "pcgrad_of_two",
     "power_fixed_point",
     "project_simplex",
+    "shift",
     "streaming_pcgrad",
     "unit",
+    "unit_rows",
 ]

@@ -46,6 +46,7 @@ class AGEM(Surgery):
     """
 
     scale = "priority"
+    descends = 2
 
     def __init__(
         self, optimizer: Optimizer, *, primary: str | None = None, **switches: Unpack[SurgerySwitches]

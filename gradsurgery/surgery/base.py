@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from gradsurgery.gram import Table
 from gradsurgery.losses import Tasks
 from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
+from gradsurgery.surgery import descent
 from gradsurgery.surgery.step import Step
 from gradsurgery.weighting.base import Weighter
 
@@ -65,6 +67,12 @@ class Surgery(MultiLossOptimizer):
     tasks come and go. Methods that keep rows between steps go on with these when one task alone is present, without
     those switches.
 
+    Where a method promises that no loss rises to first order, that holds for the direction d as it is written, in its
+    dtype: ⟨gᵢ, d⟩ ≥ −4u Σₖ |gᵢₖ| |dₖ| with its unit roundoff u, 2⁻²⁴ in float32. Where rounding could break it, sums
+    are taken in double precision, rows are formed whatever the engine, and the direction is corrected by the least that
+    is needed; if that fails the report has the flag "loss-may-rise". `weight_momentum`, `min_weight`, `max_weight`,
+    `warmup`, steps that reuse weights, and rows at `features` give the promise up.
+
     Args:
         optimizer: The optimizer that makes the step, or a weighter around it. Under a weighter the method, and all
             that is said here of losses and rows, sees each loss multiplied by its coefficient, as if you had done so.
@@ -104,6 +112,8 @@ class Surgery(MultiLossOptimizer):
 
     #: The method reads loss values, so that ``combine`` cannot do without them.
     needs_losses = False
+    #: Of how many losses at most none rises to first order, as the method promises; see descent.py.
+    descends = 0
     #: The method keeps rows of its own between steps; see :meth:`observe`.
     observes = False
     #: Rows that :meth:`observe` adds are those of the same tasks in the same order once more, from another batch.
@@ -445,7 +455,9 @@ class Surgery(MultiLossOptimizer):
                     weights = self._solve(Table(rows), gram, seen, coefficients)
                     if coefficients is not None:
                         weights = weights * coefficients
-                    out: Tensor | None = rows_module.mixed(rows, weights if share == 1.0 else share * weights)
+                    applied = weights if share == 1.0 else share * weights
+                    held = self._held(Table(rows), gram, applied, [rows[0]])
+                    out: Tensor | None = rows_module.mixed(rows, applied) if held is None else held.split([rows[0]])[0]
                 else:
                     out = self._combined(rows, seen, coefficients, share)
             if update:
@@ -492,7 +504,25 @@ class Surgery(MultiLossOptimizer):
         if coefficients is not None and len(weights) == m:
             weights = weights * coefficients
         applied = share * weights
+        if (held := self._held(whole, gram, applied, [like])) is not None:
+            return held.split([like])[0]
         return self.direct([row for (row,) in table[: len(applied)]], applied.tolist(), like, share)
+
+    def _held(
+        self, table: Table, gram: np.ndarray, applied: np.ndarray, params: Sequence[Tensor], **spread: Any
+    ) -> descent.Direction | None:
+        """The direction, where its rounding could break what the method promises; see :mod:`descent`."""
+        if not self._promises(len(gram)):
+            return None
+        found = descent.held(table, gram, applied, params, **spread)
+        if found is not None and not found.descends:
+            self.flag("loss-may-rise")
+        return found
+
+    def _promises(self, count: int) -> bool:
+        """Whether no loss may rise along the weighted sum of so many rows."""
+        bounded = self.min_weight > -math.inf or self.max_weight < math.inf
+        return count == len(self.names) <= self.descends and not self.weight_momentum and not bounded
 
     def _require_finite(self, rows: Tensor) -> None:
         if not torch.isfinite(rows).all():

@@ -49,6 +49,8 @@ class DCGD(Surgery):
         tensor([2., 2.])
     """
 
+    descends = 2
+
     def __init__(
         self,
         optimizer: Optimizer,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from gradsurgery import geometry
@@ -30,6 +32,7 @@ class DualProj(Surgery):
         tensor([-2.4000,  4.8000])
     """
 
+    descends = sys.maxsize
     preference_scales_rows = False
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:

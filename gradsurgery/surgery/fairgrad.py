@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -42,6 +43,8 @@ class FairGrad(Surgery):
         >>> gradsurgery.FairGrad(torch.optim.SGD([torch.zeros(2)], lr=0.1), alpha=1.0, scale="paper").combine(rows)
         tensor([1., 1.])
     """
+
+    descends = sys.maxsize
 
     def __init__(
         self,

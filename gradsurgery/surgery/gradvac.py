@@ -57,6 +57,7 @@ class GradVac(Surgery):
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         kept: dict[str, dict[str, Any]] = self.memory.get("targets", {})
         targets = np.array([[kept.get(a, {}).get(b, 0.0) for b in self.names] for a in self.names])
+        self.descends = 2 if targets.min() >= 0 else 0
         orders = self.visiting_orders(self.shuffle)
         mixing, targets = geometry.gradvac_mixing(gram, orders, targets, self.beta, self.factor)
         moved = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -56,6 +57,7 @@ class MGDA(Surgery):
     ) -> None:
         super().__init__(optimizer, **switches)
         self.solver = self._choice("solver", solver, ("exact", "frank-wolfe"))
+        self.descends = sys.maxsize if solver == "exact" else 0
         self.max_iterations = self._count("max_iterations", max_iterations, least=1)
         self.tolerance = self._number("tolerance", tolerance, above=0.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -44,6 +45,7 @@ class NashMTL(Surgery):
         tensor([1., 1.])
     """
 
+    descends = sys.maxsize
     preference_scales_rows = False
 
     def __init__(

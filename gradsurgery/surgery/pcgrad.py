@@ -55,6 +55,8 @@ class PCGrad(Surgery):
         tensor([-2.2812,  5.9881])
     """
 
+    descends = 2
+
     def __init__(  # type: ignore[misc]  # `reduction` may be given by position here
         self,
         optimizer: Optimizer,

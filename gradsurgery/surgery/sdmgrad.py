@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -72,6 +73,7 @@ class SDMGrad(DoubleSampling):
         super().__init__(optimizer, **switches)
         self.strength = self._number("strength", strength, least=0.0)
         self.solver = self._choice("solver", solver, ("sgd", "exact"))
+        self.descends = sys.maxsize if solver == "exact" and strength == 0 else 0
         self.lr = self._number("lr", lr, above=0.0)
         self.momentum = self._number("momentum", momentum, least=0.0, below=1.0)
         self.iterations = self._count("iterations", iterations, least=1)

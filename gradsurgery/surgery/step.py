@@ -14,7 +14,7 @@ from gradsurgery import rows as rows_module
 from gradsurgery.call import Call, require_reached
 from gradsurgery.gram import Row, Table, precision
 from gradsurgery.report import Report
-from gradsurgery.surgery import streaming
+from gradsurgery.surgery import descent, streaming
 from gradsurgery.weighting.base import Weighter
 from gradsurgery.world import Slices, alike
 
@@ -165,6 +165,7 @@ class Step:
         # Weights. Without a draft of the memory the scaler is to see inf and nan, and to skip this step.
         coefficients = np.ones(m)
         weights = [np.ones(count) for _ in parts]
+        promised = [False for _ in parts]
         if method._run["draft"] is not None:
             if early is None:
                 coefficients = method._coefficients(values, *more)
@@ -181,6 +182,9 @@ class Step:
                         weights[k] = method._solve_where_reached(
                             tables[k], grams[k], seen, multiplied, 1 / scale, reaching
                         )
+                    # A loss that is multiplied by 0 or less takes no part in what the method promises.
+                    factors = coefficients if early is None else early
+                    promised[k] = method._promises(len(grams[k])) and bool((factors > 0).all())
                 elif self.due == "reuse":
                     weights[k] = np.array([method.memory["last_weights"][name] for name in self.names])
             if not found.shared and m > 1:
@@ -188,7 +192,8 @@ class Step:
             if method.every > 1 and self.due == "act":
                 self._remember(weights[0] if weights else np.ones(m))
         del tables  # no name may hold the rows while they are combined
-        return self._write(found, parts, weights, coefficients, early, values, gram)
+        doubts = [g if p else None for p, g in zip(promised, grams, strict=True)]
+        return self._write(found, parts, weights, coefficients, early, values, gram, doubts)
 
     def _write(
         self,
@@ -199,21 +204,35 @@ class Step:
         early: np.ndarray | None,
         values: np.ndarray,
         gram: np.ndarray,
+        doubts: list[np.ndarray | None],
     ) -> Report:
-        """Combine the rows, and add the result to ``.grad``."""
+        """Combine the rows, and add the result to ``.grad``.
+
+        No loss may rise along the rows whose inner products are in `doubts`.
+        """
         method, call, share, m = self.method, self.call, self.share, self.m
         if call.world is not None:
             weights = [call.world.first(w, call.values.device) for w in weights]
         applied = [share * (w * coefficients if len(w) == m else w) for w in weights]
+        if found.ghosts is not None and applied and doubts[0] is not None:
+            applied[0] = self._form_where_needed(found, applied[0], doubts[0])
+        held = [self._held(found, part, w, g) for part, w, g in zip(parts, applied, doubts, strict=True)]
+        applied = [w if d is None else d.weights for w, d in zip(applied, held, strict=True)]
         if found.slices is not None:
-            gradients: list[Tensor | None] = list(found.slices.direction(applied[0], found.late, share * coefficients))
+            flat = None if held[0] is None else held[0].flat
+            gradients: list[Tensor | None] = list(
+                found.slices.direction(applied[0], found.late, share * coefficients, flat)
+            )
             gradients = [None if p in found.silent else g for p, g in zip(found.shared, gradients, strict=True)]
         elif found.ghosts is not None and applied:
             combined = dict(zip(found.ghosts.shared, found.ghosts.combine(applied[0].tolist()), strict=True))
             gradients = [combined[p] for p in found.shared]
         else:
             gradients = [None] * len(found.shared)
-            for part, w in zip(parts, applied, strict=True):
+            for part, w, direction in zip(parts, applied, held, strict=True):
+                if direction is not None:
+                    self._take(direction, found, part, gradients)
+                    continue
                 for j in self._combine_small(found, part, w.tolist(), gradients):
                     column = [row[j] for row in found.rows]
                     for row in found.rows:
@@ -246,6 +265,49 @@ class Step:
             reason=self.reason or None,
             projections=method._run.get("projections"),
         )
+
+    def _form_where_needed(self, found: Found, weights: np.ndarray, gram: np.ndarray) -> np.ndarray:
+        """Weights with which ghosts may be added up; where there are none, the rows are formed."""
+        ghosts = found.ghosts
+        assert ghosts is not None
+        if descent.is_certain(ghosts, gram, weights):
+            return weights
+        if (moved := descent.moved_inside(ghosts, gram, weights)) is not None:
+            return moved
+        self.reason = "rounding could make a loss rise"
+        places = {p: place for place, p in enumerate(ghosts.shared)}
+        found.rows = [[row[places[p]] for p in found.shared] for row in ghosts.whole()]
+        found.ghosts = None
+        return weights
+
+    def _held(
+        self, found: Found, part: list[int], weights: np.ndarray, gram: np.ndarray | None
+    ) -> descent.Direction | None:
+        """The direction of a part, where rounding could make a loss rise; see :mod:`descent`."""
+        method, call = self.method, self.call
+        if gram is None or found.ghosts is not None:
+            return None
+        params = [self._like(found.shared[j]) for j in part]
+        table = self._table(found, part)
+        if found.slices is not None:
+            return method._held(table, gram, weights, [found.slices.rows[0]])
+        if not call.sharded:
+            return method._held(table, gram, weights, params)
+        assert call.world is not None
+        world = call.world
+        counted = [shards.counts_here(found.shared[j], world.rank, world.first_rank) for j in part]
+        local = [[row[j] for j in part] for row in found.rows]
+        return method._held(table, gram, weights, params, rows=local, counted=counted)
+
+    def _take(
+        self, direction: descent.Direction, found: Found, part: list[int], gradients: list[Tensor | None]
+    ) -> None:
+        """Put the direction of a part where it belongs, and free the rows."""
+        scale = self.call.loss_scale if self.observes and self.call.scaler is not None else None
+        for j, g in zip(part, direction.split([shards.empty(found.shared[j]) for j in part]), strict=True):
+            gradients[j] = g if g is None or scale is None else g * scale.to(g.device, g.dtype)
+            for row in found.rows:
+                row[j] = None
 
     def _combine_small(
         self, found: Found, part: list[int], weights: list[float], gradients: list[Tensor | None]

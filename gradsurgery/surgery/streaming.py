@@ -86,8 +86,15 @@ def report(step: Step) -> Report:
             own *= priorities[i]
         size = before * size + own * float(np.sqrt(products[-1, -1]))
         weights[seen] *= before
+        held = None
+        if m == 2 and seen.any() and method._run["draft"] is not None:  # PCGrad, and its promise
+            pair = np.array([before, own])
+            held = method._held(Table([total, fresh]), products, pair, shared)
         weights[i], seen[i] = own, True
-        _add(total, fresh, before, own, shared)
+        if held is None:
+            _add(total, fresh, before, own, shared)
+        else:
+            total = held.split(shared)
 
     if seen.sum() == 1:  # nothing to balance: the priority of the only one does not act
         only = float(weights[seen][0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from gradsurgery import geometry
@@ -30,6 +32,7 @@ class UPGrad(Surgery):
         tensor([-2.2812,  5.9881])
     """
 
+    descends = sys.maxsize
     preference_scales_rows = False
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
