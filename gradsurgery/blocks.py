@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node
 from gradsurgery import gram as gram_module
 from gradsurgery import rows as rows_module
 from gradsurgery.gram import Row, Table
-from gradsurgery.graph import Nodes
+from gradsurgery.graph import Nodes, Root, origins
 
 # Blocks are put together as long as they stay below this share of all parameters, or below the largest of them: each
 # one costs m more calls of autograd.
@@ -64,7 +64,7 @@ class Found(Table):
     def __init__(
         self,
         plan: Plan,
-        roots: Sequence[Tensor | GradientEdge],
+        roots: Sequence[Root],
         seeds: Sequence[Tensor],
         retain_graph: bool,
         single: bool,
@@ -304,7 +304,7 @@ class Plan:
 
     def differentiate(
         self,
-        roots: Sequence[Tensor | GradientEdge],
+        roots: Sequence[Root],
         seeds: Sequence[Tensor],
         retain_graph: bool,
         others: Sequence[Tensor],
@@ -327,9 +327,7 @@ class Plan:
         return found
 
 
-def plan(
-    roots: Sequence[Tensor | GradientEdge], shared: Sequence[Tensor], nodes: Nodes, share: float = _SHARE
-) -> Plan | None:
+def plan(roots: Sequence[Root], shared: Sequence[Tensor], nodes: Nodes, share: float = _SHARE) -> Plan | None:
     """Cut a graph into blocks.
 
     Args:
@@ -363,13 +361,13 @@ def plan(
     farthest = -1
     first: set[int] = set()
     for root in roots:
-        start = root.grad_fn if isinstance(root, Tensor) else root.node
-        if start in chains:
-            first.add(chains[start])
-        elif start in at:
-            farthest = max(farthest, at[start])
-            outputs.setdefault(start, set()).add(root.output_nr)
-        elif isinstance(root, Tensor) and root in places:
+        for start, output in origins(root):
+            if start in chains:
+                first.add(chains[start])
+            elif start in at:
+                farthest = max(farthest, at[start])
+                outputs.setdefault(start, set()).add(output)
+        if isinstance(root, Tensor) and root in places:
             first.add(places[root])
     parts: list[tuple[GradientEdge | None, set[int]]] = [(None, first)]
     for k, node in enumerate(order):

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from gradsurgery import losses as losses_module
 from gradsurgery import rows as rows_module
 from gradsurgery import shards
-from gradsurgery.graph import Graph, undecided, walk
+from gradsurgery.graph import Graph, Start, undecided, walk
 from gradsurgery.kept import Kept, collect
 from gradsurgery.losses import Tasks
 from gradsurgery.world import World
@@ -119,6 +119,8 @@ class Call:
                 "or unfreeze one."
             )
         for root, seed in zip(self.tasks.roots, self.seeds, strict=True):
+            if self.features and isinstance(root, Start):  # these may lie above a join
+                root = root.loss
             row: list[Tensor | None] = [None] * len(params)
             if root is not None:
                 new = rows_module.gradient(root, [params[j] for j in trained], seed, retain_graph=True)
@@ -187,15 +189,29 @@ class Call:
         Returns:
             Those of them.
         """
-        if self.graph.masks is None or not params:
+        masks = self.graph.masks
+        if masks is None or not params:
             return list(params)
         certain, open_here = undecided(self.tasks.roots, self.graph.nodes)
-        marks = [[certain.get(p, 0) >> i & 1 for p in params] for i in range(len(self.tasks.present))]
+        marks = [
+            [(certain.get(p, 0) & masks.get(p, 0)) >> i & 1 for p in params] for i in range(len(self.tasks.present))
+        ]
         found = torch.tensor([*marks, [p in open_here for p in params]], dtype=torch.uint8, device="cpu")
         if self.world is not None:
             found = self.world.any_of(found)
         counts, unsure = found[:-1].sum(dim=0).tolist(), found[-1].tolist()
         return [p for p, n, mark in zip(params, counts, unsure, strict=True) if mark and n < 2]
+
+    @property
+    def suspects(self) -> frozenset[Tensor]:
+        """Parameters of which the graph does not tell which losses reach them: zeros in their gradients must decide.
+
+        Returns:
+            Parameters of this optimizer and of others.
+        """
+        if self.kept is not None:
+            return self.kept.suspects
+        return frozenset((*self.mine, *self.theirs)) if self.graph.unread else self.graph.suspects
 
     @cached_property
     def leaves(self) -> list[Tensor]:
@@ -268,6 +284,8 @@ def prepare(
             if not keep and (accumulate or method._run["kept"] is None):
                 return None
     graph, mine, theirs = _reached(method, tasks, [p for other in others for p in parameters(other)], world)
+    if graph.roots:
+        tasks = tasks._replace(roots=graph.roots)
     spread = bool(shards.sharded(mine))
     if spread and world is not None:
         _require_everywhere(method, tasks, world)
@@ -278,6 +296,9 @@ def prepare(
         # Gradients of sharded parameters come back as means over the processes, all others as parts of a sum.
         factor = world.size if world is not None and spread else 1
         seeds = [seed * float(share * factor) for seed, share in zip(seeds, shares, strict=True)]
+    for root in tasks.roots:
+        if isinstance(root, Start) and root.together is not None:
+            root.together.seeds = seeds
     # A compiled backward that first ran without retain_graph refuses to run with it later. Where steps of both
     # kinds follow each other all retain, and the references are dropped instead.
     cadence = method.every > 1 or method.warmup > 0
@@ -380,8 +401,9 @@ def _reached(
     if graph.masks is not None and any(p not in graph.masks for p in shards.sharded(params)):
         graph = graph._replace(hidden=True, masks=None, nodes={})
     if world is not None:  # all processes take the same road
-        marks = torch.tensor([graph.hidden, graph.masks is None], dtype=torch.uint8, device="cpu")
-        hidden, unknown = map(bool, world.any_of(marks).tolist())
+        own_marks = [graph.hidden, graph.masks is None, graph.unread]
+        marks = torch.tensor(own_marks, dtype=torch.uint8, device="cpu")
+        hidden, unknown, unread = map(bool, world.any_of(marks).tolist())
         if hidden and not shards.sharded(params):
             raise RuntimeError(
                 f"{method._name}.backward: the losses go through torch.utils.checkpoint with use_reentrant=True, which "
@@ -389,13 +411,16 @@ def _reached(
                 "use_reentrant=False."
             )
         if unknown:
-            graph = graph._replace(hidden=hidden, masks=None, nodes={})
+            graph = graph._replace(hidden=hidden, masks=None, nodes={}, unread=unread)
     if graph.masks is None:
         return graph, params, [p for p in dict.fromkeys(others) if p not in own]
     masks = graph.masks
     if world is not None:
-        masks = world.united(masks, [*params, *others], len(tasks.present))
-        graph = graph._replace(masks=masks)
+        m = len(tasks.present)
+        told = {p: mask | (p in graph.suspects) << m for p, mask in masks.items()}
+        told = world.united(told, [*params, *others], m + 1)
+        masks = {p: mask & ~(1 << m) for p, mask in told.items()}
+        graph = graph._replace(masks=masks, suspects=frozenset(p for p, mask in told.items() if mask >> m))
     mine = [p for p in params if p in masks]
     theirs = [p for p in dict.fromkeys(others) if p in masks and p not in own]
     covered = 0

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.optim import Optimizer
 
 from gradsurgery import blocks, ghost, text
@@ -22,7 +21,7 @@ from gradsurgery import rows as rows_module
 from gradsurgery.call import parameters
 from gradsurgery.diagnose import wait
 from gradsurgery.gram import gram
-from gradsurgery.graph import walk
+from gradsurgery.graph import Root, walk
 from gradsurgery.losses import Losses
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.surgery.base import Surgery
@@ -141,13 +140,13 @@ def estimate(optimizer_or_model: Optimizer | nn.Module, losses: Losses) -> Estim
     )
     method = optimizer_or_model if isinstance(optimizer_or_model, MultiLossOptimizer) else None
     tasks = losses_module.read(losses, "estimate")
-    roots = [root for root in tasks.roots if root is not None]
-    graph = walk(roots)
+    graph = walk(tasks.roots)
     if graph.masks is None:
         raise ValueError(
             "estimate: the graph of the losses cannot be read. It is too deep, or goes through torch.utils.checkpoint "
             "with use_reentrant=True; pass use_reentrant=False."
         )
+    roots = [root for root in graph.roots if root is not None]
     m = len(roots)
     reached = [p for p in params if p in graph.masks]
     for i, name in enumerate(tasks.present):
@@ -198,7 +197,7 @@ class _More(NamedTuple):
     held: float
 
 
-def _floor(roots: Sequence[Tensor | GradientEdge], seeds: Sequence[Tensor], params: Sequence[Tensor]) -> float:
+def _floor(roots: Sequence[Root], seeds: Sequence[Tensor], params: Sequence[Tensor]) -> float:
     """Seconds of m bare backward passes."""
 
     def once(i: int) -> Callable[[], object]:

@@ -321,7 +321,7 @@ class Plan:
 
     def differentiate(
         self,
-        roots: Sequence[Tensor | GradientEdge],
+        roots: Sequence[graph_module.Root],
         seeds: Sequence[Tensor],
         retain_graph: bool = False,
         others: Sequence[Tensor] = (),
@@ -376,7 +376,7 @@ class Plan:
 
     def _side_by_side(
         self,
-        roots: Sequence[Tensor | GradientEdge],
+        roots: Sequence[graph_module.Root],
         seeds: Sequence[Tensor],
         inner: list[Any],
         others: Sequence[Tensor],
@@ -433,7 +433,7 @@ class Plan:
 
 
 def plan(
-    roots: Sequence[Tensor | GradientEdge],
+    roots: Sequence[graph_module.Root],
     shared: Sequence[Tensor],
     nodes: graph_module.Nodes | None = None,
     force: bool = False,
@@ -450,8 +450,7 @@ def plan(
         What to do, or None if all parameters are direct.
     """
     if nodes is None:
-        starts = [root.grad_fn if isinstance(root, Tensor) else root.node for root in roots]
-        nodes = graph_module.inputs_first([start for start in starts if start is not None])
+        nodes = graph_module.inputs_first([node for root in roots for node, _ in graph_module.origins(root)])
     if not nodes:
         return None
     reader = Reader(roots, nodes, shared)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery.ghost_layers import Convolution, Embedding, Layer, Linear
-from gradsurgery.graph import Nodes
+from gradsurgery.graph import Nodes, Root, is_hooked, origins
 
 # Nodes that layers leave in the graph.
 _LAYERS = frozenset({"AddmmBackward0", "MmBackward0", "ConvolutionBackward0", "EmbeddingBackward0"})
@@ -76,7 +76,7 @@ class Reader:
 
     def __init__(
         self,
-        roots: Sequence[Tensor | GradientEdge],
+        roots: Sequence[Root],
         nodes: Nodes,
         shared: Sequence[Tensor],
     ) -> None:
@@ -90,11 +90,10 @@ class Reader:
         self._hooked: dict[Node, bool] = {}
         used: list[Node | None] = [child for below in nodes.values() for child, _ in below]
         for root in roots:
-            node = root.grad_fn if isinstance(root, Tensor) else root.node
-            if node is not None:
-                self.starts.append((node, root.output_nr))
-                used.append(node)
-            elif isinstance(root, Tensor):  # a loss that is a parameter itself
+            starts = origins(root)
+            self.starts += starts
+            used += [node for node, _ in starts]
+            if isinstance(root, Tensor) and not starts:  # a loss that is a parameter itself
                 self.uses[id(root)] = self.uses.get(id(root), 0) + 1
         for child, times in Counter(used).items():
             if child is not None:
@@ -268,7 +267,7 @@ class Reader:
 
     def _is_hooked(self, node: Node) -> bool:
         if node not in self._hooked:
-            self._hooked[node] = _is_hooked(node)
+            self._hooked[node] = is_hooked(node)
         return self._hooked[node]
 
     def is_watched(self) -> bool:
@@ -373,14 +372,3 @@ def _has_tensor_hooks(tensor: Tensor | None) -> bool:
 def _retains(tensor: Tensor) -> bool:
     """Whether a tensor between the leaves and the losses was asked to keep its gradient."""
     return tensor.retains_grad or (tensor._base is not None and tensor._base.retains_grad)
-
-
-def _is_hooked(node: Node) -> bool:
-    """Whether functions were registered at a node. They are kept in one place, to which one more gives access."""
-    for register in (node.register_hook, node.register_prehook):
-        handle = register(lambda *_: None)
-        hooks = handle.hooks_dict_ref()
-        handle.remove()
-        if hooks is None or len(hooks) > 0:
-            return True
-    return False

@@ -2,19 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import ctypes
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-# Freeing a graph that Python has walked recurses. The C++ stack of a main thread overflows at twice this depth.
+from gradsurgery import footprints
+from gradsurgery.footprints import Footprint
+
+# Freeing a graph that Python has walked recurses, and takes about 210 bytes of the C stack per node of depth.
+_BYTES_PER_NODE = 420
 _DEEPEST = 20_000
+# Nodes between a loss and the join below it, up to which the join is looked for.
+_NEAR = 256
 
 
 #: Nodes of a graph, each after those below it, with their ``next_functions``: each access to these makes them anew.
 Nodes = dict[Node, tuple[tuple["Node | None", int], ...]]
+
+
+class Stage(NamedTuple):
+    """Joins that a loss passes, and where it goes on below them.
+
+    Attributes:
+        tops: The joins that it meets first.
+        joins: All of them, from the losses down. Each has one output.
+        edges: The inputs of joins that lead on.
+    """
+
+    tops: tuple[Node, ...]
+    joins: tuple[Node, ...]
+    edges: tuple[GradientEdge, ...]
+
+    @torch.no_grad()
+    def pass_down(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Run the joins backward. Hooks of the tensors below do not see that, and act when the pass goes on from there.
+
+        Args:
+            gradients: At the outputs of `tops`.
+
+        Returns:
+            The gradients at `edges`.
+        """
+        at: dict[tuple[Node, int], Tensor] = {
+            (node, 0): g for node, g in zip(self.tops, gradients, strict=True) if g is not None
+        }
+        for join in self.joins:
+            if (join, 0) not in at:
+                continue
+            found: Any = join(at.pop((join, 0)))  # type: ignore[operator]
+            for place, g in zip(join.next_functions, found if isinstance(found, tuple) else (found,), strict=True):
+                node, output = place
+                if node is not None and g is not None:
+                    at[node, output] = at[node, output] + g if (node, output) in at else g
+        return [at.get((edge.node, edge.output_nr)) for edge in self.edges]
+
+
+class Together:
+    """Losses whose ways part for good below their joins: one backward pass finds the gradients there for all of them.
+
+    Args:
+        losses: The losses, or their edges in the graph, by number.
+        stages: The last stage of each of them.
+
+    Attributes:
+        seeds: Gradient of the objective with respect to every loss of the call; to be set before the pass.
+    """
+
+    def __init__(self, losses: Mapping[int, Tensor | GradientEdge], stages: Mapping[int, Stage]) -> None:
+        self.seeds: Sequence[Tensor] = ()
+        self._losses = losses
+        self._stages = stages
+        self._found: dict[tuple[Node, int], Tensor | None] = {}
+
+    def gradients(self, i: int, retain_graph: bool) -> list[Tensor | None]:
+        """Find the gradients of one loss at the edges where it goes on alone; those of the others come with them.
+
+        Args:
+            i: Its number.
+            retain_graph: Keep the graph above these edges.
+
+        Returns:
+            One gradient per edge.
+        """
+        if not self._found:
+            stages = self._stages.values()
+            tops = tuple(dict.fromkeys(node for stage in stages for node in stage.tops))
+            order = {node: None for stage in stages for node in stage.joins}
+            whole = Stage(tops, tuple(order), tuple(edge for stage in stages for edge in stage.edges))
+            seeds = [self.seeds[k] for k in self._losses]
+            found = differentiate(list(self._losses.values()), seeds, whole, retain_graph)
+            self._found = {(e.node, e.output_nr): g for e, g in zip(whole.edges, found, strict=True)}
+        return [self._found[edge.node, edge.output_nr] for edge in self._stages[i].edges]
+
+
+def differentiate(
+    places: Sequence[Tensor | GradientEdge], gradients: Sequence[Tensor], stage: Stage, retain_graph: bool
+) -> list[Tensor | None]:
+    """Carry gradients down to the edges of a stage.
+
+    Args:
+        places: Where they are.
+        gradients: One per place.
+        stage: Where to go.
+        retain_graph: Keep the graph in between.
+
+    Returns:
+        One gradient per edge of the stage.
+    """
+    tops = [GradientEdge(node, 0) for node in stage.tops]
+    found = torch.autograd.grad(places, tops, gradients, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
+    return stage.pass_down(found)
+
+
+class Start(NamedTuple):
+    """A loss that was joined with others: differentiated from below the join, no zeros pass through the others.
+
+    Attributes:
+        loss: The loss, or its edge in the graph.
+        stages: The joins on its way, from the loss down. What lies below the last stage leads to every parameter.
+        number: Which loss it is.
+        together: What finds the gradients at its last stage along with those of other losses; None if one of them may
+            reach that stage too.
+    """
+
+    loss: Tensor | GradientEdge
+    stages: tuple[Stage, ...]
+    number: int
+    together: Together | None
+
+
+#: Where the differentiation of a loss begins.
+Root = Tensor | GradientEdge | Start
 
 
 class Graph(NamedTuple):
@@ -28,7 +153,12 @@ class Graph(NamedTuple):
         overlaps_later: The same, counting only losses that come later in the list, (m,).
         hidden: Leaves hide from ``torch.autograd.grad``, behind reentrant activation checkpointing: only an ordinary
             backward pass finds them.
-        nodes: All nodes with what is below each, each after those; empty if the graph was not walked to the end.
+        nodes: All nodes below the roots with what is below each, each after those; empty if the graph was not walked to
+            the end.
+        roots: Where the differentiation of each loss begins, (m,).
+        suspects: Leaves that a loss may reach or not, since they lie below a join that cannot be read: what is zero
+            there decides.
+        unread: The graph as a whole does not tell which leaves a loss reaches, and what is zero must decide for all.
     """
 
     masks: dict[Tensor, int] | None
@@ -37,78 +167,294 @@ class Graph(NamedTuple):
     overlaps_later: tuple[bool, ...]
     hidden: bool
     nodes: Nodes
+    roots: tuple[Root | None, ...] = ()
+    suspects: frozenset[Tensor] = frozenset()
+    unread: bool = False
 
 
-def walk(roots: Sequence[Tensor | GradientEdge | None]) -> Graph:
+def walk(given: Sequence[Root | None]) -> Graph:
     """Find the leaves that each loss can reach, and which losses share a part of their graphs.
 
     Args:
-        roots: Where differentiation starts, (m,); None for a loss without a graph.
+        given: Where differentiation starts, (m,); None for a loss without a graph.
 
     Returns:
         What there is to know.
     """
+    roots = [root.loss if isinstance(root, Start) else root for root in given]
     m = len(roots)
-    masks: dict[Node, int] = {}
-    leaves: dict[int, int] = {}  # by id: hashing a tensor takes longer than anything else here
-    seen: dict[int, Tensor] = {}
-    starts: list[Node] = []
-    # DistributedDataParallel puts one node behind all outputs of a model. It hands output k to input k, no other.
-    sinks: dict[Node, dict[int, int]] = {}
-
-    def enter_sink(node: Node, output: int, mask: int) -> None:
-        outputs = sinks.setdefault(node, {})
-        outputs[output] = outputs.get(output, 0) | mask
-
-    for i, root in enumerate(roots):
-        if root is None:
-            continue
-        start = root.grad_fn if isinstance(root, Tensor) else root.node
-        if start is not None:
-            masks[start] = masks.get(start, 0) | 1 << i
-            if _is_sink(start):
-                enter_sink(start, root.output_nr, 1 << i)
-            starts.append(start)
-        elif isinstance(root, Tensor):  # the loss is a leaf itself
-            seen[id(root)] = root
-            leaves[id(root)] = leaves.get(id(root), 0) | 1 << i
-
+    starts = [node for root in roots if (node := _node(root)) is not None]
     order = inputs_first(starts)
     if order is None:
-        return Graph(None, (), (True,) * m, (True,) * m, hidden=False, nodes={})
-    overlapping: set[int] = set()
-    hidden = False
-    for node in reversed(order):
-        mask = masks[node]
-        kind = type(node).__name__
-        if kind == "AccumulateGrad":
-            leaf: Tensor = node.variable  # type: ignore[attr-defined]
-            seen[id(leaf)] = leaf
-            leaves[id(leaf)] = leaves.get(id(leaf), 0) | mask
-            continue
-        outputs = sinks.get(node) if sinks else None
-        for k, (child, output) in enumerate(order[node]):
-            if child is not None:
-                passed = mask if outputs is None else outputs.get(k, 0)
-                masks[child] = masks.get(child, 0) | passed
-                if _is_sink(child):
-                    enter_sink(child, output, passed)
-        if mask & (mask - 1):
-            overlapping.add(mask)
-        hidden = hidden or kind == "CheckpointFunctionBackward"
-    found = {seen[key]: mask for key, mask in leaves.items()}
+        return Graph(None, (), (True,) * m, (True,) * m, False, {}, tuple(roots), unread=True)
+    walked = _Walk(roots, order)
+    walked.go()
+    full = (1 << m) - 1
+    overlapping = {mask & full for mask in walked.overlapping}
+    found = {walked.seen[key]: mask & full for key, mask in walked.leaves.items() if mask & full}
+    suspect = walked.losses.suspect
+    suspects = frozenset(walked.seen[key] for key, mask in walked.leaves.items() if mask & suspect)
+    below = walked.below_joins() if walked.splits else tuple(roots)
     return Graph(
-        None if hidden else found,
+        None if walked.hidden else found,
         tuple(found),
         tuple(any(mask >> i & 1 for mask in overlapping) for i in range(m)),
         tuple(any(mask >> i & 1 and mask >> (i + 1) for mask in overlapping) for i in range(m)),
-        hidden,
-        order,
+        walked.hidden,
+        order if below == tuple(roots) else _reachable(order, below),
+        below,
+        suspects,
+        walked.hidden and walked.uneven,
     )
 
 
-def _is_sink(node: Node) -> bool:
-    return type(node).__name__ == "_DDPSinkBackward"
+def origins(root: Root | None) -> list[tuple[Node, int]]:
+    """The nodes at which the differentiation of a loss begins, and the number of their output.
+
+    Args:
+        root: Where it begins.
+
+    Returns:
+        None for a loss that is a leaf itself.
+    """
+    if isinstance(root, Start):
+        return [(edge.node, edge.output_nr) for edge in root.stages[-1].edges]
+    node = _node(root)
+    return [] if node is None or root is None else [(node, root.output_nr)]
+
+
+def _node(root: Tensor | GradientEdge | None) -> Node | None:
+    return root.grad_fn if isinstance(root, Tensor) else None if root is None else root.node
+
+
+class _Walk:
+    """One walk from the losses to the leaves. Footprints are looked at only where something joins tensors.
+
+    Args:
+        roots: Where differentiation starts, (m,).
+        order: All nodes with what is below each, each after those.
+    """
+
+    def __init__(self, roots: Sequence[Tensor | GradientEdge | None], order: Nodes) -> None:
+        self.roots = roots
+        self.order = order
+        self.losses = footprints.Losses.of(len(roots))
+        self.masks: dict[Node, int] = {}
+        #: Which losses have a node in common, other than a leaf.
+        self.overlapping: set[int] = set()
+        self.leaves: dict[int, int] = {}  # by id: hashing a tensor takes longer than anything else here
+        self.seen: dict[int, Tensor] = {}
+        self.hidden = False
+        #: Some tensor has entries that different losses reach.
+        self.uneven = False
+        #: Nodes whose inputs are reached by different losses, with the mask of each input.
+        self.splits: dict[Node, list[int]] = {}
+        self._outputs: dict[Node, dict[int, Footprint]] = {}
+        self._hooked: dict[Node, bool] = {}
+        self._several: set[Node] = set()
+        self._joined = len(roots) > 1 and any(
+            len(below) > 1 and footprints.may_join(type(node)) for node, below in order.items()
+        )
+        if self._joined:
+            self._several = {child for below in order.values() for child, nr in below if nr and child is not None}
+            self._several.update(
+                node for root in roots if (node := _node(root)) and root is not None and root.output_nr
+            )
+
+    def go(self) -> None:
+        for i, root in enumerate(self.roots):
+            node = _node(root)
+            if node is not None:
+                assert root is not None
+                self._enter(node, root.output_nr, 1 << i)
+            elif isinstance(root, Tensor):  # the loss is a leaf itself
+                self._leaf(root, 1 << i)
+        masks = self.masks
+        for node in reversed(self.order):
+            mask = masks.get(node, 0)
+            if not mask:
+                continue
+            kind = type(node)
+            if kind.__name__ == "AccumulateGrad":
+                self._leaf(node.variable, mask)  # type: ignore[attr-defined]
+                continue
+            if mask & (mask - 1):
+                self.overlapping.add(mask)
+            below = self.order[node]
+            outputs = self._outputs.pop(node, None) if self._outputs else None
+            if outputs is None and (not self._joined or footprints.name(kind) in footprints.PLAIN):
+                for child, output in below:
+                    if child is None:
+                        continue
+                    if child in self._several or child in self._outputs:
+                        self._enter(child, output, mask)
+                    else:
+                        masks[child] = masks.get(child, 0) | mask
+            else:
+                self._spread(node, outputs or {0: mask})
+            self.hidden = self.hidden or kind.__name__ == "CheckpointFunctionBackward"
+
+    def _leaf(self, leaf: Tensor, mask: int) -> None:
+        self.seen[id(leaf)] = leaf
+        self.leaves[id(leaf)] = self.leaves.get(id(leaf), 0) | mask
+
+    def _enter(self, node: Node, output: int, footprint: Footprint) -> None:
+        before = self.masks.get(node, 0)
+        if self._joined and (node in self._several or node in self._outputs or not isinstance(footprint, int)):
+            outputs = self._outputs.setdefault(node, {} if node in self._several or not before else {0: before})
+            outputs[output] = footprints.both(outputs[output], footprint) if output in outputs else footprint
+        self.masks[node] = before | footprints.union(footprint)
+
+    def _spread(self, node: Node, outputs: dict[int, Footprint]) -> None:
+        below = self.order[node]
+        found = footprints.spread(node, below, outputs, self.losses)
+        parts = [0 if child is None else footprints.union(f) for (child, _), f in zip(below, found, strict=True)]
+        self.uneven = self.uneven or any(not isinstance(f, int) for f in found)
+        if len({part for (child, _), part in zip(below, parts, strict=True) if child is not None}) > 1:
+            self.uneven = True
+            if node not in self._several and not isinstance(node, BackwardCFunction):
+                self.splits[node] = parts
+        for (child, output), footprint, part in zip(below, found, parts, strict=True):
+            if child is not None and part:
+                self._enter(child, output, footprint)
+
+    # ------------------------------------------------------------------------------- below the joins
+
+    def below_joins(self) -> tuple[Root | None, ...]:
+        """Where each loss begins, if nothing but what leads to the joins lies above.
+
+        Returns:
+            One root per loss.
+        """
+        at = {node: -k for k, node in enumerate(self.order)}
+        full = self.losses.vague - 1
+        stages: dict[int, tuple[Stage, ...]] = {}
+        alone: dict[int, Stage] = {}
+        for i, root in enumerate(self.roots):
+            of_one: list[Stage] = []
+            nodes = [node for node, _ in origins(root)]
+            while nodes and (stage := self._stage(nodes, 1 << i, at)) is not None:
+                of_one.append(stage)
+                nodes = [edge.node for edge in stage.edges]
+            if of_one:
+                stages[i] = tuple(of_one)
+                if all(self.masks[node] & full == 1 << i for node in nodes):
+                    alone[i] = of_one[-1]
+        losses = {i: root for i, root in enumerate(self.roots) if i in stages and root is not None}
+        joins = sorted({node for stage in alone.values() for node in stage.joins}, key=at.__getitem__)
+        alone = {i: stage._replace(joins=tuple(joins)) for i, stage in alone.items()}
+        together = Together({i: losses[i] for i in alone}, alone)
+        return tuple(
+            Start(losses[i], stages[i], i, together if i in alone else None) if i in stages else root
+            for i, root in enumerate(self.roots)
+        )
+
+    def _stage(self, nodes: Iterable[Node], loss: int, at: dict[Node, int]) -> Stage | None:
+        """The next joins on the way of a loss, if they lead to all of its parameters."""
+        below: dict[tuple[Node, int], None] = {}
+        above: set[Node] = set()
+        tops: dict[Node, None] = {}
+        left: list[tuple[Node, bool]] = [(node, False) for node in nodes]
+        while left:
+            node, joined = left.pop()
+            parts = self.splits.get(node)
+            if parts is not None and not joined:
+                tops[node] = None
+            if node in above:
+                continue
+            above.add(node)
+            for k, (child, output) in enumerate(self.order[node]):
+                if child is None or not (self.masks.get(child, 0) if parts is None else parts[k]) & loss:
+                    continue
+                if type(child).__name__ == "AccumulateGrad" or len(above) > _NEAR:
+                    return None
+                if parts is None or child in self.splits:
+                    left.append((child, parts is not None))
+                else:
+                    below[child, output] = None
+        # What lies below one of these edges must not lie above another.
+        if not below or max(at[node] for node in above) >= min(at[node] for node, _ in below):
+            return None
+        joins = sorted((node for node in above if node in self.splits), key=at.__getitem__)
+        # A join below another one that is also met from elsewhere would be run twice.
+        if any(self.below_another(node, joins) for node in tops) or any(map(self._is_hooked, joins)):
+            return None
+        return Stage(tuple(tops), tuple(joins), tuple(GradientEdge(*edge) for edge in below))
+
+    def _is_hooked(self, node: Node) -> bool:
+        if node not in self._hooked:
+            self._hooked[node] = is_hooked(node)
+        return self._hooked[node]
+
+    def below_another(self, node: Node, joins: Sequence[Node]) -> bool:
+        """Whether a join is an input of another one.
+
+        Args:
+            node: The join.
+            joins: All joins of a stage.
+
+        Returns:
+            True if it is.
+        """
+        return any(child is node for join in joins for child, _ in self.order[join])
+
+
+def _reachable(order: Nodes, roots: Sequence[Root | None]) -> Nodes:
+    left = [node for root in roots for node, _ in origins(root)]
+    reached = set(left)
+    while left:
+        for child, _ in order[left.pop()]:
+            if child is not None and child not in reached:
+                reached.add(child)
+                left.append(child)
+    return {node: below for node, below in order.items() if node in reached}
+
+
+def is_hooked(node: Node) -> bool:
+    """Whether functions were registered at a node. They are kept in one place, to which one more gives access.
+
+    Args:
+        node: The node.
+
+    Returns:
+        False for hooks of tensors, of which a node does not tell.
+    """
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(lambda *_: None)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks is None or len(hooks) > 0:
+            return True
+    return False
+
+
+def deepest() -> int:
+    """How deep a graph may be walked in this thread.
+
+    Returns:
+        A number of nodes, well below what fits its stack.
+    """
+    return min(_DEEPEST, _stack_size() // _BYTES_PER_NODE)
+
+
+def _stack_size() -> int:
+    """Size of the stack of this thread, bytes; what threads have at least, where the system does not tell."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.pthread_self.restype = ctypes.c_void_p
+        this = ctypes.c_void_p(libc.pthread_self())
+        if sys.platform == "darwin":
+            libc.pthread_get_stacksize_np.restype = ctypes.c_size_t
+            return int(libc.pthread_get_stacksize_np(this))
+        attributes = ctypes.create_string_buffer(256)  # larger than any pthread_attr_t
+        size = ctypes.c_size_t()
+        if libc.pthread_getattr_np(this, attributes) == 0:
+            libc.pthread_attr_getstacksize(attributes, ctypes.byref(size))
+            libc.pthread_attr_destroy(attributes)
+            return size.value
+    except (AttributeError, OSError, TypeError):
+        pass
+    return threading.stack_size() or 1 << 20
 
 
 def inputs_first(starts: Sequence[Node]) -> Nodes | None:
@@ -122,6 +468,7 @@ def inputs_first(starts: Sequence[Node]) -> Nodes | None:
     """
     order: Nodes = {}
     seen: set[Node] = set()
+    most = min(500, _DEEPEST)  # as deep as most graphs are; the stack is looked at beyond
     for start in starts:
         if start in seen:
             continue
@@ -130,8 +477,10 @@ def inputs_first(starts: Sequence[Node]) -> Nodes | None:
         stack = [(start, below, iter(below))]
         while stack:
             node, below, left = stack[-1]
-            if len(stack) > _DEEPEST:
-                return None
+            if len(stack) > most:
+                most = deepest()
+                if len(stack) > most:
+                    return None
             for child, _ in left:
                 if child is not None and child not in seen:
                     seen.add(child)
@@ -163,7 +512,7 @@ class _Entry(NamedTuple):
         return self.together or bool(self.certain & (self.certain - 1))
 
 
-def undecided(roots: Sequence[Tensor | GradientEdge | None], nodes: Nodes) -> tuple[dict[Tensor, int], set[Tensor]]:
+def undecided(roots: Sequence[Root | None], nodes: Nodes) -> tuple[dict[Tensor, int], set[Tensor]]:
     """Find the leaves of which the graph does not tell whether two losses reach them, or one, or none.
 
     Every node of torch passes a gradient on. A function written in Python or C++ may return None for some of its
@@ -175,7 +524,8 @@ def undecided(roots: Sequence[Tensor | GradientEdge | None], nodes: Nodes) -> tu
         nodes: What :func:`walk` has found.
 
     Returns:
-        For each leaf a bit mask of the losses that reach it for certain, and the leaves that are open.
+        For each leaf a bit mask of the losses that reach it for certain, and the leaves that are open unless these are
+        two.
     """
     entries: dict[Node, dict[int, _Entry]] = {}
     certain: dict[Tensor, int] = {}
@@ -191,13 +541,11 @@ def undecided(roots: Sequence[Tensor | GradientEdge | None], nodes: Nodes) -> tu
         settled[leaf] = settled.get(leaf, True) and entry.together
 
     for i, root in enumerate(roots):
-        if root is None:
-            continue
         entry = _Entry(1 << i, 1 << i, False)
-        start = root.grad_fn if isinstance(root, Tensor) else root.node
-        if start is not None:
-            enter(start, root.output_nr, entry)
-        elif isinstance(root, Tensor):
+        starts = origins(root)
+        for start, output in starts:
+            enter(start, output, entry)
+        if isinstance(root, Tensor) and not starts:
             reach(root, entry)
     for node in reversed(nodes):
         outputs = entries.pop(node, {})
@@ -205,13 +553,12 @@ def undecided(roots: Sequence[Tensor | GradientEdge | None], nodes: Nodes) -> tu
             for entry in outputs.values():
                 reach(node.variable, entry)  # type: ignore[attr-defined]
             continue
-        below = None if _is_sink(node) else _passed(node, list(outputs.values()))
+        below = None if footprints.name(type(node)) in footprints.IDENTITIES else _passed(node, list(outputs.values()))
         for k, (child, output) in enumerate(nodes[node]):
             passed = below if below is not None else outputs.get(k)
             if child is not None and passed is not None:
                 enter(child, output, passed)
-    open_leaves = {leaf for leaf, mask in certain.items() if not settled[leaf] and not mask & (mask - 1)}
-    return certain, open_leaves
+    return certain, {leaf for leaf in certain if not settled[leaf]}
 
 
 def _passed(node: Node, outputs: Sequence[_Entry]) -> _Entry:

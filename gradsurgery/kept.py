@@ -24,6 +24,7 @@ class Kept(NamedTuple):
         loss_scale: What the gradients are multiplied by, a scalar.
         scaled: A gradient scaler gave it.
         theirs: Parameters of other optimizers that any micro-batch may have reached.
+        suspects: Parameters of which the graph of a micro-batch does not tell which losses reach them.
     """
 
     present: tuple[str, ...]
@@ -32,6 +33,7 @@ class Kept(NamedTuple):
     loss_scale: Tensor
     scaled: bool
     theirs: tuple[Tensor, ...]
+    suspects: frozenset[Tensor] = frozenset()
 
     def masks(self) -> dict[Tensor, int]:
         """Which losses reach each parameter.
@@ -76,6 +78,7 @@ class Kept(NamedTuple):
             new.loss_scale,
             self.scaled or new.scaled,
             tuple(dict.fromkeys([*self.theirs, *new.theirs])),
+            self.suspects | new.suspects,
         )
 
     def in_order(self, names: Sequence[str]) -> Kept:
@@ -95,6 +98,7 @@ class Kept(NamedTuple):
             self.loss_scale,
             self.scaled,
             self.theirs,
+            self.suspects,
         )
 
 
@@ -120,6 +124,5 @@ def collect(call: Call) -> Kept:
         if call.accumulate:  # autograd may hand out the same memory again in the next micro-batch
             found = {p: found.pop(p).clone() for p in list(found)}
         rows.append(found)
-    return Kept(
-        call.tasks.present, call.values, tuple(rows), call.loss_scale, call.scaler is not None, tuple(call.theirs)
-    )
+    scaled, theirs = call.scaler is not None, tuple(call.theirs)
+    return Kept(call.tasks.present, call.values, tuple(rows), call.loss_scale, scaled, theirs, call.suspects)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from gradsurgery.graph import Root
+
 #: A scalar loss, a function that returns one or ``None``, or ``None`` for a task that is absent from this batch.
 Loss = Tensor | Callable[[], Tensor | None] | None
 #: A collection of losses.
@@ -22,14 +24,14 @@ class Tasks(NamedTuple):
         names: Names of all tasks, absent ones included.
         present: Names of the tasks that have a loss in this call, (m,).
         tensors: Their scalar losses, (m,).
-        roots: Where differentiation starts, (m,): the losses, or their edges in the graph. None where only other
+        roots: Where differentiation starts, (m,): the losses, or places below them in the graph. None where only other
             processes have the loss.
     """
 
     names: tuple[str, ...]
     present: tuple[str, ...]
     tensors: tuple[Tensor, ...]
-    roots: tuple[Tensor | GradientEdge | None, ...]
+    roots: tuple[Root | None, ...]
 
     def only(self, keep: Sequence[int]) -> Tasks:
         """Leave out tasks, as if the user had passed ``None`` for them.
@@ -48,7 +50,7 @@ class Tasks(NamedTuple):
         )
 
 
-def read(losses: Losses, owner: str, may_be_empty: bool = False) -> Tasks:
+def read(losses: Losses, owner: str, may_be_empty: bool = False, names: Sequence[str] | None = None) -> Tasks:
     """Check the losses and give each its name.
 
     Args:
@@ -56,6 +58,7 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False) -> Tasks:
             an absent task. Without names the tasks are called "0", "1", ….
         owner: The class that errors should name.
         may_be_empty: Accept that no task is present, since another process may have one.
+        names: Names for losses that have none.
 
     Returns:
         Names and tensors in the order given.
@@ -91,6 +94,8 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False) -> Tasks:
         )
     if not named:
         raise ValueError(f"{where}: `losses` is empty. Pass at least one loss.")
+    if names is not None:
+        named = _renamed(named, losses, names, where)
 
     present = []
     for name, given in named:
@@ -117,6 +122,17 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False) -> Tasks:
         )
     roots = _edges_of_stack(losses, where) if isinstance(losses, Tensor) else checked
     return Tasks(tuple(n for n, _ in named), tuple(n for n, _ in present), tuple(checked), tuple(roots))
+
+
+def _renamed(named: list[tuple[str, Loss]], losses: Losses, names: Sequence[str], where: str) -> list[tuple[str, Loss]]:
+    if isinstance(losses, Mapping):
+        raise ValueError(f"{where}: `names` are for losses in a list or a tensor, and a dict has names of its own.")
+    given = [names] if isinstance(names, str) else list(names)
+    if not all(isinstance(name, str) for name in given) or len(set(given)) < len(given):
+        raise ValueError(f"{where}: `names` must be strings, each of them once, got {given}.")
+    if len(given) != len(named):
+        raise ValueError(f"{where}: `names` must have one entry for each of the {len(named)} losses, got {given}.")
+    return [(name, loss) for name, (_, loss) in zip(given, named, strict=True)]
 
 
 def _edges_of_stack(losses: Tensor, where: str) -> Sequence[Tensor | GradientEdge]:

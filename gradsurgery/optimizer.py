@@ -166,6 +166,7 @@ class MultiLossOptimizer(Optimizer):
             "warned": False,
             "warned_of_ranks": False,
             "loop": misuse.Loop(),
+            "warned_of_doubt": False,
             "generator": None,
             "unbatched": False,
             "hooked": False,
@@ -384,6 +385,7 @@ class MultiLossOptimizer(Optimizer):
         self,
         losses: Losses,
         *,
+        names: Sequence[str] | None = None,
         accumulate: bool = False,
         batch_size: float | Mapping[str, float] | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -400,6 +402,7 @@ class MultiLossOptimizer(Optimizer):
             losses: Scalar losses: a dict of names to tensors (best), a list, tuple, named tuple or 1-d tensor. ``None``
                 in place of a tensor marks a task that is absent from this batch. A function without arguments in place
                 of a tensor is called, and returns one: with one forward pass a loss no graph is differentiated twice.
+            names: Names for losses in a list or a 1-d tensor, in their order; "0", "1" and so on by default.
             accumulate: This is one of several micro-batches, not the last: keep the gradients of each loss and write
                 nothing. It costs one row a loss, and for a moment two and one more while a micro-batch is added. The
                 next call without it acts once on the sum. Divide each loss by the number of micro-batches, as always.
@@ -430,7 +433,7 @@ class MultiLossOptimizer(Optimizer):
             world.require_replicas(parameters(self))
         going_on = accumulate or self._run["kept"] is not None
         self._require_possible(going_on, world is not None)
-        tasks = losses_module.read(losses, self._name, may_be_empty=world is not None or going_on)
+        tasks = losses_module.read(losses, self._name, may_be_empty=world is not None or going_on, names=names)
         # With several processes this call may be the first to see a task, so the names are those of the whole list.
         with self._proposal(tasks):
             self._run["residuals"] = residuals

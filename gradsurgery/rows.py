@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery.gram import Row as Row
+from gradsurgery.graph import Root, Start, differentiate
 
 # Entries up to which a parameter is small: calls then cost more than what they do.
 _SMALL = 2**14
 
 
-def gradient(root: Tensor | GradientEdge, params: Sequence[Tensor], seed: Tensor, retain_graph: bool) -> Row:
+def gradient(root: Root, params: Sequence[Tensor], seed: Tensor, retain_graph: bool) -> Row:
     """Differentiate one loss.
 
     Args:
-        root: The loss, or its edge in the graph.
+        root: Where the differentiation of the loss begins.
         params: What to differentiate with respect to.
         seed: Gradient of the objective with respect to the loss, a scalar: 1, or the loss scale.
         retain_graph: Keep the graph for another pass.
@@ -37,9 +38,30 @@ def gradient(root: Tensor | GradientEdge, params: Sequence[Tensor], seed: Tensor
     if not params:
         return []
     try:
+        if isinstance(root, Start):
+            return _gradient_below_joins(root, params, seed, retain_graph)
         return list(torch.autograd.grad(root, params, grad_outputs=seed, retain_graph=retain_graph, allow_unused=True))
     except RuntimeError as error:
         raise _explained(error) from error
+
+
+def _gradient_below_joins(root: Start, params: Sequence[Tensor], seed: Tensor, retain_graph: bool) -> Row:
+    if root.together is not None:
+        found = root.together.gradients(root.number, retain_graph)
+    else:
+        places: Sequence[Tensor | GradientEdge] = [root.loss]
+        found = [seed]
+        for stage in root.stages:
+            reached = [(place, g) for place, g in zip(places, found, strict=True) if g is not None]
+            if not reached:
+                return [None] * len(params)
+            found = differentiate([p for p, _ in reached], [g for _, g in reached], stage, retain_graph)
+            places = stage.edges
+    reached = [(edge, g) for edge, g in zip(root.stages[-1].edges, found, strict=True) if g is not None]
+    if not reached:
+        return [None] * len(params)
+    places, starts = zip(*reached, strict=True)
+    return list(torch.autograd.grad(places, params, starts, retain_graph=retain_graph, allow_unused=True))
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
@@ -82,9 +104,7 @@ def emptied(params: Sequence[Tensor]) -> Iterator[None]:
                 p.grad = g
 
 
-def gradient_by_backward(
-    root: Tensor | GradientEdge, params: Sequence[Tensor], seed: Tensor, retain_graph: bool
-) -> Row:
+def gradient_by_backward(root: Root, params: Sequence[Tensor], seed: Tensor, retain_graph: bool) -> Row:
     """Differentiate one loss by an ordinary backward pass, for graphs that hide parameters from autograd.grad.
 
     Args:
@@ -100,7 +120,7 @@ def gradient_by_backward(
         RuntimeError: What autograd raises, with the cure where it is known.
     """
     try:
-        torch.autograd.backward(root, seed, retain_graph=retain_graph)
+        torch.autograd.backward(_whole(root), seed, retain_graph=retain_graph)
         return [p.grad for p in params]
     except RuntimeError as error:
         raise _explained(error) from error
@@ -109,8 +129,13 @@ def gradient_by_backward(
             p.grad = None
 
 
+def _whole(root: Root) -> Tensor | GradientEdge:
+    """The loss itself, for passes that serve several losses or reach everything."""
+    return root.loss if isinstance(root, Start) else root
+
+
 def one_pass(
-    roots: Sequence[Tensor | GradientEdge],
+    roots: Sequence[Root],
     starts: Sequence[Tensor],
     params: Sequence[Tensor],
     retain_graph: bool,
@@ -135,13 +160,14 @@ def one_pass(
     """
     if not params or not roots:
         return [None] * len(params)
+    losses = [_whole(root) for root in roots]
     try:
         if engine == "grad":
             return list(
-                torch.autograd.grad(roots, params, starts, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
+                torch.autograd.grad(losses, params, starts, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
             )
         inputs = list(params) if engine == "accumulate" else None
-        torch.autograd.backward(roots, starts, retain_graph=retain_graph, inputs=inputs)  # type: ignore[arg-type]
+        torch.autograd.backward(losses, starts, retain_graph=retain_graph, inputs=inputs)  # type: ignore[arg-type]
         return [p.grad for p in params]
     except RuntimeError as error:
         raise _explained(error) from error

@@ -614,6 +614,42 @@ def nothing_finite_in_the_last_micro_batch(rank, size):
     assert "dropped" in report.flags
 
 
+class Opaque(torch.autograd.Function):
+    """Torch knows nothing of what it does."""
+
+    @staticmethod
+    def forward(ctx, *losses):
+        return tuple(loss.clone() for loss in losses)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+def joined(rank, size):
+    """Heads are private on every process, whatever their outputs or losses pass through."""
+    x = data(size)
+    wanted, _ = alone(gradsurgery.MGDA, x.flatten(1, 2))
+
+    def columns(net):
+        return lambda x: torch.cat(net(x), 1).split(1, dim=1)
+
+    def stacked(losses):
+        return dict(zip(losses, torch.stack(list(losses.values())).unbind(), strict=True))
+
+    def opaque(losses):
+        return dict(zip(losses, Opaque.apply(*losses.values()), strict=True))
+
+    for wrap, join in ((columns, dict), (lambda net: net, stacked), (lambda net: net, opaque), (DDP, stacked)):
+        net = Net()
+        optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), distributed=True)
+        for one in x[:, rank]:
+            optimizer.zero_grad()
+            optimizer.backward(join(losses_of(wrap(net), one)))
+            optimizer.step()
+        assert_same(net, wanted)
+
+
 def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
     """Everything, in the same order in every process."""
     here = (rank, size)
@@ -667,7 +703,7 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
         nothing_on_one_rank, bad_gradient_on_one_rank, scaler, residuals, half_precision_rows, mixed_dtypes,
         private_after_all, zero_redundancy, different_losses, replicas_that_differ, complex_replicas,
         a_group_of_its_own, words, under_autocast, a_copy_works_with_the_same_processes,
-        nothing_finite_in_the_last_micro_batch,
+        nothing_finite_in_the_last_micro_batch, joined,
     ):  # fmt: skip
         found[case.__name__.replace("_", " ")] = lambda case=case: case(*here)
     return found

@@ -102,7 +102,11 @@ class Step:
         if method.observes:
             ever, position = method._reached_ever(), method._run["positions"]
             shared = [p for p in shared if len(ever.get(position[p], ())) < 2]
-        return self.call.undecided(shared)
+        proofs: dict[str, list[int]] = method.memory.get("nonzero", {})
+        places = {j: method._run["positions"][shared[j]] for j in self._doubtful(shared)}
+        doubtful = {shared[j] for j, place in places.items() if sum(place in seen for seen in proofs.values()) < 2}
+        undecided = set(self.call.undecided(shared))
+        return [p for p in shared if p in undecided or p in doubtful]
 
     def settled(self, shared: list[Tensor]) -> list[Tensor]:
         """Take out what only one loss really reaches, before the first pass over all.
@@ -116,7 +120,11 @@ class Step:
         if not (left := self._open(shared)):
             return shared
         rows = self.call.rows_at(left, whole=False)
-        marks = torch.tensor([[g is not None for g in row] for row in rows], dtype=torch.uint8, device="cpu")
+        there = [
+            [g is not None and (p not in self.call.suspects or bool(g.any())) for p, g in zip(left, row, strict=True)]
+            for row in rows
+        ]
+        marks = torch.tensor(there, dtype=torch.uint8, device="cpu")
         if self.call.world is not None:
             marks = self.call.world.any_of(marks)
         private = {p for p, n in zip(left, marks.sum(dim=0).tolist(), strict=True) if n < 2}
@@ -374,6 +382,8 @@ class Step:
         # Losses that are multiplied later keep their gradients apart.
         apart = self.inner is not None or method.log_losses
         there: list[list[bool]] = []
+        doubtful = self._doubtful(shared)
+        signs: list[Tensor] = []  # of gradients that are not zero
         for i in range(m):
             if kept is None:
                 wanted, gradients = call.differentiate(i, everything)
@@ -385,6 +395,8 @@ class Step:
             over_shared = [row.pop(p, None) for p in shared]
             there.append([g is not None for g in over_shared])
             found.peaks.append(rows_module.peak(list(row.values()), call.values.device))
+            if doubtful:
+                signs.append(self._signs(over_shared, doubtful, found.peaks[i]))
             for p in list(row):
                 g = row.pop(p)
                 if p not in found.terms:  # frozen between two micro-batches
@@ -409,6 +421,8 @@ class Step:
         marks = torch.tensor(there, dtype=torch.uint8, device="cpu").reshape(m, len(shared))
         if call.world is not None and not call.sharded:
             marks = call.world.any_of(marks)
+        if doubtful:
+            marks = self._told_by_zeros(found, marks, torch.stack(signs), doubtful)
         if self.observes:
             method._remember_reached(marks.tolist(), shared)
         self._find_private(found, marks)
@@ -417,6 +431,53 @@ class Step:
             for i in range(m):
                 found.rows[i] = call.world_total(found.rows[i], like)
         return found
+
+    def _doubtful(self, shared: list[Tensor]) -> list[int]:
+        """Places of shared parameters that lie below a join which cannot be read, such as one in a compiled model."""
+        if self.method.shared_params is not None or self.m < 2:
+            return []
+        return [j for j, p in enumerate(shared) if p in self.call.suspects]
+
+    def _signs(self, row: Row, doubtful: list[int], peak: Tensor) -> Tensor:
+        """Whether the gradient of one loss is not zero: in each doubtful parameter, and in any parameter at all."""
+        device = self.call.values.device
+        norms = [rows_module.peak([] if (g := row[j]) is None else [g], device) for j in doubtful]
+        rest = rows_module.peak([g for g in row if g is not None], device)
+        return (torch.stack([*norms, torch.maximum(rest, peak)]) != 0).to(torch.uint8)
+
+    def _told_by_zeros(self, found: Found, marks: Tensor, signs: Tensor, doubtful: list[int]) -> Tensor:
+        """Decide which losses reach the doubtful parameters.
+
+        Below a join that cannot be read every loss has a gradient in every parameter, of zeros where it does not reach
+        it. One that is not zero proves that it does, now and in every later step. A loss that never had any other
+        gradient than zero may reach everything.
+        """
+        method = self.method
+        signs = signs.cpu() if self.call.world is None else self.call.world.any_of(signs.cpu())
+        proofs: dict[str, list[int]] = method.memory.get("nonzero", {})
+        places = [method._run["positions"][found.shared[j]] for j in doubtful]
+        seen = torch.tensor([[j in proofs.get(name, ()) for j in places] for name in self.names], dtype=torch.bool)
+        seen |= signs[:, :-1].bool()
+        alive = signs[:, -1].bool() | torch.tensor([name in proofs for name in self.names])
+        if method._run["draft"] is not None:
+            new = {
+                name: sorted({*proofs.get(name, ()), *(place for place, mark in zip(places, row, strict=True) if mark)})
+                for name, row, lives in zip(self.names, seen.tolist(), alive.tolist(), strict=True)
+                if lives
+            }
+            if any(new[name] != proofs.get(name) for name in new):
+                method.memory["nonzero"] = {**proofs, **new}
+        if not alive.all():
+            method._warn_of_doubt([name for name, lives in zip(self.names, alive.tolist(), strict=True) if not lives])
+        # Where all are zero, the parameter stays shared, so that its gradient is zero and not None.
+        reached = seen | ~alive[:, None] | ~seen.any(dim=0)
+        marks = marks.clone()
+        marks[:, doubtful] &= reached.to(torch.uint8)
+        for row, left in zip(found.rows, marks.tolist(), strict=False):
+            for j in doubtful:
+                if not left[j]:
+                    row[j] = None
+        return marks
 
     def _plan(self, shared: list[Tensor]) -> ghost.Plan | blocks.Plan | None:
         """How to do without rows, where the method needs no more than their inner products."""
@@ -427,7 +488,7 @@ class Step:
             "the method looks at the rows themselves": not method.needs_gram_only,
             "micro-batches are added up row by row": call.kept is not None,
             "several processes share the work": call.world is not None or call.sharded,
-            "the graph cannot be read": call.graph.masks is None,
+            "the graph cannot be read": call.graph.masks is None or bool(self._doubtful(shared)),
             # For so few numbers it takes longer to look than to make the rows.
             f"fewer than {FEW} shared entries": method.engine == "auto" and sum(p.numel() for p in shared) < FEW,
             "a hook at a border would act twice": method.engine == "blocks" and method._run["hooked"],

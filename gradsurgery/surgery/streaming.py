@@ -38,8 +38,8 @@ def report(step: Step) -> Report:
     if call.graph.masks is None and method.shared_params is None:
         raise RuntimeError(
             f"{method._name}.backward: streaming=True has to know before the first pass which parameters are shared, "
-            "and the graph does not tell: it hides them behind reentrant activation checkpointing, or is more than "
-            "20,000 nodes deep. Name them in `shared_params`."
+            "and the graph does not tell: it hides them behind reentrant activation checkpointing, or is too deep "
+            "to be walked. Name them in `shared_params`."
         )
     shared = step.settled(method._shared(call.mine, call.graph.masks))
     is_shared = set(shared)

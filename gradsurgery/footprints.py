@@ -1,0 +1,562 @@
+"""Which losses may reach which entries of a tensor inside the graph.
+
+Losses or heads that pass through one tensor (``torch.stack``, ``torch.cat``, a filled tensor, a column of an output)
+can no longer be told apart node by node: autograd pads with zeros, and every loss seems to reach every head. A
+*footprint* tells them apart entry by entry. It is a bit mask, bit i for loss i, or an array of such masks that
+broadcasts to the shape of the tensor: an axis along which nothing changes has length 1, so that (B, K) outputs take K
+numbers.
+
+The rules here carry footprints from the outputs of a node to its inputs, from the structure of the operation alone: a
+weight of 0 or a saturated clamp still passes everything on. An operation without a rule is run backward once on marked
+entries. Where even that is impossible (a compiled region, a Python function), the footprint is the union of all, marked
+as *vague*; below a vague join the gradients themselves must decide, and the leaves there are marked as *suspect*.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+Masks = NDArray[Any]
+Footprint = int | Masks
+#: What a node hands its inputs to: nodes and the number of their output.
+Below = Sequence[tuple["Node | None", int]]
+
+# Entries up to which an operation without a rule is run on marked ones.
+_MOST = 2**18
+# An array of masks with more bits than this holds Python integers.
+_BITS = 62
+
+
+class Losses(NamedTuple):
+    """The bits in use.
+
+    Attributes:
+        vague: Marks a footprint as the union of what could not be told apart.
+        suspect: Marks what lies below a vague join.
+        dtype: Of arrays of masks.
+    """
+
+    vague: int
+    suspect: int
+    dtype: type
+
+    @staticmethod
+    def of(m: int) -> Losses:
+        """Lay out the bits.
+
+        Args:
+            m: Number of losses; they have the lowest bits.
+
+        Returns:
+            The layout.
+        """
+        return Losses(1 << m, 1 << m + 1, np.int64 if m + 2 <= _BITS else object)
+
+
+@cache
+def name(kind: type) -> str:
+    """The operation that a class of nodes belongs to, such as "Cat" for ``CatBackward0``.
+
+    Args:
+        kind: Class of a node.
+
+    Returns:
+        Its name without the suffix; the whole name of what is not built in.
+    """
+    built_in = not issubclass(kind, BackwardCFunction)
+    found = re.fullmatch(r"(\w+?)Backward\d+", kind.__name__) if built_in else None
+    return found[1] if found else kind.__name__
+
+
+def _named(operations: str) -> frozenset[str]:
+    return frozenset(operations.split())
+
+
+# Operations that act entry by entry, with broadcasting.
+_ELEMENTWISE = _named(
+    "Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy "
+    "BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Copysign Cos Cosh Detach Digamma Div Elu Erf "
+    "Erfc Erfinv Exp Exp2 Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh Huber "
+    "HuberLoss Hypot I0 KlDiv L1Loss LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logit MaskedFill "
+    "Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Polygamma Pow Prelu PreluKernel Reciprocal Relu "
+    "Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh SmoothL1Loss SoftMarginLoss "
+    "Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Trunc Where Xlogy"
+)
+# Operations each of whose outputs depends on whole rows, or that pick entries by their values: what passes through one
+# output passes to all of the input. Not in need of a closer look as long as all of an output is reached by the same.
+_DENSE = _named(
+    "AdaptiveAvgPool2D Addbmm Addmm Addmv Addr Amax Amin AvgPool1D AvgPool2D AvgPool3D Baddbmm Bmm Cdist Convolution "
+    "CudnnBatchNorm CudnnConvolution Cumsum Cumprod Dot Embedding EmbeddingBag FusedRmsNorm GridSampler2D "
+    "LinalgVectorNorm Linear LogSoftmax Logcumsumexp Logsumexp Max MaxPool2D MaxPool2DWithIndices MaxPool3DWithIndices "
+    "Mean Median Min Mm MultiMargin Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm NllLoss NllLoss2D Norm Outer "
+    "Pdist PixelShuffle Prod RepeatInterleave ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
+    "ScaledDotProductFlashAttentionForCpu Softmax Sort Std StdMean Sum Svd Topk Trace UpsampleBilinear2D "
+    "UpsampleNearest2D Var VarMean WeightNormInterface"
+)
+# Views that keep every entry.
+_MOVING = _named("ExpandBackward Permute ReshapeAlias Squeeze T Transpose Unsqueeze UnsafeView View Expand")
+#: Operations below which a footprint of one mask stays one, whatever its entries.
+PLAIN = _ELEMENTWISE | _DENSE | _MOVING | {"AccumulateGrad"}
+#: Operations that put several tensors, or parts of one, into one.
+JOINING = _named(
+    "Cat Stack CopySlices IndexAdd IndexCopy IndexPut IndexPutImpl IndexFill MaskedScatter Put Scatter ScatterAdd "
+    "ScatterReduce SelectScatter SliceScatter DiagonalScatter AsStridedScatter Hstack Vstack BlockDiag"
+)
+#: Nodes that hand output k to input k and to no other.
+IDENTITIES = frozenset(("_DDPSinkBackward", "BackwardHookFunctionBackward"))
+
+
+def union(footprint: Footprint) -> int:
+    """Every loss that reaches any entry.
+
+    Args:
+        footprint: A footprint.
+
+    Returns:
+        A bit mask.
+    """
+    return footprint if isinstance(footprint, int) else int(np.bitwise_or.reduce(footprint, axis=None))
+
+
+def both(a: Footprint, b: Footprint) -> Footprint:
+    """The footprint of a tensor that is used in two places.
+
+    Args:
+        a: The footprint of one use.
+        b: That of the other.
+
+    Returns:
+        The union, entry by entry.
+    """
+    if isinstance(a, int) and isinstance(b, int):
+        return a | b
+    return _settled(np.asarray(a | b))
+
+
+def may_join(kind: type) -> bool:
+    """Whether what reaches one input of an operation may differ from what reaches another.
+
+    Args:
+        kind: Class of a node.
+
+    Returns:
+        False where the operation is known not to tell its inputs apart.
+    """
+    return name(kind) not in PLAIN and name(kind) not in _NARROWING
+
+
+def spread(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losses) -> list[Footprint]:
+    """Carry footprints from the outputs of a node to its inputs.
+
+    Args:
+        node: The node.
+        below: Its ``next_functions``.
+        outputs: The footprint of each output that a loss reaches.
+        losses: The bits in use.
+
+    Returns:
+        One footprint per input.
+    """
+    operation = name(node.__class__)
+    everything = 0
+    for footprint in outputs.values():
+        everything |= union(footprint)
+    if operation in IDENTITIES:
+        return [outputs.get(k, 0) for k in range(len(below))]
+    joins = sum(child is not None for child, _ in below) > 1 and operation not in PLAIN
+    if joins and everything & losses.vague:
+        everything |= losses.suspect
+    first = next(iter(outputs.values()))
+    uniform = isinstance(first, int) and all(isinstance(f, int) and f == first for f in outputs.values())
+    try:
+        found = _by_rule(node, operation, below, outputs, uniform, losses)
+    # Attributes of nodes and their saved tensors are no stable part of torch: what cannot be read is unknown.
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        found = None
+    if found is not None:
+        if everything & losses.suspect:
+            return [both(f, losses.suspect) if union(f) else f for f in found]
+        return found
+    everything |= losses.vague | (losses.suspect if joins else 0)
+    return [everything] * len(below)
+
+
+def _by_rule(
+    node: Any, operation: str, below: Below, outputs: dict[int, Footprint], uniform: bool, losses: Losses
+) -> list[Footprint] | None:
+    """The footprints of the inputs; None if there is no way to know them."""
+    rule = _NARROWING.get(operation)
+    if rule is not None:
+        return [_settled(rule(node, _shape(*below[0]), outputs, losses.dtype))]
+    if uniform and (operation in PLAIN or operation in JOINING or not _narrows(node, below)):
+        return [outputs[min(outputs)]] * len(below)
+    if set(outputs) == {0} and not uniform:
+        footprint = outputs[0]
+        assert not isinstance(footprint, int)
+        if operation in _ELEMENTWISE:
+            return [0 if c is None else _settled(_fitted(footprint, _shape(c, nr))) for c, nr in below]
+        spreading = _SPREADING.get(operation)
+        found = None if spreading is None else spreading(node, below, footprint)
+        if found is not None:
+            return [0 if f is None else _settled(f) for f in found]
+    if type(node).__name__ == "CopySlices" or operation != type(node).__name__:
+        return _marked(node, below, outputs, losses)
+    return None
+
+
+def _shape(node: Any, output: int) -> tuple[int, ...]:
+    return tuple(node._input_metadata[output].shape)
+
+
+def _settled(footprint: Footprint) -> Footprint:
+    """One mask instead of an array of equal ones."""
+    if isinstance(footprint, int):
+        return footprint
+    if not footprint.size:
+        return 0
+    first = footprint.flat[0]
+    return int(first) if (footprint == first).all() else footprint
+
+
+def _as_array(footprint: Footprint, dims: int, dtype: type) -> Masks:
+    return np.full((1,) * dims, footprint, dtype) if isinstance(footprint, int) else footprint
+
+
+def _fitted(footprint: Masks, shape: Sequence[int]) -> Masks:
+    """Undo broadcasting, where several entries of the output come from one of the input."""
+    extra = footprint.ndim - len(shape)
+    if extra > 0:
+        footprint = np.bitwise_or.reduce(footprint, axis=tuple(range(extra)))
+    footprint = footprint.reshape((1,) * -extra + footprint.shape) if extra < 0 else footprint
+    for axis, size in enumerate(shape):
+        if size == 1 and footprint.shape[axis] > 1:
+            footprint = np.bitwise_or.reduce(footprint, axis=axis, keepdims=True)
+    return footprint
+
+
+def _collapsed(footprint: Masks, axes: Sequence[int]) -> Masks:
+    """The union along some axes, which then have length 1."""
+    return np.bitwise_or.reduce(footprint, axis=tuple(axes), keepdims=True) if len(axes) else footprint
+
+
+# ------------------------------------------------------------- operations that take a part of their input
+
+
+def _signed(number: int) -> int:
+    """Undo the wrapping of negative numbers in the attributes of nodes."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _axis(number: int, dims: int) -> int:
+    axis = _signed(number)
+    return axis + dims if axis < 0 else axis
+
+
+def _assembled(shape: Sequence[int], axis: int, parts: Sequence[tuple[Any, Masks]], dtype: type) -> Masks:
+    """Put footprints side by side along an axis. What no part covers is reached by nothing."""
+    flat = [[1 if k == axis else size for k, size in enumerate(part.shape)] for _, part in parts]
+    common = list(np.broadcast_shapes(*map(tuple, flat)))
+    common[axis] = shape[axis]
+    result: Masks = np.zeros(common, dtype)
+    for place, part in parts:
+        result[(slice(None),) * axis + (place,)] = part
+    return result
+
+
+def _select(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+    axis = _axis(node._saved_dim, len(shape))
+    index = _axis(node._saved_index, shape[axis])
+    if isinstance(outputs[0], int):
+        lone: Masks = np.zeros([size if k == axis else 1 for k, size in enumerate(shape)], dtype)
+        lone.reshape(-1)[index] = outputs[0]
+        return lone
+    part = np.expand_dims(outputs[0], axis)
+    return _assembled(shape, axis, [(slice(index, index + 1), part)], dtype)
+
+
+def _slice(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+    axis = _axis(node._saved_dim, len(shape))
+    place = slice(_signed(node._saved_start), _signed(node._saved_end), node._saved_step)
+    return _assembled(shape, axis, [(place, _as_array(outputs[0], len(shape), dtype))], dtype)
+
+
+def _split(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+    axis = _axis(node._saved_dim, len(shape))
+    if hasattr(node, "_saved_split_sizes"):
+        ends = np.cumsum(node._saved_split_sizes).tolist()
+    else:
+        size = node._saved_split_size
+        ends = [min(start + size, shape[axis]) for start in range(0, shape[axis], size)]
+    starts = [0, *ends]
+    parts = [(slice(starts[k], ends[k]), _as_array(f, len(shape), dtype)) for k, f in outputs.items()]
+    return _assembled(shape, axis, parts, dtype)
+
+
+def _unbind(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+    axis = _axis(node._saved_dim, len(shape))
+    parts = [(slice(k, k + 1), np.expand_dims(_as_array(f, len(shape) - 1, dtype), axis)) for k, f in outputs.items()]
+    return _assembled(shape, axis, parts, dtype)
+
+
+_NARROWING: dict[str, Callable[[Any, Sequence[int], dict[int, Footprint], type], Masks]] = {
+    "Select": _select,
+    "Slice": _slice,
+    "Split": _split,
+    "SplitWithSizes": _split,
+    "UnsafeSplit": _split,
+    "UnsafeSplitWithSizes": _split,
+    "Unbind": _unbind,
+}
+
+
+# ----------------------------------------------------------------- operations below an array of masks
+
+
+def _cat(node: Any, below: Below, footprint: Masks) -> list[Footprint | None] | None:
+    axis = _axis(node._saved_dim, footprint.ndim)
+    if footprint.shape[axis] == 1:
+        return [footprint] * len(below)
+    sizes = [None if child is None else _shape(child, nr)[axis] for child, nr in below]
+    if sizes.count(None) == 1:  # a constant, whose size follows from the others
+        sizes[sizes.index(None)] = footprint.shape[axis] - sum(size for size in sizes if size is not None)
+    ends = np.cumsum(np.array(sizes, dtype=np.int64)).tolist()
+    return [np.take(footprint, range(a, b), axis) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def _stack(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    axis = _axis(node._saved_dim, footprint.ndim)
+    count = footprint.shape[axis]
+    return [np.take(footprint, k if count > 1 else 0, axis) for k in range(len(below))]
+
+
+def _viewed(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    ((child, nr),) = below
+    return [_reshaped(footprint, _shape(node, 0), _shape(child, nr))]
+
+
+def _reshaped(footprint: Masks, before: Sequence[int], after: Sequence[int]) -> Masks:
+    """Follow a reshape. Groups of axes along which nothing changes stay short."""
+    short: list[int] = []
+    long: list[int] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = [i], [j]
+        a = before[i] if i < len(before) else 1
+        b = after[j] if j < len(after) else 1
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b:
+                a, i = a * before[i], i + 1
+                left.append(i - 1)
+            else:
+                b, j = b * after[j], j + 1
+                right.append(j - 1)
+        left = [k for k in left if k < len(before)]
+        right = [k for k in right if k < len(after)]
+        changes = any(footprint.shape[k] > 1 for k in left)
+        short += [before[k] if changes else 1 for k in left]
+        long += [after[k] if changes else 1 for k in right]
+    return np.broadcast_to(footprint, short).reshape(long)
+
+
+def _turned(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    operation, dims = name(node.__class__), footprint.ndim
+    order = list(range(dims))
+    if operation == "Permute":
+        order = np.argsort([_axis(d, dims) for d in node._saved_dims]).tolist()
+    else:
+        pair = (0, 1) if operation == "T" else (node._saved_dim0, node._saved_dim1)
+        a, b = (_axis(d, dims) for d in pair)
+        if dims > 1:
+            order[a], order[b] = order[b], order[a]
+    return [footprint.transpose(order)]
+
+
+def _expanded(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    ((child, nr),) = below
+    return [_fitted(footprint, _shape(child, nr))]
+
+
+def _reduced(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    ((child, nr),) = below
+    shape = _shape(child, nr)
+    dims = node._saved_dim
+    axes = sorted(_axis(d, len(shape)) for d in ((dims,) if isinstance(dims, int) else dims))
+    return [footprint if footprint.ndim == len(shape) else np.expand_dims(footprint, tuple(axes))]
+
+
+def _mixed_along(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    return [_collapsed(footprint, [_axis(node._saved_dim, footprint.ndim)]) for _ in below]
+
+
+def _nll(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    return [np.expand_dims(footprint, 1), *[None] * (len(below) - 1)]
+
+
+def _product(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    """Rows of the left factor stay apart, and columns of the right one."""
+    sides: list[Footprint | None] = [_collapsed(footprint, [-1]), _collapsed(footprint, [-2])]
+    if len(below) == 3:  # the term that is added
+        child, nr = below[0]
+        sides.insert(0, None if child is None else _fitted(footprint, _shape(child, nr)))
+    return sides
+
+
+def _batched(kept: Callable[[Any, Masks], int]) -> Callable[[Any, Below, Masks], list[Footprint | None]]:
+    """Entries of the batch stay apart in the first input, and nothing in the others, which are parameters."""
+
+    def rule(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+        leading = kept(node, footprint)
+        first = _collapsed(footprint, range(leading, footprint.ndim))
+        return [first, *[union(footprint)] * (len(below) - 1)]
+
+    return rule
+
+
+def _attention(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    rows = _collapsed(footprint, [-2, -1])
+    return [rows if k < 3 else union(footprint) for k in range(len(below))]
+
+
+_LEADING = _batched(lambda node, footprint: 1)
+_SPREADING: dict[str, Callable[[Any, Below, Masks], list[Footprint | None] | None]] = {
+    "Addmm": _product,
+    "Amax": _reduced,
+    "Amin": _reduced,
+    "Baddbmm": _product,
+    "Bmm": _product,
+    "Cat": _cat,
+    "Convolution": _LEADING,
+    "Cumsum": _mixed_along,
+    "Expand": _expanded,
+    "LinalgVectorNorm": _reduced,
+    "LogSoftmax": _mixed_along,
+    "Logsumexp": _reduced,
+    "Mean": _reduced,
+    "Mm": _product,
+    "NativeGroupNorm": _LEADING,
+    "NativeLayerNorm": _batched(lambda node, footprint: footprint.ndim - len(node._saved_normalized_shape)),
+    "NllLoss": _nll,
+    "NllLoss2D": _nll,
+    "Norm": _reduced,
+    "Permute": _turned,
+    "ReshapeAlias": _viewed,
+    "ScaledDotProductEfficientAttention": _attention,
+    "ScaledDotProductFlashAttention": _attention,
+    "ScaledDotProductFlashAttentionForCpu": _attention,
+    "Softmax": _mixed_along,
+    "Squeeze": _viewed,
+    "Stack": _stack,
+    "Sum": _reduced,
+    "T": _turned,
+    "Transpose": _turned,
+    "UnsafeView": _viewed,
+    "Unsqueeze": _viewed,
+    "View": _viewed,
+}
+
+
+# -------------------------------------------------------------------- operations without a rule
+
+
+def _narrows(node: Any, below: Below) -> bool:
+    """Whether an operation may have taken a part of an input only, and not reduced it to one number."""
+    size = sum(int(np.prod(tuple(entry.shape))) for entry in node._input_metadata)
+    if size == 1 and type(node).__name__ == name(node.__class__):
+        return False
+    return any(child is not None and int(np.prod(_shape(child, nr))) > size for child, nr in below)
+
+
+def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losses) -> list[Footprint] | None:
+    """Run an operation backward on marked entries, and see where the marks end up."""
+    entries = node._input_metadata
+    sizes = [int(np.prod(tuple(entry.shape))) for entry in entries]
+    sizes += [int(np.prod(_shape(child, nr))) for child, nr in below if child is not None]
+    if max(sizes) > _MOST or _runs_code(node):
+        return None
+    flat: list[Masks] = [np.asarray(f, dtype=losses.dtype).reshape(-1) for f in outputs.values()]
+    masks = np.unique(np.concatenate([np.zeros(1, losses.dtype), *flat]))
+    dtype = entries[next(iter(outputs))].dtype
+    results = _moved(node, below, outputs, masks, dtype) if dtype in (torch.float32, torch.float64) else None
+    if results is None:
+        results = [0] * len(below)
+        for k in range(1, len(masks)):
+            # Nan passes through every sum and every product, with 0 too.
+            marks = np.where(np.arange(len(masks)) == k, np.nan, 0.0)
+            for place, values in enumerate(_run(node, below, outputs, masks, marks, dtype)):
+                if values is not None:
+                    there: Masks = np.where(np.isnan(values), masks[k], 0).astype(losses.dtype)
+                    results[place] = both(results[place], there if there.ndim else int(there))
+    if any(child is None for child, _ in below):
+        return results
+    # A mark that is lost everywhere was stopped by a value, such as a mask of zeros, and not by the operation.
+    arrived = 0
+    for result in results:
+        arrived |= union(result)
+    lost = int(np.bitwise_or.reduce(masks)) & ~arrived
+    return [both(result, lost) for result in results] if lost else results
+
+
+def _moved(
+    node: Any, below: Below, outputs: dict[int, Footprint], masks: Masks, dtype: torch.dtype
+) -> list[Footprint] | None:
+    """Where the marks end up if the operation does nothing but move entries; None if it does more."""
+    # Neither sums nor multiples of these numbers are among them.
+    numbers = np.sort(np.float32(1 + np.arange(1, len(masks)) * 0.6180339887498949 % 1)).astype(np.float64)
+    marks = np.concatenate([np.zeros(1), numbers])
+    results: list[Footprint] = []
+    for values in _run(node, below, outputs, masks, marks, dtype):
+        if values is None:
+            results.append(0)
+            continue
+        places = np.searchsorted(marks, values).clip(max=len(marks) - 1)
+        if not (marks[places] == values).all():
+            return None
+        results.append(_settled(masks[places]) if values.ndim else int(masks[places]))
+    return results
+
+
+def _run(
+    node: Any, below: Below, outputs: dict[int, Footprint], masks: Masks, marks: NDArray[Any], dtype: torch.dtype
+) -> list[NDArray[Any] | None]:
+    """Run an operation backward with a mark at each entry, by its mask."""
+    arguments: list[torch.Tensor | None] = []
+    for k, entry in enumerate(node._input_metadata):
+        footprint = outputs.get(k, 0)
+        if isinstance(footprint, int) and not footprint:
+            arguments.append(None)
+            continue
+        marked = marks[np.searchsorted(masks, footprint)]
+        whole = torch.from_numpy(np.array(np.broadcast_to(marked, tuple(entry.shape))))
+        arguments.append(whole.to(entry.device, dtype))
+    with torch.no_grad():
+        result = node(*arguments)
+    result = result if isinstance(result, tuple) else (result,)
+    return [
+        None if value is None or child is None else value.detach().double().cpu().numpy()
+        for value, (child, _) in zip(result, below, strict=True)
+    ]
+
+
+def _runs_code(node: Any) -> bool:
+    """Whether reading what a node has saved would run code of the user's, such as a second forward pass."""
+    for attribute in _saved_by(node.__class__):
+        saved = getattr(node, attribute)
+        several = saved if isinstance(saved, (tuple, list)) else [saved]
+        if any(getattr(one, "unpack_hook", None) is not None for one in several):
+            return True
+    return False
+
+
+@cache
+def _saved_by(kind: type) -> tuple[str, ...]:
+    return tuple(attribute for attribute in dir(kind) if attribute.startswith("_raw_saved_"))
