@@ -19,7 +19,7 @@ MINUTES ?= 10
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-old-processor test-browser explore lint format docs bench bench-compare structure bench-solvers published conformance evidence clean
+.PHONY: help demo test test-all test-old-processor test-browser explore lint format docs bench bench-compare structure bench-joined bench-solvers published conformance evidence clean
 
 help: ## Say what the targets are
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -71,6 +71,9 @@ bench-compare: $(VENV)/demo.stamp ## Compare the speed of this tree with that of
 
 structure: $(VENV)/demo.stamp $(VENV)/lint.stamp ## Count what a step enters, and how complex it is
 	$(BIN)/python -m benchmarks.structure $(ARGS)
+
+bench-joined: $(VENV)/demo.stamp ## Measure what joined losses cost beside separate ones
+	$(BIN)/python -m benchmarks.joined $(ARGS)
 
 # One thread: on matrices this small, waiting for a second one costs more than it brings.
 bench-solvers: $(VENV)/peers.stamp ## Time the methods against TorchJD's on the same matrices

@@ -30,6 +30,8 @@ Footprint = int | Masks
 #: What a node hands its inputs to: nodes and the number of their output.
 Below = Sequence[tuple["Node | None", int]]
 
+# Attributes of nodes and their saved tensors are no stable part of torch: what cannot be read is unknown.
+_UNREADABLE = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 # Entries up to which an operation without a rule is run on marked ones.
 _MOST = 2**18
 # An array of masks with more bits than this holds Python integers.
@@ -74,7 +76,11 @@ def name(kind: type) -> str:
     """
     built_in = not issubclass(kind, BackwardCFunction)
     found = re.fullmatch(r"(\w+?)Backward\d+", kind.__name__) if built_in else None
-    return found[1] if found else kind.__name__
+    if found is None:
+        return kind.__name__
+    # The derivative of what acts entry by entry does so too.
+    plain = found[1].removesuffix("Backward")
+    return plain if plain in _ELEMENTWISE else found[1]
 
 
 def _named(operations: str) -> frozenset[str]:
@@ -127,6 +133,13 @@ def union(footprint: Footprint) -> int:
     return footprint if isinstance(footprint, int) else int(np.bitwise_or.reduce(footprint, axis=None))
 
 
+def _union_of(outputs: dict[int, Footprint]) -> int:
+    everything = 0
+    for footprint in outputs.values():
+        everything |= union(footprint)
+    return everything
+
+
 def both(a: Footprint, b: Footprint) -> Footprint:
     """The footprint of a tensor that is used in two places.
 
@@ -137,9 +150,7 @@ def both(a: Footprint, b: Footprint) -> Footprint:
     Returns:
         The union, entry by entry.
     """
-    if isinstance(a, int) and isinstance(b, int):
-        return a | b
-    return _settled(np.asarray(a | b))
+    return a | b
 
 
 def may_join(kind: type) -> bool:
@@ -167,9 +178,12 @@ def spread(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losse
         One footprint per input.
     """
     operation = name(node.__class__)
-    everything = 0
-    for footprint in outputs.values():
-        everything |= union(footprint)
+    if operation in _NARROWING:
+        try:
+            return [settled(_NARROWING[operation](node, _shape(*below[0]), outputs, losses.dtype))]
+        except _UNREADABLE:
+            return [losses.vague | _union_of(outputs)]
+    everything = _union_of(outputs)
     if operation in IDENTITIES:
         return [outputs.get(k, 0) for k in range(len(below))]
     joins = sum(child is not None for child, _ in below) > 1 and operation not in PLAIN
@@ -179,8 +193,7 @@ def spread(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losse
     uniform = isinstance(first, int) and all(isinstance(f, int) and f == first for f in outputs.values())
     try:
         found = _by_rule(node, operation, below, outputs, uniform, losses)
-    # Attributes of nodes and their saved tensors are no stable part of torch: what cannot be read is unknown.
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+    except _UNREADABLE:
         found = None
     if found is not None:
         if everything & losses.suspect:
@@ -194,20 +207,17 @@ def _by_rule(
     node: Any, operation: str, below: Below, outputs: dict[int, Footprint], uniform: bool, losses: Losses
 ) -> list[Footprint] | None:
     """The footprints of the inputs; None if there is no way to know them."""
-    rule = _NARROWING.get(operation)
-    if rule is not None:
-        return [_settled(rule(node, _shape(*below[0]), outputs, losses.dtype))]
     if uniform and (operation in PLAIN or operation in JOINING or not _narrows(node, below)):
         return [outputs[min(outputs)]] * len(below)
     if set(outputs) == {0} and not uniform:
         footprint = outputs[0]
         assert not isinstance(footprint, int)
         if operation in _ELEMENTWISE:
-            return [0 if c is None else _settled(_fitted(footprint, _shape(c, nr))) for c, nr in below]
+            return [0 if c is None else settled(_fitted(footprint, _shape(c, nr))) for c, nr in below]
         spreading = _SPREADING.get(operation)
         found = None if spreading is None else spreading(node, below, footprint)
         if found is not None:
-            return [0 if f is None else _settled(f) for f in found]
+            return [0 if f is None else settled(f) for f in found]
     if type(node).__name__ == "CopySlices" or operation != type(node).__name__:
         return _marked(node, below, outputs, losses)
     return None
@@ -217,8 +227,15 @@ def _shape(node: Any, output: int) -> tuple[int, ...]:
     return tuple(node._input_metadata[output].shape)
 
 
-def _settled(footprint: Footprint) -> Footprint:
-    """One mask instead of an array of equal ones."""
+def settled(footprint: Footprint) -> Footprint:
+    """Take one mask instead of an array of equal ones.
+
+    Args:
+        footprint: A footprint.
+
+    Returns:
+        The same footprint.
+    """
     if isinstance(footprint, int):
         return footprint
     if not footprint.size:
@@ -521,7 +538,7 @@ def _moved(
         places = np.searchsorted(marks, values).clip(max=len(marks) - 1)
         if not (marks[places] == values).all():
             return None
-        results.append(_settled(masks[places]) if values.ndim else int(masks[places]))
+        results.append(settled(masks[places]) if values.ndim else int(masks[places]))
     return results
 
 

@@ -266,7 +266,7 @@ class _Walk:
             node = _node(root)
             if node is not None:
                 assert root is not None
-                self._enter(node, root.output_nr, 1 << i)
+                self._enter(node, root.output_nr, 1 << i, 1 << i)
             elif isinstance(root, Tensor):  # the loss is a leaf itself
                 self._leaf(root, 1 << i)
         masks = self.masks
@@ -282,12 +282,14 @@ class _Walk:
                 self.overlapping.add(mask)
             below = self.order[node]
             outputs = self._outputs.pop(node, None) if self._outputs else None
+            if outputs is not None:
+                outputs = {k: footprints.settled(f) for k, f in outputs.items()}
             if outputs is None and (not self._joined or footprints.name(kind) in footprints.PLAIN):
                 for child, output in below:
                     if child is None:
                         continue
                     if child in self._several or child in self._outputs:
-                        self._enter(child, output, mask)
+                        self._enter(child, output, mask, mask)
                     else:
                         masks[child] = masks.get(child, 0) | mask
             else:
@@ -298,12 +300,12 @@ class _Walk:
         self.seen[id(leaf)] = leaf
         self.leaves[id(leaf)] = self.leaves.get(id(leaf), 0) | mask
 
-    def _enter(self, node: Node, output: int, footprint: Footprint) -> None:
+    def _enter(self, node: Node, output: int, footprint: Footprint, mask: int) -> None:
         before = self.masks.get(node, 0)
         if self._joined and (node in self._several or node in self._outputs or not isinstance(footprint, int)):
             outputs = self._outputs.setdefault(node, {} if node in self._several or not before else {0: before})
             outputs[output] = footprints.both(outputs[output], footprint) if output in outputs else footprint
-        self.masks[node] = before | footprints.union(footprint)
+        self.masks[node] = before | mask
 
     def _spread(self, node: Node, outputs: dict[int, Footprint]) -> None:
         below = self.order[node]
@@ -316,7 +318,7 @@ class _Walk:
                 self.splits[node] = parts
         for (child, output), footprint, part in zip(below, found, parts, strict=True):
             if child is not None and part:
-                self._enter(child, output, footprint)
+                self._enter(child, output, footprint, part)
 
     # ------------------------------------------------------------------------------- below the joins
 
