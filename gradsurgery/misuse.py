@@ -30,6 +30,7 @@ class Loop:
         stepping: The wrapped optimizer steps because this one does.
         scaled: The last ``backward`` was given a gradient scaler.
         said: What was said already.
+        lasting: For how many steps in a row something has been so.
     """
 
     def __init__(self) -> None:
@@ -37,10 +38,36 @@ class Loop:
         self.stepping = False
         self.scaled = False
         self.said: set[str] = set()
+        self.lasting: dict[str, int] = {}
         self._written: weakref.ref[Tensor] | None = None  # one of the gradients that the last `backward` wrote
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_written": None}
+
+    def say(self, kind: str, what: str) -> None:
+        """Say something once.
+
+        Args:
+            kind: What is not said a second time.
+            what: The words.
+        """
+        if kind not in self.said:
+            self.said.add(kind)
+            warnings.warn(what, stacklevel=2)
+
+    def lasts(self, kind: str, holds: bool, steps: int) -> bool:
+        """Count the steps in a row in which something holds.
+
+        Args:
+            kind: What is counted.
+            holds: Whether it does in this one.
+            steps: How many are many.
+
+        Returns:
+            Whether it has held in so many.
+        """
+        self.lasting[kind] = self.lasting.get(kind, 0) + 1 if holds else 0
+        return self.lasting[kind] >= steps
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import io
 import math
 import warnings
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ import numpy as np
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
 from gradsurgery.text import number
+from gradsurgery.weighting.base import Weighter
 from gradsurgery.weighting.dwa import DWAWeighter
 from gradsurgery.weighting.fixed import FixedWeighter
 
@@ -33,6 +34,17 @@ EQUAL = 1e-9
 LASTING = 100
 #: A weight has collapsed below this share of the mean, and run away above its reciprocal times the first mean.
 COLLAPSED = 1e-3
+#: Weights have moved early if so many fold within so many recorded steps.
+EARLY_FOLD = 100.0
+EARLY_STEPS = 1000
+#: Weights are still if none has left this band around its first value in so many recorded steps.
+STILL = 0.05
+STILL_STEPS = 1000
+#: A loss has not fallen if its mean over the last of so many recorded steps is not below that of the first, by a share.
+FALL_STEPS = 2000
+FALLEN = 0.01
+#: Weighted gradient norms differ by so much.
+UNEVEN = 10.0
 #: A task drives the update above this share of the weighted norms.
 DRIVES = 0.95
 
@@ -54,7 +66,13 @@ class Monitor:
       (the weighted loss, where norms are unknown) below 0.001 of its mean, too: collapsed. A small weight that only
       evens out a large loss is what it is for;
     * a weight has been above 1000 times the mean weight of the first recorded step in as many: run away;
-    * one task's share of the weighted gradient norms has been above 0.95 in as many.
+    * one task's share of the weighted gradient norms has been above 0.95 in as many;
+    * the weighted gradient norms of two tasks have been tenfold apart in as many;
+    * a weighter has moved a weight a hundredfold down within the first 1000 recorded steps, and the weighted loss with
+      it, under an optimizer that remembers the size of gradients, such as Adam;
+    * no weight has moved by more than 5 % in the first 1000 recorded steps, where the method has an argument for its
+      pace;
+    * a loss has not fallen by 1 % from the first 100 of 2000 recorded steps to the last.
 
     Steps of warm-up and steps with one task do not count. Methods with a primary task follow it on purpose, and are not
     looked at.
@@ -156,6 +174,7 @@ class Monitor:
             for key, value in values.items():
                 self.writer.add_scalar(f"gradsurgery/{key}", value, step)
         self._watch.see(report)
+        self._watch.fall(report.losses, step)
         if self.callback is not None:
             self.callback(step, report)
 
@@ -348,13 +367,23 @@ class Monitor:
 #: What to do about a task that drives the update: because its gradient is longest, or since the method prefers it.
 _LOUD = (
     "Its gradient is the longest. Give it a smaller constant factor, or take a method that does not feel the size of a "
-    "loss (ConFIG, NashMTL, IMTLG), or put a weighter inside: PCGrad(GradNormWeighter(...)). gradsurgery.diagnose "
+    "loss (ConFIG, NashMTL, IMTLG), or put a weighter inside: PCGrad(InitialLossWeighter(...)). gradsurgery.diagnose "
     "suggests constants."
 )
 _CHOSEN = (
     "Its gradient is not the longest: the method's weights make it so, as MGDA's do for the shortest. Bring the losses "
     'to one size (constant factors, or normalize="loss" in a surgery), bound the weights (max_weight=), or take a '
     "method that does not feel the size of a loss (ConFIG, NashMTL, IMTLG)."
+)
+
+
+_EVEN = (
+    "The method leaves that to you: bring the losses to one size by constant factors, or take a method that does not "
+    "feel the size of a loss (ConFIG, NashMTL, IMTLG). gradsurgery.diagnose suggests constants."
+)
+_EARLY = (
+    "So the model hardly moves for thousands of steps. Let the weights start near where they end: constant factors, "
+    'InitialLossWeighter, or GradNormWeighter(..., start="losses"). Or shorten that memory: betas=(0.9, 0.9).'
 )
 
 
@@ -380,6 +409,19 @@ class _Watch:
         self.resting = 0
         self.last_mean = math.nan
         self.first_mean = 0.0
+        # Of a weighter inside a surgery the report has no weights of its own.
+        self.weighter = optimizer if isinstance(optimizer, Weighter) else None
+        inner: Any = optimizer
+        while isinstance(inner, MultiLossOptimizer):
+            inner = inner.base
+        self.base = type(inner).__name__
+        self.adaptive = bool({"betas", "alpha", "rho", "lr_decay"} & inner.defaults.keys())
+        self.first: dict[str, tuple[float, float]] = {}  # weight and weighted loss in the first step, by name
+        self.seen = 0
+        self.still = True
+        self.from_start: bool | None = None
+        self.begun: dict[str, list[float]] = {}
+        self.recent: dict[str, deque[float]] = {}
         self.since: Counter[tuple[str, str]] = Counter()
         self.said: set[tuple[str, str]] = set()
 
@@ -423,8 +465,7 @@ class _Watch:
             if self._lasts("collapsed", name, collapsed):
                 self._say(
                     f"the weight of {name!r} has been below {COLLAPSED:g} of the mean weight for {LASTING} recorded "
-                    "steps: the loss is hardly trained. Set min_weight=0.1 (or another floor), or divide the losses by "
-                    "their size first."
+                    f"steps: the loss is hardly trained. {self._collapse()}"
                 )
             if self._lasts("run away", name, size > self.first_mean / COLLAPSED):
                 self._say(
@@ -438,6 +479,68 @@ class _Watch:
                     f"{name!r} drives the update: {parts[name] / total:.1%} of the weighted gradient norms are its "
                     f"own, for {LASTING} recorded steps. {_LOUD if loudest else _CHOSEN}"
                 )
+
+        if norms is not None and len(parts) > 1:
+            short, long = min(parts, key=lambda k: parts[k]), max(parts, key=lambda k: parts[k])
+            uneven = parts[long] > UNEVEN * parts[short] > 0
+            if self._lasts("uneven", "", uneven) and ("drives", long) not in self.said:
+                self._say(
+                    f"the weighted gradient of {long!r} is {parts[long] / parts[short]:.3g} times as long as that of "
+                    f"{short!r}, and has been more than {UNEVEN:g} times longer for {LASTING} recorded steps. {_EVEN}"
+                )
+        self._see_moves(weights, {name: sizes[name] * abs(loss) for name, loss in report.losses.items()})
+
+    def _collapse(self) -> str:
+        cure = "" if self.weighter is None else self.weighter.if_collapsed
+        return cure or "Set min_weight=0.1 (or another floor), or divide the losses by their size first."
+
+    def _see_moves(self, weights: dict[str, float], terms: dict[str, float]) -> None:
+        """Weights of a weighter that move very far, or not at all, at the beginning."""
+        self.seen += 1
+        if self.weighter is None or self.seen > max(EARLY_STEPS, STILL_STEPS):
+            return
+        for name, weight in weights.items():
+            first, term = self.first.setdefault(name, (weight, terms[name]))
+            self.still = self.still and abs(weight - first) <= STILL * abs(first)
+            far = abs(weight) * EARLY_FOLD < abs(first) and terms[name] * EARLY_FOLD < term
+            if self.adaptive and far and self.seen <= EARLY_STEPS and ("early", name) not in self.said:
+                self.said.add(("early", name))
+                self._say(
+                    f"the weight of {name!r} has fallen from {first:.3g} to {weight:.3g} in {self.seen} recorded "
+                    f"steps, and "
+                    f"{self.base} goes on dividing by the size of its gradients before. {_EARLY}"
+                )
+        cure = self.weighter.if_still
+        if self.seen == STILL_STEPS and self.still and cure:
+            self._say(f"no weight has moved by more than {STILL:.0%} in {STILL_STEPS} recorded steps. {cure}")
+
+    def fall(self, losses: dict[str, float], step: int) -> None:
+        """Look whether a loss falls.
+
+        Args:
+            losses: The losses of a recorded step.
+            step: Its number. A run that is watched from its middle is not looked at.
+        """
+        if self.from_start is None:
+            self.from_start = step <= LASTING
+        if not self.from_start:
+            return
+        for name, loss in losses.items():
+            begun = self.begun.setdefault(name, [])
+            recent = self.recent.setdefault(name, deque(maxlen=LASTING))
+            recent.append(loss)
+            if len(begun) < LASTING:
+                begun.append(loss)
+            key = ("fall", name)
+            self.since[key] += 1
+            if self.since[key] == FALL_STEPS:
+                first, last = sum(begun) / LASTING, sum(recent) / LASTING
+                if last > first - FALLEN * abs(first):
+                    self._say(
+                        f"the loss {name!r} has not fallen in {FALL_STEPS} recorded steps: {first:.4g} over the first "
+                        f"{LASTING}, {last:.4g} over the last. Train it alone with this learning rate, to see whether "
+                        "it can; if so, give it more weight, or divide the losses by their size first."
+                    )
 
     def _weights(self, report: Report) -> dict[str, float] | None:
         """The weights of a step that says something about the method; None for others."""

@@ -731,7 +731,11 @@ class MultiLossOptimizer(Optimizer):
     def _require_positive(self, losses: np.ndarray, why: str) -> None:
         bad = {name: float(value) for name, value in zip(self.names, losses, strict=True) if not value > 0}
         if bad:
-            raise ValueError(f"{self._name}: every loss must be > 0, since {why}; got {bad}. Nothing was written.")
+            raise ValueError(
+                f"{self._name}: every loss must be > 0, since {why}; got {bad}. Nothing was written. Where a loss is 0 "
+                "now and then there is nothing to learn from it: pass None for it in that batch, or add a small "
+                "constant to it, in every batch."
+            )
 
     def _number(
         self,

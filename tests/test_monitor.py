@@ -648,3 +648,100 @@ def test_projections_are_counted(engine):
     assert monitor.column("projections").tolist() == [2.0, 0.0]
     assert report.as_dict()["projections"] == 0
     assert gradsurgery.MGDA(optimizer.base).backward([(row * p).sum() for row in rows]).projections is None
+
+
+# --------------------------------------------------------------------------------- slow trouble, and none
+
+
+def scripted(method, history, base=torch.optim.SGD, **options):
+    """A run in which each loss has the values of `history`; the advice."""
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = method(base([p], lr=0.0), **options)
+    monitor = Monitor(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for losses in history:
+            optimizer.zero_grad()
+            optimizer.backward({name: p.sum() * value for name, value in losses.items()})
+            optimizer.step()
+    return monitor.advice
+
+
+def falling(steps, **sizes):
+    return [{name: size * 0.999**t for name, size in sizes.items()} for t in range(steps)]
+
+
+def test_a_weight_that_falls_a_hundredfold_early_under_adam_is_pointed_out():
+    history = falling(500, small=1.0, large=1e5)
+
+    def gradnorm(base, **options):
+        return gradsurgery.GradNormWeighter(base, base.param_groups[0]["params"], **options)
+
+    (said,) = scripted(gradnorm, history, torch.optim.AdamW)
+    assert "the weight of 'large' has fallen from 1 to 0.00" in said
+    assert "AdamW goes on dividing" in said
+    assert 'start="losses"' in said
+    assert not scripted(gradnorm, history, torch.optim.SGD)
+    assert not scripted(gradnorm, history, torch.optim.AdamW, start="losses")
+    assert not scripted(gradsurgery.RealTimeWeighter, falling(6000, a=1.0, b=2.0)[::6], torch.optim.AdamW)
+
+
+def test_norms_tenfold_apart_are_pointed_out():
+    (said,) = scripted(gradsurgery.PCGrad, falling(200, quiet=1.0, loud=12.0))
+    assert "gradient of 'loud' is 12 times as long as that of 'quiet'" in said
+    assert not scripted(gradsurgery.PCGrad, falling(200, quiet=1.0, loud=9.0))
+    assert not scripted(gradsurgery.PCGrad, falling(99, quiet=1.0, loud=12.0))
+    assert not scripted(gradsurgery.PCGrad, falling(200, quiet=1.0, loud=12.0), normalize="l2")
+
+
+def test_a_loss_that_does_not_fall_is_pointed_out():
+    history = [{"stuck": 1.0 + 0.1 * (t % 2), "falls": 2.0 * 0.999**t} for t in range(2000)]
+
+    def said(history):
+        return [line for line in scripted(gradsurgery.PCGrad, history) if "fallen" in line]
+
+    (line,) = said(history)
+    assert "the loss 'stuck' has not fallen in 2000 recorded steps: 1.05 over the first 100, 1.05 over the last" in line
+    assert not said(history[:1999])
+    assert not said(falling(2100, a=1.0, b=2.0))
+    fell_at_once = [{"a": 3.0 if t < 50 else 1.0, "b": 1.0 if t < 50 else 0.5} for t in range(2100)]
+    assert not said(fell_at_once)
+
+
+def test_losses_that_stand_still_late_in_a_run_are_left_alone():
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([p], lr=0.0))
+    saved = optimizer.state_dict()
+    saved["gradsurgery"]["memory"]["step"] = 5000
+    optimizer.load_state_dict(saved)
+    monitor = Monitor(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2001):
+            optimizer.zero_grad()
+            optimizer.backward({"a": p.sum(), "b": 2 * p.sum()})
+            optimizer.step()
+    assert not [line for line in monitor.advice if "fallen" in line]
+
+
+STILL = [
+    (gradsurgery.ReLoBRaLoWeighter, {}, {"alpha": 0.9, "rho": 0.9}, "`alpha` and `rho`"),
+    (gradsurgery.UncertaintyWeighter, {"lr": 1e-5}, {"lr": 1e-2}, "pass lr=1e-2"),
+    (gradsurgery.IMTLLWeighter, {"lr": 1e-5}, {"lr": 1e-2}, "pass lr=1e-2"),
+    (gradsurgery.SoftAdaptWeighter, {}, {"beta": 100.0}, "`beta`"),
+]
+
+
+@pytest.mark.parametrize(("method", "slow", "quick", "cure"), STILL)
+def test_weights_that_hardly_move_are_pointed_out(method, slow, quick, cure):
+    history = [{"a": 2 * 0.99**t + 0.1, "b": 2 * 0.999**t + 0.1} for t in range(1001)]
+    (said,) = scripted(method, history, **slow)
+    assert "no weight has moved by more than 5% in 1000 recorded steps" in said
+    assert cure in said
+    assert not scripted(method, history, **quick)
+    assert not scripted(method, history[:999], **slow)
+
+
+def test_the_cure_of_a_collapse_is_that_of_the_method():
+    said = scripted(gradsurgery.UWSOWeighter, [{"a": 0.02, "b": 0.5}] * 100)
+    assert any("the weight of 'b' has been below" in line and "Raise `temperature`" in line for line in said)

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -1317,3 +1318,126 @@ ARGUMENTS = [
 def test_bad_arguments_are_named(build, arguments, message):
     with pytest.raises(ValueError, match=message):
         build(any_optimizer(), **arguments)
+
+
+# ------------------------------------------------------- weighters that do nothing, or stop, say so once
+
+
+def told(build, history, each=lambda optimizer, t: None, **options):
+    """What a run says."""
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = build(torch.optim.SGD([p], lr=0.0), **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for t, losses in enumerate(history):
+            optimizer.zero_grad()
+            optimizer.backward({name: p.sum() * value for name, value in losses.items()})
+            optimizer.step()
+            each(optimizer, t)
+    return [str(w.message) for w in said]
+
+
+EVEN = [{"a": 1.0, "b": 2.0}] * 1200
+
+
+@pytest.mark.parametrize("options", [(DWAWeighter, {}), (SoftAdaptWeighter, {"interval": "epoch"})])
+def test_an_epoch_that_never_ends_is_told_once(options):
+    build, switches = options
+    (said,) = told(build, EVEN, **switches)
+    assert "Call optimizer.epoch_end() after each epoch" in said
+    assert not told(build, EVEN[:999], **switches)
+    assert not told(build, EVEN, lambda o, t: o.epoch_end() if t % 500 == 499 else None, **switches)
+    assert not told(build, EVEN * 2, lambda o, t: o.epoch_end() if t == 500 else None, **switches)
+
+
+def test_ntk_without_residuals_is_told_once():
+    (said,) = told(NTKWeighter, EVEN[:300])
+    assert "optimizer.backward(losses, residuals={name: tensor, ...})" in said
+    assert not told(NTKWeighter, EVEN[:100])
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = NTKWeighter(torch.optim.SGD([p], lr=0.0))
+    for t in range(150):  # as all warnings are errors here
+        optimizer.zero_grad()
+        residuals = {"a": p, "b": 2 * p}
+        found = {name: r.square().sum() for name, r in residuals.items()}
+        optimizer.backward(found, residuals=residuals if t == 0 else None)
+        optimizer.step()
+
+
+COLLAPSES = [
+    (UWSOWeighter, {"a": 0.02, "b": 0.5}, {}, {"temperature": 1 / 0.06}, "Raise `temperature`"),
+    (gradsurgery.GroupDROWeighter, {"a": 1.0, "b": 1000.0}, {}, {"eta": 1e-6}, "constant factors"),
+    (gradsurgery.GO4AlignWeighter, {"a": 1.0, "b": 1000.0}, {}, {"eta": 0.0}, "lower `eta`"),
+    (gradsurgery.STCHWeighter, {"a": 1.0, "b": 1000.0}, {}, {"mu": 1000.0}, "raise `mu`"),
+]
+
+
+@pytest.mark.parametrize(("build", "losses", "bad", "good", "cure"), COLLAPSES)
+def test_a_weight_that_collapses_is_told_once(build, losses, bad, good, cure):
+    (said,) = told(build, [losses] * 400, **bad)
+    assert cure in said
+    assert "for 100 steps hardly any weight has been left for ['" in said
+    assert not told(build, [losses] * 400, **good)
+    assert not told(build, [{"a": 1.0, "b": 1.2}] * 400, **bad)
+
+
+def test_the_rule_for_the_temperature_of_uwso_keeps_weights_within_e_cubed():
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = UWSOWeighter(torch.optim.SGD([p], lr=0.0), temperature=1 / (3 * 0.02))
+    weights = optimizer.backward({"a": 0.02 * p.sum(), "b": 500 * p.sum()}).weights
+    assert weights["a"] / weights["b"] == pytest.approx(math.e**3, rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [UncertaintyWeighter, IMTLLWeighter])
+def test_one_wild_loss_does_not_freeze_the_weight(build):
+    calm = [[0.1, 1.0, 1.0]] * 1500
+    wild = [*calm[:1], [1e5, 1.0, 1.0], *calm[2:]]
+    late = [*calm[:100], [1e5, 1.0, 1.0], *calm[101:]]
+    settled = 0.5 / 0.1 if build is UncertaintyWeighter else 1 / 0.1
+    for history in (calm, wild, late):
+        assert run(build, history, lr=1e-2)[-1][0] == pytest.approx(settled, rel=0.1)
+
+
+@pytest.mark.parametrize("build", [UncertaintyWeighter, IMTLLWeighter])
+def test_ordinary_losses_move_the_weights_as_torch_s_adam_does(build):
+    """Gradients up to ten, and losses that begin large, are left as they are."""
+    history = np.random.default_rng(0).uniform(1.0, 5.0, (40, 3)) * [1.0, 2.0, 1e4]
+    s = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([s], lr=1e-2, eps=0.0)
+    expected = []
+    for losses in torch.from_numpy(history):
+        if build is UncertaintyWeighter:
+            expected.append((0.5 * torch.exp(-s)).tolist())
+            objective = (0.5 * torch.exp(-s) * losses + 0.5 * s).sum()
+        else:
+            expected.append(torch.exp(s).tolist())
+            objective = (torch.exp(s) * losses - s).sum()
+        adam.zero_grad()
+        objective.backward()
+        adam.step()
+    np.testing.assert_allclose(run(build, history, lr=1e-2), expected, rtol=1e-9)
+
+
+ZEROS = [
+    UWSOWeighter,
+    gradsurgery.GeometricMeanWeighter,
+    gradsurgery.GO4AlignWeighter,
+    gradsurgery.RealTimeWeighter,
+    CoVWeighter,
+    gradsurgery.ReLoBRaLoWeighter,
+    FAMOWeighter,
+    gradsurgery.InitialLossWeighter,
+]
+
+
+@pytest.mark.parametrize("build", ZEROS)
+def test_a_loss_of_zero_can_be_passed_over_as_the_error_says(build):
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = build(torch.optim.SGD([p], lr=0.0))
+    with pytest.raises(ValueError, match=r"> 0|above its bound") as error:
+        optimizer.backward({"a": 0 * p.sum(), "b": p.sum()})
+    assert "pass None for it in that batch" in str(error.value)
+    for a in (1.0, None, 1.0):
+        optimizer.zero_grad()
+        optimizer.backward({"a": None if a is None else a * p.sum(), "b": 2 * p.sum()})
+        optimizer.step()

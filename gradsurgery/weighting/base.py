@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+#: A weight, and a weighted loss, has collapsed below this share of the mean, for so many steps in a row.
+COLLAPSED = 1e-3
+COLLAPSED_STEPS = 100
+
+
+def _small(sizes: np.ndarray) -> np.ndarray:
+    return np.abs(sizes) < COLLAPSED * np.abs(sizes).mean()
+
+
 class Weighter(MultiLossOptimizer):
     """Base of the methods that choose a weight for each loss from the values of the losses.
 
@@ -37,6 +46,10 @@ class Weighter(MultiLossOptimizer):
     uses_features = False
     #: The method reads `residuals`.
     uses_residuals = False
+    #: What to do where one loss has taken all the weight for long; empty if that cannot happen, or is meant.
+    if_collapsed = ""
+    #: What to do where the weights have hardly moved for long; empty if that says nothing.
+    if_still = ""
 
     def __init__(self, optimizer: Optimizer, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
@@ -120,6 +133,25 @@ class Weighter(MultiLossOptimizer):
         size = np.sqrt(second / (1 - 0.999**count))
         return values - lr * np.divide(first / (1 - 0.9**count), size, out=np.zeros_like(size), where=size > 0)
 
+    def without_spikes(self, key: str, gradient: np.ndarray, rule: Literal["adam", "sgd"]) -> np.ndarray:
+        """Cut what is far longer than before, which Adam would remember for thousands of steps.
+
+        Args:
+            key: As in :meth:`descend`, which follows.
+            gradient: (m,), in units in which 1 is ordinary.
+            rule: Under "sgd" nothing is cut.
+
+        Returns:
+            The gradient, (m,), its entries at most ten times their root mean square so far, or 10 if that is more. The
+            first one of each task is as it was.
+        """
+        if rule == "sgd":
+            return gradient
+        count = self.recall(f"{key}.count", 0.0)
+        usual = np.sqrt(self.recall(f"{key}.second", 0.0) / np.where(count > 0, 1 - 0.999**count, 1.0))
+        most = np.where(count > 0, 10 * np.maximum(usual, 1.0), np.inf)
+        return np.clip(gradient, -most, most)
+
     def coefficients(self, losses: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
         """Weights for this step, cadence included; `reduction` is not applied.
 
@@ -139,10 +171,24 @@ class Weighter(MultiLossOptimizer):
             self.flag("reused")
             return np.array([self.memory["last_weights"][name] for name in self.names])
         weights = self.weights(losses)
+        if self.if_collapsed:
+            self._look_for_collapse(weights, losses)
         weights = self._settled(weights if self.preference is None else weights * self.preferences())
         if self.every > 1:
             self.memory["last_weights"] = dict(zip(self.names, map(float, weights), strict=True))
         return weights
+
+    def _look_for_collapse(self, weights: np.ndarray, losses: np.ndarray) -> None:
+        """A loss that counts for nothing, neither by its weight nor by its weighted value, step after step."""
+        gone = _small(weights) & _small(weights * losses)
+        names = [name for name, yes in zip(self.names, gone, strict=True) if yes]
+        if self._run["loop"].lasts("collapsed", bool(names) and len(weights) > 1, COLLAPSED_STEPS):
+            self._run["loop"].say(
+                "collapsed",
+                f"{self._name}: for {COLLAPSED_STEPS} steps hardly any weight has been left for {names}: the weights "
+                f"are {dict(zip(self.names, weights.tolist(), strict=True))} for losses of "
+                f"{dict(zip(self.names, losses.tolist(), strict=True))}. {self.if_collapsed}",
+            )
 
     def _act(self, call: Call) -> Report:
         if call.features and not self.uses_features:

@@ -19,8 +19,10 @@ class DWAWeighter(RecordingWeighter):
     """Dynamic weight average: give more weight to the losses that fell least over the last epoch.
 
     With rᵢ = Lᵢ(t−1) / Lᵢ(t−2), the ratio of mean losses of the last two epochs, w = m softmax(r/T). The first two
-    epochs have weights 1. Call :meth:`epoch_end` after each epoch; without it the weights stay 1. Multiplying a loss by
-    a constant, over the whole run, changes nothing.
+    epochs have weights 1. Call :meth:`epoch_end` after each epoch. Multiplying a loss by a constant, over the whole
+    run, changes nothing.
+
+    Pitfall: without :meth:`epoch_end` the weights stay 1. A warning says so after 1000 steps.
 
     Paper: Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, CVPR 2019, arXiv 1803.10704 (eq. 7).
 
@@ -69,6 +71,7 @@ class DWAWeighter(RecordingWeighter):
 
     def observe(self, losses: np.ndarray) -> None:
         self.add_up(losses)
+        self.expect_epoch_end("previous")
 
     def roll(self, memory: Mapping[str, Any]) -> dict[str, Any]:
         now = means(memory)
@@ -76,7 +79,8 @@ class DWAWeighter(RecordingWeighter):
         if bad:
             raise ValueError(
                 f"{self._name}.epoch_end: the mean of every loss must be > 0, since it is compared with the "
-                f"next one; got {bad}. Nothing was changed."
+                f"next one; got {bad}. Nothing was changed. Pass None for a loss that is 0, or add a small constant "
+                "to it, in every batch."
             )
         previous = memory.get("previous", {})
         moved = {name: previous[name] for name in now if name in previous}

@@ -125,7 +125,8 @@ class FAMOWeighter(RecordingWeighter):
         if bad:
             raise ValueError(
                 f"{self._name}: every loss must be finite and above its bound in `min_losses`, got {bad}. "
-                "Nothing was changed."
+                "Nothing was changed. Where a loss reaches its bound now and then, pass None for it in that batch, or "
+                "lower the bound."
             )
         return np.log(above)
 

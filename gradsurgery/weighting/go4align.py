@@ -22,6 +22,9 @@ class GO4AlignWeighter(RecordingWeighter):
     1/loss: with η = 0, or as many groups as tasks and few steps, the terms wᵢ lᵢ are equal. As η Σ l grows the weight
     goes to the task of the smallest summed loss: keep η times the number of steps small.
 
+    Pitfall: losses a thousandfold apart differ by that much in their sums, and the small one has all the weight after
+    some 1/(η l) steps. Bring them to one size by constant factors first.
+
     Paper: Shen, Wang, Xiao, van Noord & Worring, GO4Align: Group Optimization for Multi-Task Alignment, NeurIPS 2024,
     arXiv 2404.06486, as its authors' code (class ``GO4ALIGN``) does it.
 
@@ -45,6 +48,10 @@ class GO4AlignWeighter(RecordingWeighter):
     """
 
     scale: Literal["sum", "paper", "priority"] = "paper"
+    if_collapsed = (
+        "The sums of losses over the run are compared as they are: bring the losses to one size by constant factors, "
+        "or lower `eta`, to below 1 / (number of steps × largest loss); eta=0 compares present values only."
+    )
 
     def __init__(
         self, optimizer: Optimizer, *, groups: int = 2, eta: float = 1e-4, **switches: Unpack[Switches]

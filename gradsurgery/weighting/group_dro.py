@@ -28,6 +28,9 @@ class GroupDROWeighter(Weighter):
 
     Departure: an absent group keeps its weight, and the present ones share theirs; in the official code its loss is 0.
 
+    Pitfall: the raw values are compared. Of losses a thousandfold apart the large one takes all the weight within some
+    1/(η l) steps, and the others are not trained: bring them to one size by constant factors first.
+
     Args:
         optimizer: The torch optimizer that makes the step.
         eta: Step size η > 0, in units of 1/l.
@@ -44,6 +47,10 @@ class GroupDROWeighter(Weighter):
     """
 
     stateful = True
+    if_collapsed = (
+        "It seeks the smallest largest loss, and weighs by raw values: losses of different units need constant factors "
+        "that bring them to one size first. Otherwise lower `eta`."
+    )
 
     def __init__(self, optimizer: Optimizer, *, eta: float = 0.01, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)

@@ -22,10 +22,15 @@ class IMTLLWeighter(Weighter):
     :class:`RealTimeWeighter`, smoothed over time. Its gradient is twice that of the uncertainty weighting of Kendall et
     al. with s → −s. The weights used in a step are those before its update.
 
+    Pitfall: the sᵢ move by `lr` a step at most. A loss of 100 needs ln 100 / lr steps: 4600 with 1e-3, the learning
+    rate of most models, and 460 with lr=1e-2, which is a better one to start from.
+
     Paper: Liu et al., Towards Impartial Multi-task Learning, ICLR 2021 (the loss balance, IMTL-L, with base e).
 
     Departures: the sᵢ are no parameters of the model's optimizer, so that they are never decayed; their gradient has a
     closed form. A loss of exactly 0 leaves its sᵢ alone, a negative one is refused: the objective has no lower bound.
+    Under "adam" a gradient that is more than ten times as long as usual, and above 10, is cut to that, so that a single
+    wild loss does not freeze the weight for thousands of steps.
 
     Args:
         optimizer: The torch optimizer that makes the step.
@@ -45,6 +50,7 @@ class IMTLLWeighter(Weighter):
 
     stateful = True
     scale = "paper"
+    if_still = "They move by `lr` a step at most, on a logarithmic scale: pass lr=1e-2."
 
     def __init__(
         self,
@@ -64,7 +70,7 @@ class IMTLLWeighter(Weighter):
         known = losses > 0
         # lᵢ exp(sᵢ), kept where its square is an ordinary number.
         weighted = np.exp(np.minimum(np.log(np.where(known, losses, 1.0)) + s, 300.0))
-        gradient = np.where(known, weighted - 1, 0.0)
+        gradient = self.without_spikes("log_scale", np.where(known, weighted - 1, 0.0), self.weight_optimizer)
         moved = self.descend("log_scale", s, gradient, step_size(self, self.lr), self.weight_optimizer)
         self.keep("log_scale", np.where(known, np.clip(moved, -LOG_LIMIT, LOG_LIMIT), s))
         return np.exp(s)

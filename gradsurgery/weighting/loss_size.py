@@ -71,7 +71,8 @@ class InitialLossWeighter(RecordingWeighter):
         if bad:
             raise ValueError(
                 f"{self._name}: every loss must be > 0 while its initial value is measured; got {bad}. "
-                "Nothing was written. `initial_losses` takes values from theory instead."
+                "Nothing was written. `initial_losses` takes values from theory instead; or pass None for it in that "
+                "batch."
             )
         count = count + fresh
         return count, np.where(fresh, mean + (losses - mean) / count, mean)

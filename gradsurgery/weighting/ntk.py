@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+#: `residuals` should have come by then.
+WAITING_STEPS = 100
+
+
 class NTKWeighter(RecordingWeighter):
     """Let all losses converge at the same rate, judged by the neural tangent kernel of their residuals.
 
@@ -28,6 +32,8 @@ class NTKWeighter(RecordingWeighter):
     last weights are used; before the first time they are 1. Multiplying the residuals of a loss by s divides its weight
     by s². A trace grows with the number of residuals: divide each by √N for means. A trace of 0 leaves the weight
     alone.
+
+    Pitfall: without `residuals` the weights stay 1. A warning says so after 100 steps.
 
     Paper: Wang, Yu and Perdikaris, When and Why PINNs Fail to Train: A Neural Tangent Kernel Perspective, J. Comput.
     Phys. 2022, arXiv 2007.14527 (algorithm 1; checked against the authors' notebook).
@@ -120,4 +126,11 @@ class NTKWeighter(RecordingWeighter):
             new = ratio(traces.sum(), np.where(there, traces, 1.0))
             decay = self.decay if "weights" in self.memory else 0.0
             self.keep("weights", np.where(there, decay * old + (1 - decay) * new, old))
+        elif "weights" not in self.memory and self.memory["step"] >= WAITING_STEPS:
+            self._run["loop"].say(
+                "residuals",
+                f"{self._name}: backward() has not been given `residuals` in {WAITING_STEPS} steps, and until it is "
+                "all weights stay 1. Pass them now and then: optimizer.backward(losses, residuals={name: tensor, "
+                "...}).",
+            )
         return self.held("weights")

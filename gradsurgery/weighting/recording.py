@@ -12,6 +12,8 @@ from gradsurgery.weighting.base import Weighter
 
 #: Bounds of learnt logarithms of weights: e to their power is still an ordinary number.
 LOG_LIMIT = 690.0
+#: So many steps without an end make a long first epoch.
+EPOCH_STEPS = 1000
 
 
 class RecordingWeighter(Weighter):
@@ -67,6 +69,20 @@ class RecordingWeighter(Weighter):
         """
         self.keep("epoch.sum", self.recall("epoch.sum", 0.0) + losses)
         self.keep("epoch.count", self.recall("epoch.count", 0.0) + 1)
+
+    def expect_epoch_end(self, key: str) -> None:
+        """Say so, once, where the first epoch does not end.
+
+        Args:
+            key: What the memory has once an epoch has ended.
+        """
+        if key not in self.memory and max(self.memory["epoch.count"].values()) >= EPOCH_STEPS:
+            self._run["loop"].say(
+                "epoch_end",
+                f"{self._name}: epoch_end() has not been called in {EPOCH_STEPS} steps, and until it is all weights "
+                "stay 1. Call optimizer.epoch_end() after each epoch. If the first epoch is longer than that, ignore "
+                "this.",
+            )
 
     def held(self, key: str) -> np.ndarray:
         """Weights that the memory holds, 1 where it holds none. If tasks are absent the others get their share.

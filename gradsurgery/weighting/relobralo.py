@@ -21,6 +21,9 @@ class ReLoBRaLoWeighter(RecordingWeighter):
     t−1), where ρ is 1 with probability `rho` and otherwise 0, which forgets the past and looks back to the first step.
     They begin at 1 and sum to m. Multiplying a loss by a constant, over the whole run, changes nothing.
 
+    Pitfall: with α = ρ = .999 the weights move by a thousandth a step: they need thousands of steps to tell losses
+    apart, and stay within some per cent of 1 in shorter runs. Take α = ρ = .9 to .99 there.
+
     Paper: Bischof and Kraus, Multi-Objective Loss Balancing for Physics-Informed Deep Learning, 2021, arXiv 2110.09813
     (eq. 11). The defaults lie in the range of its experiments: α 0.99 to 0.999, E[ρ] 0.99 to 0.9999; its T goes down to
     1e-5.
@@ -46,6 +49,8 @@ class ReLoBRaLoWeighter(RecordingWeighter):
         >>> {name: round(weight, 3) for name, weight in report.weights.items()}
         {'class': 0.878, 'box': 1.122}
     """
+
+    if_still = "They move by 1 - alpha a step: take smaller `alpha` and `rho`, such as 0.95, or train for longer."
 
     def __init__(
         self,

@@ -31,6 +31,11 @@ class SoftAdaptWeighter(RecordingWeighter):
     denominator is kept), so `reduction="mean"` applies the paper's weights. Large losses have large slopes and saturate
     the softmax: this is not invariant to the scale of a loss.
 
+    Pitfall: β has the unit of 1/slope. With β = 0.1 slopes well below 1 a step leave the weights at 1, within some per
+    cent; of losses near 1 that fall over thousands of steps nothing is seen at all. Take a larger β, or
+    :class:`NormalizedSoftAdaptWeighter`. With ``interval="epoch"`` and no :meth:`epoch_end` the weights stay 1; a
+    warning says so after 1000 steps.
+
     Paper: Heydari, Thompson and Mehmood, SoftAdapt: Techniques for Adaptive Loss Weighting of Neural Networks with
     Multi-Part Loss Functions, 2019, arXiv 1912.12355.
 
@@ -60,6 +65,7 @@ class SoftAdaptWeighter(RecordingWeighter):
         [0.4502, 0.5498]
     """
 
+    if_still = "Slopes are small beside 1/beta: raise `beta`, or take NormalizedSoftAdaptWeighter."
     _by_loss = False
     _normalize: Literal["none", "sum", "absolute"] = "none"
 
@@ -108,6 +114,7 @@ class SoftAdaptWeighter(RecordingWeighter):
     def observe(self, losses: np.ndarray) -> None:
         if self.interval == "epoch":
             self.add_up(losses)
+            self.expect_epoch_end("window")
             return
         point = dict(zip(self.names, losses.tolist(), strict=True))
         self.memory.update(self._appended(self.memory, point), seen=self.memory.get("seen", 0) + 1)

@@ -26,6 +26,9 @@ class STCHWeighter(PreferenceWeighter):
     The preference vector λ is the switch `preference`: positive numbers by name or in the order of the losses, 1/m each
     if it is not given. It is used as given, and does not multiply the weights once more.
 
+    Pitfall: losses a thousandfold apart leave the small ones without any weight. Give the reciprocals of their sizes as
+    `preference`, or raise μ to the size of the largest λ l.
+
     Paper: Lin et al., Smooth Tchebycheff Scalarization for Multi-Objective Optimization, ICML 2024, arXiv 2402.19078.
 
     Args:
@@ -43,6 +46,11 @@ class STCHWeighter(PreferenceWeighter):
         >>> {k: round(v, 3) for k, v in optimizer.backward({"class": w[0], "box": w[1]}).weights.items()}
         {'class': 0.06, 'box': 0.44}
     """
+
+    if_collapsed = (
+        "The largest weighted loss takes it all: bring the losses to one size by `preference`, which multiplies them, "
+        "or raise `mu`, which has the unit of a weighted loss."
+    )
 
     def __init__(
         self,

@@ -26,6 +26,10 @@ class UWSOWeighter(Weighter):
     2408.07985. The formula was checked against descriptions of the paper and other implementations; the paper gives no
     default for T.
 
+    Pitfall: T = 1 suits losses of about 1. Two losses .02 and .5 then get the weights 2 and 3e-21, and the larger one
+    is not trained at all. A rule: T = 1/(3 l) for the smallest loss l that is to be expected; then no weight exceeds
+    another by more than e³ = 20 times. A T that was right at the start is too small once a loss has become small.
+
     Args:
         optimizer: The torch optimizer that makes the step.
         temperature: T > 0.
@@ -40,6 +44,8 @@ class UWSOWeighter(Weighter):
         >>> {k: round(v, 3) for k, v in optimizer.backward({"class": w[0], "box": w[1]}).weights.items()}
         {'class': 1.245, 'box': 0.755}
     """
+
+    if_collapsed = "Raise `temperature`, which has the unit of 1/loss: to 1/(3 l) for the smallest loss l, or more."
 
     def __init__(self, optimizer: Optimizer, *, temperature: float = 1.0, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
