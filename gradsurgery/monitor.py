@@ -40,10 +40,12 @@ EARLY_STEPS = 1000
 #: Weights are still if none has left this band around its first value in so many recorded steps.
 STILL = 0.05
 STILL_STEPS = 1000
+#: Losses, or their progress, are apart, so that weights ought to move.
+APART = 2.0
 #: A loss has not fallen if its mean over the last of so many recorded steps is not below that of the first, by a share.
 FALL_STEPS = 2000
 FALLEN = 0.01
-#: Weighted gradient norms differ by so much.
+#: Weighted gradient norms differ by so much. A loss that has fallen as much has a short gradient because it is learnt.
 UNEVEN = 10.0
 #: A task drives the update above this share of the weighted norms.
 DRIVES = 0.95
@@ -67,12 +69,16 @@ class Monitor:
       evens out a large loss is what it is for;
     * a weight has been above 1000 times the mean weight of the first recorded step in as many: run away;
     * one task's share of the weighted gradient norms has been above 0.95 in as many;
-    * the weighted gradient norms of two tasks have been tenfold apart in as many;
+    * the weighted gradient norms of two tasks have been tenfold apart in as many, and the loss with the shorter one is
+      still above a tenth of its first value;
     * a weighter has moved a weight a hundredfold down within the first 1000 recorded steps, and the weighted loss with
-      it, under an optimizer that remembers the size of gradients, such as Adam;
+      it, under an optimizer that remembers the size of gradients, such as Adam, though the loss is still above a tenth
+      of its first value;
     * no weight has moved by more than 5 % in the first 1000 recorded steps, where the method has an argument for its
-      pace;
-    * a loss has not fallen by 1 % from the first 100 of 2000 recorded steps to the last.
+      pace, though the losses, or their progress if that is what the method compares, are twofold apart;
+    * no loss has fallen by 1 % from the first 100 of 2000 recorded steps to the last 100.
+
+    The last three are not looked for in a run that is watched from its middle.
 
     Steps of warm-up and steps with one task do not count. Methods with a primary task follow it on purpose, and are not
     looked at.
@@ -173,8 +179,8 @@ class Monitor:
         if self.writer is not None:
             for key, value in values.items():
                 self.writer.add_scalar(f"gradsurgery/{key}", value, step)
-        self._watch.see(report)
         self._watch.fall(report.losses, step)
+        self._watch.see(report)
         if self.callback is not None:
             self.callback(step, report)
 
@@ -416,10 +422,13 @@ class _Watch:
             inner = inner.base
         self.base = type(inner).__name__
         self.adaptive = bool({"betas", "alpha", "rho", "lr_decay"} & inner.defaults.keys())
-        self.first: dict[str, tuple[float, float]] = {}  # weight and weighted loss in the first step, by name
+        # Whether a weighter compares sizes, as those that learn scales do, or the progress of the losses.
+        self.by_size = optimizer.scale == "paper"
+        self.first: dict[str, tuple[float, float]] = {}  # weight and loss in the first step, by name
         self.seen = 0
         self.still = True
         self.from_start: bool | None = None
+        self.recorded = 0
         self.begun: dict[str, list[float]] = {}
         self.recent: dict[str, deque[float]] = {}
         self.since: Counter[tuple[str, str]] = Counter()
@@ -480,42 +489,60 @@ class _Watch:
                     f"own, for {LASTING} recorded steps. {_LOUD if loudest else _CHOSEN}"
                 )
 
-        if norms is not None and len(parts) > 1:
-            short, long = min(parts, key=lambda k: parts[k]), max(parts, key=lambda k: parts[k])
-            uneven = parts[long] > UNEVEN * parts[short] > 0
-            if self._lasts("uneven", "", uneven) and ("drives", long) not in self.said:
-                self._say(
-                    f"the weighted gradient of {long!r} is {parts[long] / parts[short]:.3g} times as long as that of "
-                    f"{short!r}, and has been more than {UNEVEN:g} times longer for {LASTING} recorded steps. {_EVEN}"
-                )
-        self._see_moves(weights, {name: sizes[name] * abs(loss) for name, loss in report.losses.items()})
+        for name, weight in weights.items():
+            self.first.setdefault(name, (weight, report.losses[name]))
+        if norms is not None:
+            self._see_norms(parts, norms, report.losses)
+        self._see_moves(weights, report.losses)
+
+    def _see_norms(self, parts: dict[str, float], norms: dict[str, float], losses: dict[str, float]) -> None:
+        """Weighted gradient norms that are far apart."""
+        short, long = min(parts, key=lambda k: parts[k]), max(parts, key=lambda k: parts[k])
+        uneven = parts[long] > UNEVEN * parts[short] > 0 and not self._learnt(short, losses[short])
+        if self._lasts("uneven", "", uneven) and ("drives", long) not in self.said:
+            self._say(
+                f"the weighted gradient of {long!r} is {parts[long] / parts[short]:.3g} times as long as that of "
+                f"{short!r}, and has been more than {UNEVEN:g} times longer for {LASTING} recorded steps. "
+                f"{_EVEN if norms[long] >= max(norms.values()) else _CHOSEN}"
+            )
+
+    def _learnt(self, name: str, loss: float) -> bool:
+        """Whether a loss has fallen so far that a short gradient, or a small weight, is no wonder."""
+        return abs(loss) * UNEVEN < abs(self.first[name][1])
 
     def _collapse(self) -> str:
         cure = "" if self.weighter is None else self.weighter.if_collapsed
         return cure or "Set min_weight=0.1 (or another floor), or divide the losses by their size first."
 
-    def _see_moves(self, weights: dict[str, float], terms: dict[str, float]) -> None:
+    def _see_moves(self, weights: dict[str, float], losses: dict[str, float]) -> None:
         """Weights of a weighter that move very far, or not at all, at the beginning."""
         self.seen += 1
-        if self.weighter is None or self.seen > max(EARLY_STEPS, STILL_STEPS):
+        if self.weighter is None or not self.from_start or self.seen > max(EARLY_STEPS, STILL_STEPS):
             return
         for name, weight in weights.items():
-            first, term = self.first.setdefault(name, (weight, terms[name]))
+            first, loss = self.first[name]
             self.still = self.still and abs(weight - first) <= STILL * abs(first)
-            far = abs(weight) * EARLY_FOLD < abs(first) and terms[name] * EARLY_FOLD < term
-            if self.adaptive and far and self.seen <= EARLY_STEPS and ("early", name) not in self.said:
-                self.said.add(("early", name))
+            far = abs(weight) * EARLY_FOLD < abs(first) and abs(weight * losses[name]) * EARLY_FOLD < abs(first * loss)
+            early = self.adaptive and far and self.seen <= EARLY_STEPS and not self._learnt(name, losses[name])
+            if self._lasts("early", name, early):
                 self._say(
                     f"the weight of {name!r} has fallen from {first:.3g} to {weight:.3g} in {self.seen} recorded "
-                    f"steps, and "
-                    f"{self.base} goes on dividing by the size of its gradients before. {_EARLY}"
+                    f"steps, and {self.base} goes on dividing by the size of its gradients before. {_EARLY}"
                 )
         cure = self.weighter.if_still
-        if self.seen == STILL_STEPS and self.still and cure:
+        if self.seen == STILL_STEPS and self.still and cure and self._apart(weights, losses):
             self._say(f"no weight has moved by more than {STILL:.0%} in {STILL_STEPS} recorded steps. {cure}")
 
+    def _apart(self, weights: dict[str, float], losses: dict[str, float]) -> bool:
+        """Whether there is something that weights could even out."""
+        sizes = [abs(weight * losses[name] if self.by_size else losses[name]) for name, weight in weights.items()]
+        begun = [1.0 if self.by_size else abs(self.first[name][1]) for name in weights]
+        return max(sizes, default=0.0) > 0 and any(
+            a * d > APART * b * c for a, b in zip(sizes, begun, strict=True) for c, d in zip(sizes, begun, strict=True)
+        )
+
     def fall(self, losses: dict[str, float], step: int) -> None:
-        """Look whether a loss falls.
+        """Look whether losses fall.
 
         Args:
             losses: The losses of a recorded step.
@@ -523,24 +550,23 @@ class _Watch:
         """
         if self.from_start is None:
             self.from_start = step <= LASTING
-        if not self.from_start:
+        if not self.from_start or self.recorded == FALL_STEPS:
             return
+        self.recorded += 1
         for name, loss in losses.items():
             begun = self.begun.setdefault(name, [])
-            recent = self.recent.setdefault(name, deque(maxlen=LASTING))
-            recent.append(loss)
             if len(begun) < LASTING:
                 begun.append(loss)
-            key = ("fall", name)
-            self.since[key] += 1
-            if self.since[key] == FALL_STEPS:
-                first, last = sum(begun) / LASTING, sum(recent) / LASTING
-                if last > first - FALLEN * abs(first):
-                    self._say(
-                        f"the loss {name!r} has not fallen in {FALL_STEPS} recorded steps: {first:.4g} over the first "
-                        f"{LASTING}, {last:.4g} over the last. Train it alone with this learning rate, to see whether "
-                        "it can; if so, give it more weight, or divide the losses by their size first."
-                    )
+            self.recent.setdefault(name, deque(maxlen=LASTING)).append(loss)
+        if self.recorded == FALL_STEPS:
+            ends = {name: (sum(old) / len(old), sum(self.recent[name]) / len(old)) for name, old in self.begun.items()}
+            if all(last > first - FALLEN * abs(first) for first, last in ends.values()):
+                found = ", ".join(f"{name!r} {first:.4g} → {last:.4g}" for name, (first, last) in ends.items())
+                self._say(
+                    f"no loss has fallen in {FALL_STEPS} recorded steps (means over the first and last {LASTING}: "
+                    f"{found}). Train one alone with this learning rate, to see whether it can; if so, divide the "
+                    "losses by their size first."
+                )
 
     def _weights(self, report: Report) -> dict[str, float] | None:
         """The weights of a step that says something about the method; None for others."""

@@ -684,6 +684,11 @@ def test_a_weight_that_falls_a_hundredfold_early_under_adam_is_pointed_out():
     assert not scripted(gradnorm, history, torch.optim.SGD)
     assert not scripted(gradnorm, history, torch.optim.AdamW, start="losses")
     assert not scripted(gradsurgery.RealTimeWeighter, falling(6000, a=1.0, b=2.0)[::6], torch.optim.AdamW)
+    # Weights that come and go, and one that falls because its loss is learnt.
+    assert not scripted(gradsurgery.RandomWeighter, falling(1000, a=1.0, b=2.0), torch.optim.AdamW)
+    learnt = [{"a": 0.97**t + 1e-3, "b": 2 * 0.999**t} for t in range(300)]
+    found = scripted(gradsurgery.GroupDROWeighter, learnt, torch.optim.AdamW, eta=0.05)
+    assert not [line for line in found if "fallen from" in line]
 
 
 def test_norms_tenfold_apart_are_pointed_out():
@@ -692,17 +697,27 @@ def test_norms_tenfold_apart_are_pointed_out():
     assert not scripted(gradsurgery.PCGrad, falling(200, quiet=1.0, loud=9.0))
     assert not scripted(gradsurgery.PCGrad, falling(99, quiet=1.0, loud=12.0))
     assert not scripted(gradsurgery.PCGrad, falling(200, quiet=1.0, loud=12.0), normalize="l2")
+    learnt = [{"quiet": max(0.9**t, 0.05), "loud": 0.9} for t in range(300)]
+    assert not scripted(gradsurgery.PCGrad, learnt)
+    theta, optimizer = linear(gradsurgery.MGDA)
+    Monitor(optimizer)
+    (said,) = caught(lambda: walk(theta, optimizer, 200, short=A, long=torch.tensor([0.0, 12.0])))
+    assert "gradient of 'short' is 12 times as long as that of 'long'" in said
+    assert "as MGDA's do for the shortest" in said
 
 
-def test_a_loss_that_does_not_fall_is_pointed_out():
-    history = [{"stuck": 1.0 + 0.1 * (t % 2), "falls": 2.0 * 0.999**t} for t in range(2000)]
+def test_losses_that_do_not_fall_are_pointed_out():
+    history = [{"stuck": 1.0 + 0.1 * (t % 2), "rises": 2.0 + t / 1000} for t in range(2000)]
 
     def said(history):
         return [line for line in scripted(gradsurgery.PCGrad, history) if "fallen" in line]
 
     (line,) = said(history)
-    assert "the loss 'stuck' has not fallen in 2000 recorded steps: 1.05 over the first 100, 1.05 over the last" in line
+    assert "no loss has fallen in 2000 recorded steps (means over the first and last 100: 'stuck' 1.05 → 1.05, " in line
+    assert "'rises' 2.05 → 3.95)" in line
     assert not said(history[:1999])
+    # A regulariser may rise, and the game against a discriminator stay where it is.
+    assert not said([{**losses, "falls": 2.0 * 0.999**t} for t, losses in enumerate(history)])
     assert not said(falling(2100, a=1.0, b=2.0))
     fell_at_once = [{"a": 3.0 if t < 50 else 1.0, "b": 1.0 if t < 50 else 0.5} for t in range(2100)]
     assert not said(fell_at_once)
@@ -740,6 +755,25 @@ def test_weights_that_hardly_move_are_pointed_out(method, slow, quick, cure):
     assert cure in said
     assert not scripted(method, history, **quick)
     assert not scripted(method, history[:999], **slow)
+    alike = [{"a": losses["a"], "b": 1.1 * losses["a"]} for losses in history]
+    assert not [line for line in scripted(method, alike, **slow) if "no weight" in line]
+    if method is gradsurgery.ReLoBRaLoWeighter:  # losses of different size that fall alike
+        found = scripted(method, [{"a": x["a"], "b": 9 * x["a"]} for x in history], **slow)
+        assert not [line for line in found if "no weight" in line]
+
+
+def test_settled_weights_of_a_resumed_run_are_left_alone():
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = gradsurgery.UncertaintyWeighter(torch.optim.Adam([p], lr=0.0), lr=1e-5)
+    saved = optimizer.state_dict()
+    saved["gradsurgery"]["memory"]["step"] = 5000
+    optimizer.load_state_dict(saved)
+    monitor = Monitor(optimizer)
+    for _ in range(1001):  # as all warnings are errors here
+        optimizer.zero_grad()
+        optimizer.backward({"a": p.sum(), "b": 9 * p.sum()})
+        optimizer.step()
+    assert monitor.advice == []
 
 
 def test_the_cure_of_a_collapse_is_that_of_the_method():

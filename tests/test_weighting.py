@@ -1381,6 +1381,11 @@ def test_a_weight_that_collapses_is_told_once(build, losses, bad, good, cure):
     assert not told(build, [{"a": 1.0, "b": 1.2}] * 400, **bad)
 
 
+def test_a_group_that_is_nearly_as_good_may_be_neglected():
+    assert not told(gradsurgery.GroupDROWeighter, [{"easy": 0.1, "hard": 0.6}] * 400, eta=0.1)
+    assert not told(gradsurgery.STCHWeighter, [{"easy": 0.3, "hard": 1.0}] * 200, mu=0.01)
+
+
 def test_the_rule_for_the_temperature_of_uwso_keeps_weights_within_e_cubed():
     p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
     optimizer = UWSOWeighter(torch.optim.SGD([p], lr=0.0), temperature=1 / (3 * 0.02))
@@ -1398,10 +1403,36 @@ def test_one_wild_loss_does_not_freeze_the_weight(build):
         assert run(build, history, lr=1e-2)[-1][0] == pytest.approx(settled, rel=0.1)
 
 
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize(
+    "build", [UncertaintyWeighter, IMTLLWeighter, lambda o, **k: UncertaintyWeighter(o, form="log1p", **k)]
+)
+def test_weights_recover_from_one_wild_loss_in_tens_of_steps(build, lr):
+    noise = np.random.default_rng(0).uniform(0.5, 1.5, (600, 1))
+    calm = noise * [0.1, 1.0, 10.0]
+    wild = calm.copy()
+    wild[500, 0] = 1e5
+    there, undisturbed = (np.array(run(build, history.tolist(), lr=lr))[:, 0] for history in (wild, calm))
+    np.testing.assert_allclose(there, undisturbed, rtol=3 * lr)  # never off by more than a few ordinary steps
+    np.testing.assert_allclose(there[560:], undisturbed[560:], rtol=0.01)
+
+
+@pytest.mark.parametrize("level", [1e-3, 1.0, 1e5])
 @pytest.mark.parametrize("build", [UncertaintyWeighter, IMTLLWeighter])
-def test_ordinary_losses_move_the_weights_as_torch_s_adam_does(build):
-    """Gradients up to ten, and losses that begin large, are left as they are."""
-    history = np.random.default_rng(0).uniform(1.0, 5.0, (40, 3)) * [1.0, 2.0, 1e4]
+def test_a_loss_that_stays_at_another_level_gets_its_weight(build, level):
+    weights = run(build, [[1.0, 1.0]] * 110 + [[level, 1.0]] * 490, lr=3e-2)
+    half = 0.5 if build is UncertaintyWeighter else 1.0
+    assert weights[-1][0] == pytest.approx(half / level, rel=0.1)
+    assert weights[-1][1] == pytest.approx(half, rel=1e-6)
+
+
+@pytest.mark.parametrize("begin", ["steady", "quick"])
+@pytest.mark.parametrize("build", [UncertaintyWeighter, IMTLLWeighter])
+def test_ordinary_losses_move_the_weights_as_torch_s_adam_does(build, begin):
+    """So do losses that begin large, and fall or rise tenfold a step."""
+    steady = np.random.default_rng(0).uniform(0.1, 5.0, (400, 3)) * [1.0, 2.0, 1e4]
+    quick = np.array([[1e4 / 10**t, 10.0 ** (t - 4), 1e4 / 10**t] for t in range(8)])
+    history = {"steady": steady, "quick": np.concatenate([quick, steady[:, [0, 1, 0]]])}[begin]
     s = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([s], lr=1e-2, eps=0.0)
     expected = []

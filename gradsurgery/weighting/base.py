@@ -22,10 +22,26 @@ if TYPE_CHECKING:
 #: A weight, and a weighted loss, has collapsed below this share of the mean, for so many steps in a row.
 COLLAPSED = 1e-3
 COLLAPSED_STEPS = 100
+#: Only where its loss is so many times larger or smaller than that of the largest weight: a method may well neglect a
+#: loss that is nearly as it should be.
+LOSSES_APART = 10.0
+
+
+#: A gradient of a learnt number is wild above so many times its size so far; in the first steps, which know little of
+#: that size, above so many.
+WILD = 10.0
+WILD_EARLY = 1000.0
+EARLY_STEPS = 100
+
+
+def _to_one(sizes: np.ndarray) -> np.ndarray:
+    """Absolute values, the largest of them 1, whose products and sums stay finite."""
+    sizes = np.abs(sizes)
+    return sizes / (sizes.max() or 1.0)
 
 
 def _small(sizes: np.ndarray) -> np.ndarray:
-    return np.abs(sizes) < COLLAPSED * np.abs(sizes).mean()
+    return sizes < COLLAPSED * sizes.mean()
 
 
 class Weighter(MultiLossOptimizer):
@@ -134,7 +150,12 @@ class Weighter(MultiLossOptimizer):
         return values - lr * np.divide(first / (1 - 0.9**count), size, out=np.zeros_like(size), where=size > 0)
 
     def without_spikes(self, key: str, gradient: np.ndarray, rule: Literal["adam", "sgd"]) -> np.ndarray:
-        """Cut what is far longer than before, which Adam would remember for thousands of steps.
+        """Count what is far longer than before as of usual length; Adam would remember it for thousands of steps.
+
+        With u the root mean square of a task's entries so far (Adam's own average), an entry above 10 max(u, 1) becomes
+        ±u. Cut to ten times u it would still move the number by tens of ordinary steps. A loss that stays at another
+        level moves its number by the step size a step, as under Adam. The first 100 entries of a task may be above
+        1000 max(u, 1), the first one anything.
 
         Args:
             key: As in :meth:`descend`, which follows.
@@ -142,15 +163,16 @@ class Weighter(MultiLossOptimizer):
             rule: Under "sgd" nothing is cut.
 
         Returns:
-            The gradient, (m,), its entries at most ten times their root mean square so far, or 10 if that is more. The
-            first one of each task is as it was.
+            The gradient, (m,).
         """
         if rule == "sgd":
             return gradient
         count = self.recall(f"{key}.count", 0.0)
         usual = np.sqrt(self.recall(f"{key}.second", 0.0) / np.where(count > 0, 1 - 0.999**count, 1.0))
-        most = np.where(count > 0, 10 * np.maximum(usual, 1.0), np.inf)
-        return np.clip(gradient, -most, most)
+        most = np.where(count < EARLY_STEPS, WILD_EARLY, WILD) * np.maximum(usual, 1.0)
+        wild = (count > 0) & (np.abs(gradient) > most)
+        # A number that never had to move has u = 0, and must still be able to.
+        return np.where(wild, np.sign(gradient) * np.maximum(usual, 1e-3), gradient)
 
     def coefficients(self, losses: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
         """Weights for this step, cadence included; `reduction` is not applied.
@@ -180,7 +202,13 @@ class Weighter(MultiLossOptimizer):
 
     def _look_for_collapse(self, weights: np.ndarray, losses: np.ndarray) -> None:
         """A loss that counts for nothing, neither by its weight nor by its weighted value, step after step."""
-        gone = _small(weights) & _small(weights * losses)
+        if not np.isfinite(weights).all():
+            return
+        shares = _to_one(weights)
+        sizes = _to_one(losses)
+        leader = sizes[shares.argmax()]
+        apart = np.maximum(sizes, leader) > LOSSES_APART * np.minimum(sizes, leader)
+        gone = apart & _small(shares) & _small(shares * sizes)
         names = [name for name, yes in zip(self.names, gone, strict=True) if yes]
         if self._run["loop"].lasts("collapsed", bool(names) and len(weights) > 1, COLLAPSED_STEPS):
             self._run["loop"].say(

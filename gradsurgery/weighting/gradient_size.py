@@ -96,8 +96,7 @@ def training_rates(
             raise ValueError(
                 f"{owner._name}: every loss must be > 0 the first time, since later values are compared with it; got "
                 f"{bad}. Nothing was written. `initial_losses` takes values from theory instead; or pass None for it "
-                f"in "
-                "that batch."
+                "in that batch."
             )
     else:
         first = np.array(picked(owner, "initial_losses", given))

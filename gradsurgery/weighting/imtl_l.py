@@ -29,8 +29,9 @@ class IMTLLWeighter(Weighter):
 
     Departures: the sᵢ are no parameters of the model's optimizer, so that they are never decayed; their gradient has a
     closed form. A loss of exactly 0 leaves its sᵢ alone, a negative one is refused: the objective has no lower bound.
-    Under "adam" a gradient that is more than ten times as long as usual, and above 10, is cut to that, so that a single
-    wild loss does not freeze the weight for thousands of steps.
+    Under "adam" a gradient above 10 and above ten times its root mean square so far (1000 and a thousand times in the
+    first 100 steps of a loss) counts as one of that root mean square: Adam would let a single wild loss freeze the
+    weight for thousands of steps. A loss whose first value is wild still does so; divide it by its size.
 
     Args:
         optimizer: The torch optimizer that makes the step.

@@ -37,8 +37,9 @@ class UncertaintyWeighter(Weighter):
     closed form. "log1p" learns log σ² where the paper learns σ, which cannot reach 0. A loss of exactly 0 says nothing
     of its noise and leaves sᵢ alone; the weight would otherwise grow without bound. A negative loss is refused, since
     the objective then has no lower bound.
-    Under "adam" a gradient that is more than ten times as long as usual, and above 10, is cut to that, so that a single
-    wild loss does not freeze the weight for thousands of steps.
+    Under "adam" a gradient above 10 and above ten times its root mean square so far (1000 and a thousand times in the
+    first 100 steps of a loss) counts as one of that root mean square: Adam would let a single wild loss freeze the
+    weight for thousands of steps. A loss whose first value is wild still does so; give `initial` or a constant factor.
 
     Args:
         optimizer: The torch optimizer that makes the step.
