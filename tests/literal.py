@@ -81,8 +81,13 @@ def mixed(gram, losses):
 
 
 def simplex(x):
-    """Projection by bisection on the threshold."""
-    low, high = x.min() - 1, x.max()
+    """Projection by bisection on the threshold, which lies within 1 of the largest entry.
+
+    Adding a number to all entries changes nothing, so the largest is 0 here: beside one of 1e10, as in a training that
+    diverges, a threshold would be right to 1e-6 only, and the sum of the shares as far from 1.
+    """
+    x = x - x.max()
+    low, high = -1.0, 0.0
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if np.maximum(x - middle, 0).sum() > 1 else (low, middle)

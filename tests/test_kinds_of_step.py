@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
+from gradsurgery import graph as graph_module
 from gradsurgery import rows as rows_module
 
 X = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(5, 4).sin()
@@ -402,6 +403,29 @@ def test_weights_of_logarithms_in_the_report(build):
     losses = net.losses()
     weighted = sum(report.weights[n] * losses[n] for n in losses)
     torch.testing.assert_close(net.trunk.weight.grad, own_gradient(weighted, net.trunk.weight))
+
+
+# --------------------------------------------------------------------------- what no surgery acts on, out of sight
+
+
+@pytest.mark.parametrize("switches", [{}, {"streaming": True}, {"granularity": "parameter"}])
+@pytest.mark.parametrize("out_of_sight", ["checkpointed", "too deep"])
+def test_losses_that_meet_outside_of_the_shared_parameters_reach_something(switches, out_of_sight, monkeypatch):
+    """Their gradients there are added up as they come, and each loss has been seen all the same."""
+    if out_of_sight == "too deep":
+        monkeypatch.setattr(graph_module, "_DEEPEST", 2)
+    net = Net(2)
+    optimizer = gradsurgery.PCGrad(sgd(net), shared_params=net.own.parameters(), **switches)
+    net.heads.requires_grad_(False)
+    z = X.clone().requires_grad_()
+    z = checkpoint(net.trunk, z, use_reentrant=True) if out_of_sight == "checkpointed" else net.trunk(z)
+    optimizer.backward(net.losses(torch.tanh(z)))
+    torch.testing.assert_close(net.trunk.weight.grad, own_gradient(sum(net.losses().values()), net.trunk.weight))
+    apart = {**net.losses(), "b": nn.Parameter(torch.ones(1)).square().sum()}
+    if out_of_sight == "checkpointed":
+        apart["a"] = net.losses(torch.tanh(checkpoint(net.trunk, X.clone().requires_grad_(), use_reentrant=True)))["a"]
+    with pytest.raises(RuntimeError, match="loss 'b' reaches no parameter"):
+        optimizer.backward(apart)
 
 
 # ------------------------------------------------------------------------------------------------- a task alone

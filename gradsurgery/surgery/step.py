@@ -384,6 +384,7 @@ class Step:
         there: list[list[bool]] = []
         doubtful = self._doubtful(shared)
         signs: list[Tensor] = []  # of gradients that are not zero
+        reached: list[bool] = []
         for i in range(m):
             if kept is None:
                 wanted, gradients = call.differentiate(i, everything)
@@ -392,6 +393,7 @@ class Step:
             else:
                 row = dict(kept.rows[i])
             row = {p: shards.local(shards.placed(row.pop(p), p)) for p in list(row)} if call.sharded else row
+            reached.append(bool(row))
             over_shared = [row.pop(p, None) for p in shared]
             there.append([g is not None for g in over_shared])
             found.peaks.append(rows_module.peak(list(row.values()), call.values.device))
@@ -414,10 +416,7 @@ class Step:
                 found.slices.send(i, over_shared)
             del over_shared
         if masks is None:
-            require_reached(
-                method,
-                [any(there[i]) or any(i == k for terms in found.terms.values() for k, _ in terms) for i in range(m)],
-            )
+            require_reached(method, reached)
         marks = torch.tensor(there, dtype=torch.uint8, device="cpu").reshape(m, len(shared))
         if call.world is not None and not call.sharded:
             marks = call.world.any_of(marks)
