@@ -362,7 +362,9 @@ class Reference:
         if acts:
             result, w = self._act(memory, names, rows, at, c, seen, shared, groups, share, result, reach)
         elif since >= 0:
-            w = np.array([last[n] for n in names])
+            # Nothing is balanced where one loss alone reaches what the surgery acts on, by old weights neither.
+            reaching = set().union(*(reach[p] for p in shared))
+            w = np.array([last[n] for n in names]) if m == 1 or len(reaching) > 1 else np.ones(m)
             result.update(self._sums(names, rows, dict.fromkeys(shared, share * w * c)))
         else:
             w = np.ones(m)
@@ -406,10 +408,12 @@ class Reference:
     def _weights(self, memory, names, table, at, c, seen, part, excess):
         """Weights of the multiplied rows over a part of the parameters."""
         kind, o = self.setting["kind"], self.options
-        keep = [i for i, n in enumerate(names) if at or any(p in table[n] for p in part)]
+        keep = [i for i, n in enumerate(names) if any(p in table[n] for p in part)]
         weights = np.ones(len(names))
         if len(keep) < 2 and not (kind in OBSERVING and len(names) == 1):
             return weights
+        if at:  # every loss has a row at the features
+            keep = list(range(len(names)))
         there = tuple(names[i] for i in keep)
         if at:
             flat = np.array([x * at[n] for n, x in zip(names, c, strict=True)])
@@ -620,6 +624,9 @@ def _one_step(setting, model, groups, optimizer, reference, scaler, step, genera
             scaler.step(optimizer)
             scaler.update()
         reference.step()
+        # Some weights make the training diverge. From 1e13 on, tanh is flat and the formulas themselves divide 0 by 0.
+        for p in model.p.values():
+            p.data.clamp_(-2.0, 2.0)
     reference.pending = None
     expected.clear()
 

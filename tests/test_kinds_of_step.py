@@ -405,6 +405,107 @@ def test_weights_of_logarithms_in_the_report(build):
     torch.testing.assert_close(net.trunk.weight.grad, own_gradient(weighted, net.trunk.weight))
 
 
+# ------------------------------------------------------------------- one loss alone on what the surgery acts on
+
+
+class KeepsSome(torch.autograd.Function):
+    """z + x, of which x gets a gradient if it is wanted."""
+
+    @staticmethod
+    def forward(ctx, z, x, wanted):
+        ctx.wanted = wanted
+        return z + x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, g.sum(dim=0) if ctx.wanted else None, None
+
+
+class Offsets(Net):
+    """Two heads, and offsets in front of them that losses use or not. The surgery acts on the offsets alone."""
+
+    USED = {"one loss": "b", "a function that gives the other nothing": "ab", "two losses": "ab", "each its own": "ab"}
+
+    def __init__(self):
+        super().__init__(2)
+        self.offsets = nn.ParameterList(torch.full((3,), 0.1 + i, dtype=torch.float64) for i in range(2))
+
+    def used(self, case):
+        """The features, and the losses."""
+        z, found = torch.tanh(self.trunk(X)), {}
+        for i, n in enumerate("ab"):
+            y, x = z, self.offsets[i if case == "each its own" else 0]
+            if n in self.USED.get(case, "ab"):
+                y = KeepsSome.apply(z, x, n == "b") if case.startswith("a function") else z + x
+            found[n] = (10.0**i * (self.heads[i](y) - 1 - i)).square().mean()
+        return z, found
+
+
+def expected_of(net, case, weights):
+    _, losses = net.used(case)
+    total = sum(w * loss for w, loss in zip(weights, losses.values(), strict=True))
+    return torch.autograd.grad(total, list(net.offsets), allow_unused=True)
+
+
+@pytest.mark.parametrize("road", ["features", "one pass", "features, old weights", "in parts", "ghosts", "blocks"])
+@pytest.mark.parametrize(
+    ("case", "alone"),
+    [
+        ("frozen", True),
+        ("one loss", True),
+        ("a function that gives the other nothing", True),
+        ("two losses", False),
+        ("each its own", False),
+    ],
+)
+def test_nothing_is_balanced_where_one_loss_alone_reaches_what_is_named(case, alone, road):
+    """Neither by the gradients at the features, nor by old weights; what was named may lie above the features."""
+    net = Offsets()
+    engine = {"engine": road} if road in ("ghosts", "blocks") else {}
+    optimizer = Skewed(sgd(net), shared_params=net.offsets, every=1 if road == "features" else 2, **engine)
+    if road != "features":
+        z, losses = net.used("two losses")
+        committed(optimizer, losses, **({"features": z} if "features" in road else {}))
+        assert optimizer.report.weights == {"a": 2.0, "b": 3.0}
+    net.offsets.requires_grad_(case != "frozen")
+    share = 1.0
+    if road == "in parts":
+        optimizer.backward({n: loss / 2 for n, loss in net.used(case)[1].items()}, accumulate=True)
+        share = 0.5
+    z, losses = net.used(case)
+    losses = {n: share * loss for n, loss in losses.items()}
+    report = optimizer.backward(losses, **({"features": z} if "features" in road else {}))
+    weights = [1.0, 1.0] if alone else [2.0, 3.0]
+    assert list(report.weights.values()) == weights
+    if case == "frozen":
+        assert "nothing-shared" in report.flags
+        assert report.gram is None
+        return
+    for p, g in zip(net.offsets, expected_of(net, case, weights), strict=True):
+        assert (p.grad is None) == (g is None)
+        torch.testing.assert_close(p.grad, g)
+
+
+def test_a_method_learns_nothing_at_features_where_nothing_is_balanced():
+    net = Offsets()
+    optimizer = gradsurgery.GradVac(sgd(net), shared_params=net.offsets)
+    z, losses = net.used("one loss")
+    committed(optimizer, losses, features=z)
+    assert "targets" not in optimizer.state_dict()["gradsurgery"]["memory"]
+    z, losses = net.used("two losses")
+    committed(optimizer, losses, features=z)
+    assert "targets" in optimizer.state_dict()["gradsurgery"]["memory"]
+
+
+def test_features_with_named_parameters_cost_one_pass_through_the_trunk():
+    """A function written in Python in between does not change that: the losses go through it side by side."""
+    net, passes = Net(2), []
+    z = torch.tanh(KeepsSome.apply(net.trunk(X), torch.zeros(3, dtype=torch.float64, requires_grad=True), True))
+    net.trunk.weight.register_hook(lambda g: passes.append(1))
+    Skewed(sgd(net), shared_params=net.trunk.parameters()).backward(net.losses(z), features=z)
+    assert len(passes) == 1
+
+
 # --------------------------------------------------------------------------- what no surgery acts on, out of sight
 
 

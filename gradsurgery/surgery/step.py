@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -119,16 +121,32 @@ class Step:
         """
         if not (left := self._open(shared)):
             return shared
-        rows = self.call.rows_at(left, whole=False)
+        private = {p for p, n in zip(left, self._marks(left).sum(dim=0).tolist(), strict=True) if n < 2}
+        return [p for p in shared if p not in private]
+
+    def _marks(self, params: list[Tensor]) -> Tensor:
+        """Which losses reach which parameters, found by short passes, (m, P)."""
+        rows = self.call.rows_at(params, whole=False)
         there = [
-            [g is not None and (p not in self.call.suspects or bool(g.any())) for p, g in zip(left, row, strict=True)]
+            [g is not None and (p not in self.call.suspects or bool(g.any())) for p, g in zip(params, row, strict=True)]
             for row in rows
         ]
         marks = torch.tensor(there, dtype=torch.uint8, device="cpu")
-        if self.call.world is not None:
-            marks = self.call.world.any_of(marks)
-        private = {p for p, n in zip(left, marks.sum(dim=0).tolist(), strict=True) if n < 2}
-        return [p for p in shared if p not in private]
+        return marks if self.call.world is None else self.call.world.any_of(marks)
+
+    def _is_balanced(self, shared: list[Tensor]) -> bool:
+        """Whether two losses reach the parameters that the surgery acts on, before the first pass over all."""
+        masks = self.call.graph.masks
+        if masks is None and self.due == "reuse":  # the user has named them, and one pass is to be enough
+            return bool(shared)
+        if masks is not None:
+            twice = [p for p in shared if masks[p] & (masks[p] - 1)]
+            if len(self.call.undecided(twice)) < len(twice):
+                return True
+            covered = functools.reduce(operator.or_, (masks[p] for p in shared), 0)
+            if not covered & (covered - 1):
+                return False
+        return bool(shared) and int(self._marks(shared).any(dim=1).sum()) > 1
 
     def _stopped(self, values: np.ndarray, finite: np.ndarray) -> Report | None:
         method, scaler = self.method, self.call.scaler
@@ -193,7 +211,7 @@ class Step:
                     # A loss that is multiplied by 0 or less takes no part in what the method promises.
                     factors = coefficients if early is None else early
                     promised[k] = method._promises(len(grams[k])) and bool((factors > 0).all())
-                elif self.due == "reuse":
+                elif self.due == "reuse" and (m == 1 or self._count_reaching(found) > 1):
                     weights[k] = np.array([method.memory["last_weights"][name] for name in self.names])
             if not found.shared and m > 1:
                 method.flag("nothing-shared")
@@ -202,6 +220,12 @@ class Step:
         del tables  # no name may hold the rows while they are combined
         doubts = [g if p else None for p, g in zip(promised, grams, strict=True)]
         return self._write(found, parts, weights, coefficients, early, values, gram, doubts)
+
+    @staticmethod
+    def _count_reaching(found: Found) -> int:
+        """How many losses reach the shared parameters."""
+        rows = found.rows if found.ghosts is None else found.ghosts.rows
+        return sum(found.reaching or [any(g is not None for g in row) for row in rows])
 
     def _write(
         self,
@@ -665,6 +689,9 @@ class Step:
         shared = method._shared(call.mine, call.graph.masks)
         if acts:
             shared = self.settled(shared)
+        if m > 1 and self.due != "warmup" and not self._is_balanced(shared):
+            shared, acts = [], False
+            method.flag("nothing-shared")
         is_shared = set(shared)
         plain = [*(p for p in call.mine if p not in is_shared), *call.theirs]
         # Rows at the features instead of the parameters.
@@ -684,12 +711,12 @@ class Step:
         coefficients = weights = np.ones(m)
         if method._run["draft"] is not None:
             coefficients = method._coefficients(values, *more)
-            if self.due == "reuse":
-                weights = np.array([method.memory["last_weights"][name] for name in self.names])
-            elif acts:
+            if acts:
                 weights = method._solve(table, gram, method._seen(values, coefficients), coefficients, 1 / scale)
-                if method.every > 1:
-                    self._remember(weights)
+            elif self.due == "reuse" and shared:
+                weights = np.array([method.memory["last_weights"][name] for name in self.names])
+            if self.due == "act" and method.every > 1:
+                self._remember(weights)
         if call.world is not None:
             weights = call.world.first(weights, call.values.device)
         applied = self.share * weights * coefficients
