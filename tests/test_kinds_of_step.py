@@ -421,10 +421,11 @@ class KeepsSome(torch.autograd.Function):
         return g, g.sum(dim=0) if ctx.wanted else None, None
 
 
+USED = {"one loss": "b", "a function that gives the other nothing": "ab", "two losses": "ab", "each its own": "ab"}
+
+
 class Offsets(Net):
     """Two heads, and offsets in front of them that losses use or not. The surgery acts on the offsets alone."""
-
-    USED = {"one loss": "b", "a function that gives the other nothing": "ab", "two losses": "ab", "each its own": "ab"}
 
     def __init__(self):
         super().__init__(2)
@@ -435,7 +436,7 @@ class Offsets(Net):
         z, found = torch.tanh(self.trunk(X)), {}
         for i, n in enumerate("ab"):
             y, x = z, self.offsets[i if case == "each its own" else 0]
-            if n in self.USED.get(case, "ab"):
+            if n in USED.get(case, "ab"):
                 y = KeepsSome.apply(z, x, n == "b") if case.startswith("a function") else z + x
             found[n] = (10.0**i * (self.heads[i](y) - 1 - i)).square().mean()
         return z, found
