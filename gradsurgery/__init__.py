@@ -35,6 +35,7 @@ from gradsurgery.surgery.pmgda import PMGDA
 from gradsurgery.surgery.sdmgrad import SDMGrad
 from gradsurgery.surgery.trimmed_mean import TrimmedMean
 from gradsurgery.surgery.upgrad import UPGrad
+from gradsurgery.text import suggestion
 from gradsurgery.weighting.base import Weighter
 from gradsurgery.weighting.cosmos import COSMOSWeighter
 from gradsurgery.weighting.cov import CoVWeighter
@@ -72,6 +73,12 @@ from gradsurgery.weighting.uncertainty import UncertaintyWeighter
 from gradsurgery.weighting.uwso import UWSOWeighter
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    hint = "" if name.startswith("_") else suggestion(name, __all__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
+
 
 __all__ = [
     "AGEM",

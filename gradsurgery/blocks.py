@@ -231,7 +231,7 @@ class Found(Table):
         doubtful = np.flatnonzero(~((squares >= low) & (squares <= high)))
         # A row of exact zeros is common (an inactive hinge) and needs no second look.
         if self.noise < 1e-12 or not any(float(self._alive[i]) > 0 for i in doubtful):
-            return found
+            return self._in_range(found)
         return self.sweep(None, torch.float64).cpu().numpy()
 
     def triangle(self) -> np.ndarray:
@@ -240,8 +240,13 @@ class Found(Table):
         Returns:
             (m, m).
         """
+        if self.unit != 1.0:  # float64 does not hold the products
+            return gram_module.triangle([self._formed()[i] for i in self._keep])
         exact = self.sweep(None, torch.float64).cpu().numpy()
         return gram_module.square_root(exact[np.ix_(self._keep, self._keep)])
+
+    def _formed(self) -> list[Row]:
+        return [[self.row(i, place) for place in range(len(self.shared))] for i in range(len(self._roots))]
 
     @property
     def is_double(self) -> bool:
@@ -263,6 +268,7 @@ class Found(Table):
             The same rows, not copied.
         """
         part = Found(self._plan, self._roots, self._seeds, True, self._single)
+        part.unit = self.unit
         part.rows = [self.rows[i] for i in keep]
         part._keep = [self._keep[i] for i in keep]
         return part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from gradsurgery import shards
 from gradsurgery.graph import Graph, Start, undecided, walk
 from gradsurgery.kept import Kept, collect
 from gradsurgery.losses import Tasks
+from gradsurgery.text import warn
 from gradsurgery.world import World
 
 if TYPE_CHECKING:
@@ -212,6 +212,13 @@ class Call:
         if self.kept is not None:
             return self.kept.suspects
         return frozenset((*self.mine, *self.theirs)) if self.graph.unread else self.graph.suspects
+
+    @property
+    def largest_weights(self) -> np.ndarray:
+        """What each loss can be multiplied by: the largest number of its dtype, or of kept gradients, (m,)."""
+        if self.kept is not None:
+            return np.full(len(self.tasks.present), rows_module.largest_factor([*self.mine, *self.theirs]))
+        return np.array([torch.finfo(t.dtype).max for t in self.tasks.tensors])
 
     @cached_property
     def leaves(self) -> list[Tensor]:
@@ -430,18 +437,18 @@ def _reached(
     else:
         for p in (*mine, *theirs):
             covered |= masks[p]
-    require_reached(method, [bool(covered >> i & 1) for i in range(len(tasks.present))])
+    outside = [p for p in masks if isinstance(p, torch.nn.Parameter) and p not in own]
+    require_reached(method, [bool(covered >> i & 1) for i in range(len(tasks.present))], outside)
     if not method._run["warned"] and len(masks) > len(mine) + len(theirs):
         own.update(theirs)
         strangers = [p for p in masks if isinstance(p, torch.nn.Parameter) and p not in own]
         if strangers:
             method._run["warned"] = True
-            warnings.warn(
+            warn(
                 f"{method._name}.backward: the losses reach {len(strangers)} parameter(s) outside the "
                 f"optimizer (the first has shape {tuple(strangers[0].shape)}). They get no gradient. If another "
                 "optimizer should step them, pass it in `others`; if they are not to be trained here, as the other "
-                "network of a GAN, freeze them with requires_grad_(False) or ignore this.",
-                stacklevel=4,
+                "network of a GAN, freeze them with requires_grad_(False) or ignore this."
             )
     return graph, mine, theirs
 
@@ -473,21 +480,29 @@ def _require_exchanged(method: MultiLossOptimizer, mine: Sequence[Tensor], total
         )
 
 
-def require_reached(method: MultiLossOptimizer, reached: Sequence[bool]) -> None:
+def require_reached(method: MultiLossOptimizer, reached: Sequence[bool], strangers: Iterable[Tensor] = ()) -> None:
     """Refuse losses that reach nothing.
 
     Args:
         method: The optimizer.
         reached: Whether each present loss reaches a parameter, (m,).
+        strangers: Parameters outside the optimizer that losses reach, where they are known.
 
     Raises:
         RuntimeError: One does not.
     """
     for name, ok in zip(method.names, reached, strict=True):
         if not ok:
+            own = {tuple(p.shape) for p in parameters(method)}
+            twins = sum(tuple(p.shape) in own for p in strangers)
+            copied = (
+                f" {twins} parameters of the same shapes outside of it are reached: if the optimizer was copied, or "
+                "the model replaced, build or copy both together, copy.deepcopy((model, optimizer))."
+            )
             raise RuntimeError(
-                f"{method._name}.backward: loss {name!r} reaches no parameter of the optimizer. Was the "
-                "model run under torch.no_grad(), are its parameters frozen, or do they belong to another "
+                f"{method._name}.backward: loss {name!r} reaches no parameter of the optimizer."
+                f"{copied if twins else ''} Was the model run under torch.no_grad(), are its parameters frozen, or do "
+                "they belong to another "
                 "optimizer? Name that one in `others`. If torch.func.functional_call ran the model on copies, build "
                 "the optimizer over these."
             )

@@ -6,7 +6,6 @@ has tried. It is installed with the library.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 import gradsurgery
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.surgery.base import Surgery
+from gradsurgery.text import spelling, spellings, suggestion
 from gradsurgery.weighting.base import Weighter
 
 #: What stands for no method at all, where methods are compared.
@@ -214,13 +214,10 @@ def find(name: str) -> Facts:
         ValueError: There is none; the error names those that are near.
     """
     known = facts()
-    folded = {key.lower(): key for key in known} | {key.lower().removesuffix("weighter"): key for key in known}
-    wanted = name.lower().replace("-", "").replace("_", "")
+    folded, wanted = spellings(known), spelling(name)
     if wanted in folded:
         return known[folded[wanted]]
-    near = list(dict.fromkeys(folded[key] for key in difflib.get_close_matches(wanted, folded, n=3)))
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"there is no method {name!r}.{hint} `gradsurgery list` names all.")
+    raise ValueError(f"there is no method {name!r}.{suggestion(name, known)} `gradsurgery list` names all.")
 
 
 def built(name: str, optimizer: Optimizer, tasks: int = 2, **given: Any) -> MultiLossOptimizer:

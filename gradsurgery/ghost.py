@@ -133,14 +133,17 @@ class Found(Table):
         return self.repaired(self.products().cpu().numpy())
 
     def repaired(self, found: np.ndarray) -> np.ndarray:
-        """Replace products whose terms cancelled too well, or left the range of float32.
+        """Replace products whose terms cancelled too well, or left the range of float32 or float64.
 
         Args:
             found: What :meth:`products` gave, on the host, (m, m + 1).
 
         Returns:
-            J Jᵀ, (m, m), float64.
+            J Jᵀ, (m, m), float64, of the rows divided by :attr:`~gradsurgery.gram.Table.unit`.
         """
+        return self._in_range(self._repaired(found))
+
+    def _repaired(self, found: np.ndarray) -> np.ndarray:
         gram, sizes = found[:, :-1], found[:, -1]
         low, high = gram_module.SAFE_SQUARES
         squares = gram.diagonal()
@@ -169,6 +172,9 @@ class Found(Table):
         """
         return gram_module.triangle(self.whole())
 
+    def _formed(self) -> list[Row]:
+        return self.whole()
+
     @property
     def is_double(self) -> bool:
         """Whether products are made in double precision."""
@@ -190,6 +196,7 @@ class Found(Table):
             The same rows, not copied.
         """
         part = Found(self._plan)
+        part.unit = self.unit
         part.rows = [self.rows[i] for i in keep]
         return part
 

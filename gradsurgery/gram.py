@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,12 @@ _FEW = 2**17
 
 # Squares of float32 entries leave the range of normal numbers not far outside these bounds of the squared norm.
 SAFE_SQUARES = (1e-24, 1e30)
+# The same of float64 entries.
+_SAFE_SQUARES_DOUBLE = (1e-280, 1e280)
+# Entries are brought below 2 to this power, so that squares of rows 290 orders of magnitude apart are numbers still.
+_TOP, _MOST_EXPONENT = 480, 1000
+# Lengths within these bounds may be multiplied with each other four times over.
+_SAFE_LENGTHS = (1e-60, 1e60)
 
 
 class Table:
@@ -38,11 +45,20 @@ class Table:
         rows: The rows, or a matrix (m, n). Spread over processes, the part of them that this one has.
         world: The processes that they are spread over.
         noise: How far products may be off, if the rows at hand do not tell; see :func:`precision`.
+        unit: The rows are the ones whose products :meth:`repaired` gave, times this: a power of two, 1 as long as all
+            squares of entries are numbers.
     """
 
-    def __init__(self, rows: Sequence[Row] | Tensor, world: World | None = None, noise: float | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row] | Tensor,
+        world: World | None = None,
+        noise: float | None = None,
+        unit: float = 1.0,
+    ) -> None:
         self.rows = rows
         self.world = world
+        self.unit = unit
         self._noise = noise
 
     def __len__(self) -> int:
@@ -58,7 +74,7 @@ class Table:
             The same rows, not copied.
         """
         rows = as_rows(self.rows)
-        return Table([rows[i] for i in keep], self.world, self.noise)
+        return Table([rows[i] for i in keep], self.world, self.noise, self.unit)
 
     def products(self) -> Tensor:
         """Inner products of what this process has.
@@ -69,15 +85,39 @@ class Table:
         return gram_in(as_rows(self.rows), torch.float64 if self.is_double else torch.float32)
 
     def repaired(self, found: np.ndarray) -> np.ndarray:
-        """Replace products that float32 could not hold.
+        """Replace products that float32 or float64 could not hold.
 
         Args:
             found: The products, added up, (m, m).
 
         Returns:
-            (m, m).
+            (m, m), of the rows divided by :attr:`unit`.
         """
-        return gram_outside_float32(self.rows, found) if self.world is None else found
+        return self._in_range(gram_outside_float32(self.rows, found) if self.world is None else found)
+
+    def _in_range(self, found: np.ndarray) -> np.ndarray:
+        """Products of the rows divided by a power of two, if float64 does not hold the squares of their entries."""
+        low, high = _SAFE_SQUARES_DOUBLE
+        squares = found.diagonal().tolist()
+        if all(low <= square <= high for square in squares) or self.noise > 1e-12:
+            return found
+        rows = self._formed()
+        largest = torch.stack([_largest(row) for row in rows])
+        if self.world is not None:  # a bound is enough, and the sum is the same everywhere
+            largest = self.world.total(largest.to(self.world.device(largest.device)))
+        peaks = largest.cpu().numpy()
+        lost = [peak > 0 and not low <= square <= high for peak, square in zip(peaks, squares, strict=True)]
+        if not any(lost) or not np.isfinite(peaks).all():
+            return found
+        exponent = min(_TOP - math.frexp(peaks.max())[1], _MOST_EXPONENT)
+        self.unit = 2.0**-exponent
+        products = gram_in(rows, torch.float64, 2.0**exponent)
+        if self.world is not None:
+            products = self.world.total(products.to(self.world.device(products.device)))
+        return products.cpu().numpy()
+
+    def _formed(self) -> Sequence[Row]:
+        return as_rows(self.rows)
 
     def triangle(self) -> np.ndarray:
         """A square root of the Gram matrix; see :func:`triangle`.
@@ -151,7 +191,8 @@ def gram_of_matrix(rows: Tensor) -> np.ndarray:
     if rows.device.type == "cpu":
         if rows.dtype is torch.float64:
             j = rows.numpy()
-            return j @ j.T
+            with np.errstate(over="ignore", invalid="ignore"):  # such products are made again, of smaller rows
+                return j @ j.T
         if rows.dtype is torch.float32 and rows.numel() <= _FEW:
             j = rows.numpy().astype(np.float64)
             return np.asarray(j @ j.T)
@@ -196,12 +237,37 @@ def gram_outside_float32(rows: Sequence[Row] | Tensor, found: np.ndarray) -> np.
     return gram_in(rows, torch.float64).cpu().numpy()
 
 
-def gram_in(rows: Sequence[Row], least: torch.dtype) -> Tensor:
+def central(lengths: np.ndarray) -> float:
+    """A power of two that brings the lengths of rows to where their products, and the products of these, are numbers.
+
+    Args:
+        lengths: The lengths, (m,).
+
+    Returns:
+        1 if they are there already.
+    """
+    there = lengths[lengths > 0]
+    low, high = _SAFE_LENGTHS
+    if not len(there) or (there.min() >= low and there.max() <= high):
+        return 1.0
+    middle = (math.frexp(there.min())[1] + math.frexp(there.max())[1]) // 2
+    return 2.0 ** -max(-_MOST_EXPONENT, min(middle, _MOST_EXPONENT))
+
+
+def _largest(row: Row) -> Tensor:
+    """The largest entry of a row, on the host."""
+    entries = [_flat(g) for g in row if g is not None and g.numel()]
+    peaks = [torch.linalg.vector_norm(g, float("inf")).to("cpu", torch.float64) for g in entries]
+    return torch.stack(peaks).max() if peaks else torch.zeros((), dtype=torch.float64)
+
+
+def gram_in(rows: Sequence[Row], least: torch.dtype, factor: float = 1.0) -> Tensor:
     """Inner products in a precision.
 
     Args:
         rows: m rows over the same parameters.
         least: Half and single precision are multiplied in this one.
+        factor: What the rows are multiplied by before: a power of two.
 
     Returns:
         J Jᵀ, (m, m), float64, on the device of the first parameter.
@@ -210,6 +276,7 @@ def gram_in(rows: Sequence[Row], least: torch.dtype) -> Tensor:
     total: Tensor | None = None
     for bucket in _buckets(rows, least):
         with torch.autocast(bucket.device.type, enabled=False):  # it would multiply in half precision
+            bucket = bucket if factor == 1.0 else bucket * factor
             part = product(bucket, bucket)
         total = part if total is None else total + part.to(total.device)
     return torch.zeros(m, m, dtype=torch.float64) if total is None else total
@@ -392,7 +459,14 @@ def length(row: Row, device: torch.device) -> Tensor:
     Returns:
         A scalar, float64.
     """
-    norms = [torch.linalg.vector_norm(_flat(g), dtype=torch.float64).to(device) for g in row if g is not None]
-    return (
-        torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64, device=device)
-    )
+    norms = [_norm(_flat(g)).to(device) for g in row if g is not None]
+    return _norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm in float64, whose squares of float64 entries are kept in range by a power of two."""
+    if x.dtype != torch.float64 or not x.numel():
+        return torch.linalg.vector_norm(x, dtype=torch.float64)
+    exponent = torch.frexp(torch.linalg.vector_norm(x, float("inf")))[1].double()
+    factor = torch.exp2(-exponent.clamp(-_MOST_EXPONENT, _MOST_EXPONENT))
+    return torch.linalg.vector_norm(x * factor) / factor

@@ -13,6 +13,8 @@ from gradsurgery.graph import Root
 
 #: A scalar loss, a function that returns one or ``None``, or ``None`` for a task that is absent from this batch.
 Loss = Tensor | Callable[[], Tensor | None] | None
+#: What to do with an entry that is no loss.
+_MEASURE = " If it is a metric and not a loss, leave it out."
 #: A collection of losses.
 Losses = Mapping[str, Loss] | Iterable[Loss] | Tensor
 
@@ -82,7 +84,9 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False, names: Sequence
             )
         if len(losses) and not losses.requires_grad:
             raise _detached(where, "losses")
-        named = [(str(i), loss) for i, loss in enumerate(losses.unbind())]
+        losses = _bare(losses)
+        with torch.enable_grad():  # around `backward` it may be off
+            named = [(str(i), loss) for i, loss in enumerate(losses.unbind())]
     elif isinstance(losses, Iterable) and not isinstance(losses, (str, bytes)):
         entries = list(losses)
         fields: Sequence[str] = getattr(losses, "_fields", ()) or [str(i) for i in range(len(entries))]
@@ -99,6 +103,11 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False, names: Sequence
 
     present = []
     for name, given in named:
+        if isinstance(given, torch.nn.Module):
+            raise TypeError(
+                f"{where}: loss {name!r} is the module {type(given).__name__}, not what it computes. Call it: "
+                f"{type(given).__name__}()(outputs, targets)."
+            )
         loss = given if isinstance(given, Tensor) or not callable(given) else given()
         if loss is not None:
             present.append((name, loss))
@@ -144,15 +153,25 @@ def _edges_of_stack(losses: Tensor, where: str) -> Sequence[Tensor | GradientEdg
             if below is None:
                 raise _detached(where, str(i))
         return [GradientEdge(below, nr) for below, nr in node.next_functions if below is not None]
-    return losses.unbind()
+    with torch.enable_grad():
+        return losses.unbind()
+
+
+def _bare(loss: Tensor) -> Tensor:
+    """A loss as a plain tensor: a subclass may do anything in the arithmetic that follows. DTensors stay."""
+    if type(loss) in (Tensor, torch.nn.Parameter) or hasattr(loss, "device_mesh"):
+        return loss
+    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        return loss.as_subclass(Tensor)
 
 
 def _check(loss: object, name: str, where: str) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"{where}: loss {name!r} must be a scalar tensor, a function that returns one, or None if absent, got "
-            f"{type(loss).__name__}."
+            f"{type(loss).__name__}.{_MEASURE if isinstance(loss, (int, float)) else ''}"
         )
+    loss = _bare(loss)
     if loss.numel() != 1:
         raise ValueError(
             f"{where}: loss {name!r} must be a scalar, got shape {tuple(loss.shape)}. Reduce it with .mean() or .sum()."
@@ -161,14 +180,17 @@ def _check(loss: object, name: str, where: str) -> Tensor:
         raise TypeError(f"{where}: loss {name!r} must be real floating point, got {loss.dtype}.")
     if not loss.requires_grad:
         raise _detached(where, name)
-    return loss if loss.dim() == 0 else loss.reshape(())
+    if loss.dim() == 0:
+        return loss
+    with torch.enable_grad():  # around `backward` it may be off
+        return loss.reshape(())
 
 
 def _detached(where: str, name: str) -> RuntimeError:
     return RuntimeError(
         f"{where}: loss {name!r} has no graph, so it has no gradient. It was computed or rescaled under "
         "torch.no_grad(), or cut off with .detach() or .item(). Detach only the scale, never the loss. "
-        "If the task is absent from this batch, pass None."
+        f"If the task is absent from this batch, pass None.{_MEASURE}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from gradsurgery import rows
 from gradsurgery.call import Call, parameters
+from gradsurgery.text import warn
 
 if TYPE_CHECKING:
     from gradsurgery.optimizer import MultiLossOptimizer
@@ -42,7 +42,7 @@ class Loop:
         self._written: weakref.ref[Tensor] | None = None  # one of the gradients that the last `backward` wrote
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_written": None}
+        return {**self.__dict__, "_written": None, "stepping": False}
 
     def say(self, kind: str, what: str) -> None:
         """Say something once.
@@ -101,31 +101,29 @@ class Loop:
         self.plain_steps += 1
         if self.plain_steps > PLAIN_STEPS:
             self.plain_steps = None
-            warnings.warn(
+            warn(
                 f"{method._name}.step: backward() of this optimizer was never called, and the gradients come from "
                 f"elsewhere: every step is that of {_named(method.base)} alone, and the method does nothing. In place "
                 'of loss.backward(), call optimizer.backward({"name": loss, ...}) with each loss by itself. For a '
-                "plain warm-up ignore this, or pass warmup=.",
-                stacklevel=3,
+                "plain warm-up ignore this, or pass warmup=."
             )
 
     def see_base_step(self, method: MultiLossOptimizer) -> None:
-        """Look at a step of the wrapped optimizer: did the user make it, with gradients of this one?
+        """Look at a step of the wrapped optimizer that the user made: are the gradients those of this one?
 
         Args:
             method: The optimizer.
         """
         written = None if self._written is None else self._written()
-        if self.stepping or written is None or method._run["pending"] is None or "base" in self.said:
+        if written is None or method._run["pending"] is None or "base" in self.said:
             return
         if any(p.grad is written for p in parameters(method)):
             self.said.add("base")
-            warnings.warn(
+            warn(
                 f"{method._name}: step() of the wrapped {_named(method.base)} was called with the gradients that "
                 f"backward() wrote, so that {method._name} does not learn of the step: its memory, `every`, `warmup` "
                 f"and random draws stand still. Call step() of the {method._name} instead, and give it to schedulers, "
-                "scalers and trainers.",
-                stacklevel=4,
+                "scalers and trainers."
             )
 
     def see_scaler(self, method: MultiLossOptimizer, caller: FrameType) -> None:
@@ -139,12 +137,11 @@ class Loop:
             return
         if isinstance(caller.f_locals.get("self"), torch.amp.GradScaler):
             self.said.add("scaler")
-            warnings.warn(
+            warn(
                 f"{method._name}: a gradient scaler makes the step, and backward() was not given it. Gradients of "
                 "losses that were not scaled are divided by the scale all the same; scaled losses mislead a method "
                 "that looks at them. Pass the losses as they are, and the scaler: optimizer.backward(losses, "
-                "scaler=scaler).",
-                stacklevel=4,
+                "scaler=scaler)."
             )
 
     def see_gradients(self, method: MultiLossOptimizer, call: Call) -> None:
@@ -157,7 +154,7 @@ class Loop:
             call: The call of ``backward``, before anything is differentiated.
         """
         run = method._run
-        started = run["committed"]["step"] or run["pending"] is not None or "twice" in self.said
+        started = method._learnt["step"] or run["pending"] is not None or "twice" in self.said
         elsewhere = call.kept is not None or call.world is not None or call.sharded or call.graph.hidden
         if started or elsewhere or not call.mine or any(p.grad is None for p in call.mine):
             return
@@ -165,16 +162,15 @@ class Loop:
         sums = rows.one_pass(roots, call.seeds, call.mine, retain_graph=True, engine="grad")
         if _equal([p.grad for p in call.mine], sums):
             self.said.add("twice")
-            warnings.warn(
+            warn(
                 f"{method._name}.backward: .grad holds the gradient of the sum of these losses already, and what is "
                 "added now makes it count twice. Leave out sum(losses).backward(): optimizer.backward(losses) takes "
-                "its place.",
-                stacklevel=3,
+                "its place."
             )
 
 
 def watch(method: MultiLossOptimizer) -> None:
-    """Hear of the steps of the wrapped optimizer.
+    """Hear of the steps of the wrapped optimizer, before any hook of somebody else that may raise.
 
     Args:
         method: The optimizer. The hook does not keep it alive, and goes with it.
@@ -182,11 +178,18 @@ def watch(method: MultiLossOptimizer) -> None:
     me = weakref.ref(method)
 
     def stepped(*_: object) -> None:
-        if (alive := me()) is not None:
+        if (alive := me()) is None:
+            return
+        if alive._run["loop"].stepping:
+            alive._note_update()
+        else:
             alive._run["loop"].see_base_step(alive)
 
-    if getattr(method.base, "_optimizer_step_post_hooks", None) is not None:
-        weakref.finalize(method, method.base.register_step_post_hook(stepped).remove).atexit = False
+    hooks = getattr(method.base, "_optimizer_step_post_hooks", None)
+    if hooks is not None:
+        handle = method.base.register_step_post_hook(stepped)
+        hooks.move_to_end(handle.id, last=False)
+        weakref.finalize(method, handle.remove).atexit = False
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import warnings
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import numpy as np
 
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
-from gradsurgery.text import number
+from gradsurgery.text import number, warn
 from gradsurgery.weighting.base import Weighter
 from gradsurgery.weighting.dwa import DWAWeighter
 from gradsurgery.weighting.fixed import FixedWeighter
@@ -149,16 +148,16 @@ class Monitor:
         self._handle: Any = optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, *_: object) -> None:
-        # The method commits behind this hook: what is pending is the step being made.
+        # The method commits behind this hook, and has noted what.
         run = self.optimizer._run
         report: Report | None = run["report"]
         if report is None or report is self._last_report:
             return
         self._last_report = report
-        if run["pending"] is None:
+        if not run["stepped"]:
             self.skipped += 1
             return
-        step = run["pending"]["step"] + 1
+        step = self.optimizer._learnt["step"]
         self._watch.rest(report)
         if (step - 1) % self.every == 0:
             self._record(step, report)
@@ -587,7 +586,7 @@ class _Watch:
     def _say(self, what: str) -> None:
         message = f"{self.name}: {what}"
         self.advice.append(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
 
 def scalars(report: Report) -> dict[str, float]:

@@ -9,30 +9,37 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import inspect
 import math
 import sys
-import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, ParamSpec, TypedDict, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from gradsurgery import losses as losses_module
-from gradsurgery import misuse, shards
+from gradsurgery import misuse, saved, shards
 from gradsurgery import rows as rows_module
 from gradsurgery.call import Call, parameters, prepare, representation
 from gradsurgery.losses import Losses, Tasks
 from gradsurgery.report import Report
+from gradsurgery.text import warn
 from gradsurgery.world import World, hold
 
 _ZEROS = np.zeros(4, dtype=np.uint64)
 _KEY = "gradsurgery"  # the one key that state_dict has beyond torch's own
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Switches(TypedDict, total=False):
@@ -52,8 +59,51 @@ class Switches(TypedDict, total=False):
     debug: bool
 
 
+def told(backward: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Tell those who pass each loss as an argument of its own that they go into one.
+
+    Args:
+        backward: The method, which takes `losses` and keywords.
+
+    Returns:
+        The same method.
+    """
+    known = inspect.signature(backward).parameters
+    open_ended = inspect.Parameter.VAR_KEYWORD in {p.kind for p in known.values()}
+
+    @functools.wraps(backward)
+    def called(*args: _P.args, **options: _P.kwargs) -> _R:
+        losses = len(args) - 1 + ("losses" in options)
+        if losses != 1 or not (open_ended or options.keys() <= known.keys()):
+            raise _wrong_call(args, options, list(known))
+        return backward(*args, **options)
+
+    return called
+
+
+def _wrong_call(args: Sequence[Any], options: Mapping[str, Any], known: Sequence[str]) -> TypeError:
+    name = args[0]._name
+    unknown = [key for key in options if key not in known]
+    if len(args) > 2:
+        return TypeError(
+            f"{name}.backward: takes all losses in one argument, got {len(args) - 1}. Pass a dict or a list: "
+            'backward({"first": loss1, "second": loss2}), or backward([loss1, loss2]).'
+        )
+    if unknown and all(isinstance(options[key], Tensor) or options[key] is None for key in unknown):
+        entries = ", ".join(f'"{key}": {key}' for key in unknown)
+        return TypeError(
+            f"{name}.backward: takes all losses in one argument, and not each by its name. Pass a dict or a list: "
+            f"backward({{{entries}}})."
+        )
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lower(), known[2:], n=1)
+        hint = f" (did you mean `{near[0]}`?)" if near else ""
+        return TypeError(f"{name}.backward: there is no argument `{unknown[0]}`{hint}.")
+    return TypeError(f"{name}.backward: `losses` must be given once. Pass a dict or a list of scalar losses.")
+
+
 class InOrder(dict[str, Any]):
-    """What the user gave as a sequence: in the order of the losses, under "0", "1" and so on, whatever their names."""
+    """What the user gave as a sequence, under "0", "1" and so on: in the order of the losses of the first call."""
 
 
 class MultiLossOptimizer(Optimizer):
@@ -76,12 +126,14 @@ class MultiLossOptimizer(Optimizer):
             written in Python that the losses reach in different ways. `shared_params` spares these.
         warmup: Number of committed steps at the beginning that use the plain sum.
         preference: The user's priorities, > 0, by name or in the order of the losses. They multiply the rows (surgery)
-            or the weights (weighting), unless the paper has its own place for them.
+            or the weights (weighting), unless the paper has its own place for them. What any argument gives in order
+            belongs to the names that the first call has in this order, and stays theirs; ``state_dict`` keeps it.
         weight_momentum: a in w ← a w_last + (1 − a) w, 0 ≤ a < 1: smoothed weights against noisy gradients (CR-MOGM,
             Zhou et al., NeurIPS 2022, algorithm 1). The first step uses w.
         min_weight: Lower bound of the method's weights in sum scale (1 is the plain sum), applied last.
         max_weight: Upper bound, likewise.
-        seed: Start of the method's own random stream. Draws depend on the seed and the number of committed steps only.
+        seed: Start of the method's own random stream, below 2**64. Draws depend on the seed and the number of
+            committed steps only.
         distributed: The processes of the default group train this model together, each on its part of the batch.
             Gradients and losses are exchanged, so that every process makes the same step. With parameters sharded by
             ``fully_shard`` or a tensor-parallel plan this is found by itself.
@@ -104,6 +156,8 @@ class MultiLossOptimizer(Optimizer):
     has_weights = True
     #: Why `preference` is refused; empty if it is not.
     preference_refused = ""
+    # Something the user gave goes by the order of the losses, which the first call fixes.
+    _goes_by_order = False
 
     def __init__(
         self,
@@ -127,9 +181,9 @@ class MultiLossOptimizer(Optimizer):
         self._name = type(self).__name__
         # Not calling super().__init__ is what makes hooks run once, in the base: it would patch `step` on this class.
         if not isinstance(optimizer, Optimizer):
-            hint = " Pass an instance, not the class." if isinstance(optimizer, type) else ""
             raise TypeError(
-                f"{self._name}: `optimizer` must be a torch.optim.Optimizer, got {_shown(optimizer)}.{hint}"
+                f"{self._name}: `optimizer` must be a torch.optim.Optimizer, got {_shown(optimizer)}."
+                f"{_instead(self._name, optimizer)}"
             )
         if unknown:
             raise TypeError(f"{self._name}: {_unknown(type(self), unknown, optimizer)}")
@@ -138,11 +192,11 @@ class MultiLossOptimizer(Optimizer):
         self.nonfinite = self._choice("nonfinite", nonfinite, ("raise", "skip", "drop"))
         self.every = self._count("every", every, least=1)
         self.warmup = self._count("warmup", warmup, least=0)
-        self.preference = None if preference is None else self._by_name("preference", preference)
+        self.preference = None if preference is None else self._numbers("preference", preference, above=0.0)
         self.weight_momentum = self._number("weight_momentum", weight_momentum, least=0.0, below=1.0)
         self.min_weight = -math.inf if min_weight is None else self._number("min_weight", min_weight)
         self.max_weight = math.inf if max_weight is None else self._number("max_weight", max_weight)
-        self.seed = self._count("seed", seed, least=0)
+        self.seed = self._count("seed", seed, least=0, below=2**64)
         self.distributed = bool(distributed) or process_group is not None
         self.process_group = process_group
         self.debug = bool(debug)
@@ -161,6 +215,7 @@ class MultiLossOptimizer(Optimizer):
         self._run: dict[str, Any] = {
             "committed": {"step": 0},
             "pending": None,
+            "updated": None,  # what the update being made commits, until `step` ends
             "kept": None,
             "report": None,
             "warned": False,
@@ -171,6 +226,9 @@ class MultiLossOptimizer(Optimizer):
             "unbatched": False,
             "hooked": False,
             "flags": [],
+            "earlier": (),  # flags of micro-batches, which the report on all of them repeats
+            "warned_of_names": False,
+            "stepped": True,  # the last call's proposal went into an update
             **_of_one_call(),
         }
         if isinstance(optimizer, MultiLossOptimizer):
@@ -235,8 +293,18 @@ class MultiLossOptimizer(Optimizer):
         found: Callable[[], Any] = base.eval
         return found
 
+    @property
+    def consolidate_state_dict(self) -> Callable[..., Any]:
+        """``consolidate_state_dict`` of the wrapped optimizer, where it has one, as ZeroRedundancyOptimizer does."""
+        base: Any = self.base
+        found: Callable[..., Any] = base.consolidate_state_dict
+        return found
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make the step of the wrapped optimizer, and commit what the last ``backward`` proposed.
+
+        Once the wrapped optimizer has made its update the commit is certain, whatever a hook that runs after the step
+        raises; ``state_dict`` in such a hook has the new memory already. If it raises before, nothing is committed.
 
         Args:
             closure: Evaluates the model and calls ``backward``, for optimizers such as L-BFGS. It returns
@@ -256,14 +324,18 @@ class MultiLossOptimizer(Optimizer):
         loop: misuse.Loop = self._run["loop"]
         if closure is None:
             loop.see_step(self)
-        with loop.step():
-            result = self.base.step(closure)
+        try:
+            with loop.step():
+                result = self.base.step(closure)
+            if self._run["updated"] is None:  # not every optimizer runs hooks
+                self._note_update()
+        finally:
+            self._commit()
         if self._run["kept"] is not None:
             raise RuntimeError(
                 f"{self._name}.step: the closure accumulated gradients and did not act on them, so the step was made "
                 "without. Leave out accumulate=True in its last backward()."
             )
-        self._commit()
         if closure is not None:
             loop.see_step(self)
         return result
@@ -275,7 +347,7 @@ class MultiLossOptimizer(Optimizer):
             set_to_none: As in torch.
         """
         self.base.zero_grad(set_to_none)
-        self._run.update(pending=None, kept=None)
+        self._run.update(pending=None, kept=None, earlier=())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer.
@@ -296,7 +368,7 @@ class MultiLossOptimizer(Optimizer):
         state[_KEY] = {
             "class": self._name,
             "version": self.version,
-            "memory": _copied(self._run["committed"]),
+            "memory": _copied(self._learnt),
             "inner": inner,
         }
         return state
@@ -311,39 +383,55 @@ class MultiLossOptimizer(Optimizer):
             state_dict: What ``state_dict`` returned.
 
         Raises:
-            ValueError: A part of what this class saved is missing. Nothing is loaded then.
+            TypeError: `state_dict` is no mapping.
+            ValueError: It is not the state of an optimizer, or a part of what this class saved is missing or of a
+                wrong kind. Nothing is loaded then.
         """
+        self._require_state(state_dict)
         bare = dict(state_dict)
-        saved = bare.pop(_KEY, None)
+        own = bare.pop(_KEY, None)
         memory: dict[str, Any] = {"step": 0}
-        if saved is not None:
-            self._require_whole(saved)
-            if (saved["class"], saved["version"]) == (self._name, self.version):
-                memory = _copied(saved["memory"])
+        if own is not None:
+            same = self._require_whole(own)
+            if same:
+                memory = _copied(own["memory"])
             else:
-                warnings.warn(
-                    f"{self._name}.load_state_dict: the memory in this state belongs to {saved['class']} "
-                    f"(version {saved['version']}), not to {self._name} (version {self.version}). "
-                    "The parameters' state is loaded; the method starts afresh.",
-                    stacklevel=2,
+                warn(
+                    f"{self._name}.load_state_dict: the memory in this state belongs to {own['class']} "
+                    f"(version {own['version']}), not to {self._name} (version {self.version}). "
+                    "The parameters' state is loaded; the method starts afresh."
                 )
-            if saved["inner"] is not None and isinstance(self.base, MultiLossOptimizer):
-                bare[_KEY] = saved["inner"]
-        self.base.load_state_dict(bare)
-        self._run.update(committed=memory, pending=None, kept=None)
-        self._run["loop"].plain_steps = None
+            if own["inner"] is not None and isinstance(self.base, MultiLossOptimizer):
+                bare[_KEY] = own["inner"]
 
-    def _require_whole(self, saved: Any) -> None:
-        if not isinstance(saved, Mapping):
-            wrong = f"is a {type(saved).__name__}"
-        elif missing := [key for key in ("class", "version", "memory", "inner") if key not in saved]:
-            wrong = f"lacks {', '.join(missing)}"
-        elif not isinstance(saved["memory"], Mapping):
-            wrong = f"has a {type(saved['memory']).__name__} as its 'memory'"
-        elif "step" not in saved["memory"]:
-            wrong = "lacks memory['step']"
-        else:
-            return
+        def loaded() -> None:
+            self._run.update(committed=memory, updated=None, pending=None, kept=None, earlier=(), stepped=True)
+            self._run["loop"].plain_steps = None
+
+        with _ahead_of(getattr(self, "_optimizer_load_state_dict_post_hooks", None), loaded):
+            self.base.load_state_dict(bare)
+
+    def _require_state(self, state: object) -> None:
+        where = f"{self._name}.load_state_dict: `state_dict` must be what state_dict() of an optimizer returned"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{where}, got {_shown(state)}.")
+        kinds = {"state": Mapping, "param_groups": Sequence}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
+            raise ValueError(
+                f"{where}, with 'state' and 'param_groups'. This one has no {' and no '.join(map(repr, wrong))}; its "
+                f"keys are {saved.listed(state)}. Is it the state of a model, or a checkpoint with the optimizer's "
+                "state inside? Nothing was loaded."
+            )
+
+    def _require_whole(self, entry: Any) -> bool:
+        """Check the entry of this library in a state. Returns whether its memory is one of this class."""
+        wrong = saved.wrong_entry(entry)
+        same = not wrong and (entry["class"], entry["version"]) == (self._name, self.version)
+        # What another class keeps is not read. A class from elsewhere may keep what it likes.
+        if same:
+            wrong = saved.wrong_memory(entry["memory"], type(self).__module__.startswith("gradsurgery."))
+        if not wrong:
+            return same
         raise ValueError(
             f"{self._name}.load_state_dict: the entry {_KEY!r} of the state {wrong}: it was cut off or changed. "
             "Nothing was loaded. Delete the entry to load the rest; the method then starts afresh."
@@ -366,6 +454,7 @@ class MultiLossOptimizer(Optimizer):
         # As they are; torch's version would patch `step` on this class.
         self.__dict__.update(state)
         self._group = None
+        self._commit()  # a copy made by a hook is in no step
         misuse.watch(self)
 
     # ------------------------------------------------------------------------------- what users call
@@ -381,6 +470,7 @@ class MultiLossOptimizer(Optimizer):
         """Names of the losses whose gradients were accumulated, and that no call of ``backward`` has acted on yet."""
         return () if self._run["kept"] is None else tuple(self._run["kept"].present)
 
+    @told
     def backward(
         self,
         losses: Losses,
@@ -438,6 +528,8 @@ class MultiLossOptimizer(Optimizer):
         with self._proposal(tasks):
             self._run["residuals"] = residuals
             at = representation(self._name, features)
+            for what in () if accumulate else self._run["earlier"]:
+                self.flag(what)
             if accumulate and world is None and not tasks.present:
                 # A micro-batch without any task adds nothing; the last one acts on what was kept all the same.
                 report = Report((), np.zeros(0), flags=["accumulating"])
@@ -450,11 +542,16 @@ class MultiLossOptimizer(Optimizer):
                     report = self._act(call)
                     loop.proposed(self, scaler is not None)
                 self._run["kept"] = call.kept if accumulate else None
+                self._run["earlier"] = self._repeated() if accumulate else ()
             else:  # no loss is left
                 report = Report((), np.zeros(0), flags=[*self._run["flags"], "skipped"])
                 self._run["draft"] = None
+                self._run["earlier"] = self._repeated() if accumulate else ()
             self._run["report"] = report
         return report
+
+    def _repeated(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*self._run["earlier"], *(f for f in self._run["flags"] if f == "dropped")]))
 
     def _require_possible(self, accumulates: bool, exchanges: bool) -> None:
         """Refuse calls that a switch has no meaning for."""
@@ -491,7 +588,7 @@ class MultiLossOptimizer(Optimizer):
     def memory(self) -> dict[str, Any]:
         """The draft of the memory that this call will propose. Replace its values; never change them in place."""
         draft: dict[str, Any] | None = self._run["draft"]
-        memory = self._run["committed"] if draft is None else draft
+        memory = self._learnt if draft is None else draft
         # With one surgery a parameter or group, each has a memory of its own.
         return memory if self._run["part"] is None else memory[self._run["part"]]
 
@@ -507,7 +604,7 @@ class MultiLossOptimizer(Optimizer):
         Returns:
             The generator, at the start of the stream. Another call puts it there again.
         """
-        step = (self._run["draft"] or self._run["committed"])["step"]
+        step = (self._run["draft"] or self._learnt)["step"]
         # Made once: setting its state costs a tenth of making one.
         generator: np.random.Generator | None = self._run["generator"]
         if generator is None:
@@ -543,8 +640,14 @@ class MultiLossOptimizer(Optimizer):
             np.ones(len(self.names)) if self.preference is None else np.array(self.each("preference", self.preference))
         )
 
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The names of the losses in the order of the first call, for what the user gave in order."""
+        first = (self._run["draft"] or self._learnt).get("tasks")
+        return tuple(first) if first and self._goes_by_order else self._run["tasks"].names
+
     def by_name(self, argument: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Put the names of the losses of this call to what the user gave in their order.
+        """Put the names of the losses to what the user gave in their order.
 
         Args:
             argument: Name of the argument, for the error.
@@ -557,14 +660,30 @@ class MultiLossOptimizer(Optimizer):
             ValueError: There are more or fewer entries than losses.
         """
         names = self._run["tasks"].names
-        if not isinstance(given, InOrder) or given.keys() >= set(names):
+        if not isinstance(given, InOrder):
+            if given.keys() >= set(self.names):  # or the error is about what is missing
+                self._look_for_strangers(argument, given)
             return given
-        if len(given) != len(names):
+        if given.keys() >= set(names):
+            return given
+        if len(given) != len(self.order):
             raise ValueError(
-                f"{self._name}: `{argument}` must have one entry for each of the losses {list(names)}, in this order, "
-                f"got {len(given)}. A dict gives entries by name."
+                f"{self._name}: `{argument}` must have one entry for each of the losses {list(self.order)}, in this "
+                f"order, got {len(given)}. A dict gives entries by name."
             )
-        return dict(zip(names, given.values(), strict=True))
+        return dict(zip(self.order, given.values(), strict=True))
+
+    def _look_for_strangers(self, argument: str, given: Mapping[str, Any]) -> None:
+        """A name that no loss has is a slip, or a task that was left out of the dict."""
+        names = self._run["tasks"].names
+        strangers = [name for name in given if name not in names]
+        if not strangers or (self._run["warned_of_names"] and not self.stateful):
+            return
+        told = f"{self._name}: `{argument}` has an entry for {strangers}, and the losses are {list(names)}."
+        if self.stateful:  # which gets all names in every call
+            raise ValueError(f"{told} Give an entry to losses only.")
+        self._run["warned_of_names"] = True
+        warn(f"{told} A task that is absent from this batch is passed as None.")
 
     def each(self, argument: str, given: Mapping[str, Any]) -> list[Any]:
         """Look up what the user gave for each present task.
@@ -627,17 +746,25 @@ class MultiLossOptimizer(Optimizer):
         # Gradients that are gone were cleared by `model.zero_grad()`, and what was proposed with them is void too.
         if run["pending"] is not None and run["kept"] is None and all(p.grad is None for p in parameters(self)):
             run["pending"] = None
-        run.update(draft=dict(run["committed"] if run["pending"] is None else run["pending"]), tasks=tasks, flags=[])
+        run.update(draft=dict(self._learnt if run["pending"] is None else run["pending"]), tasks=tasks, flags=[])
+        run["stepped"] = False
         try:
             self._check_names(tasks)
             yield
             if run["draft"] is not None:
                 run["pending"] = run["draft"]
         finally:
-            run.update(_of_one_call())
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let go of all that belongs to one call."""
+        self._run.update(_of_one_call())
 
     def _check_names(self, tasks: Tasks) -> None:
         if not self.stateful:
+            # Names that are numbers say themselves where they belong.
+            if self._goes_by_order and "tasks" not in self.memory and not all(map(str.isdecimal, tasks.names)):
+                self.memory["tasks"] = list(tasks.names)
             return
         known = self.memory.get("tasks")
         if known is None:
@@ -649,21 +776,32 @@ class MultiLossOptimizer(Optimizer):
                 "call, and None for a task that is absent."
             )
 
-    def _commit(self) -> None:
+    @property
+    def _learnt(self) -> dict[str, Any]:
+        """The memory that belongs to the parameters as they are: what is committed, or is about to be."""
         run = self._run
-        if run["pending"] is not None:
-            run["committed"] = {**run["pending"], "step": run["pending"]["step"] + 1}
-            run["pending"] = None
+        learnt: dict[str, Any] = run["committed"] if run["updated"] is None else run["updated"]
+        return learnt
+
+    def _note_update(self) -> None:
+        """The wrapped optimizer has made its update: what was proposed belongs to it, whatever a hook does now."""
+        run = self._run
+        # What was accumulated has not been acted on: the step was made without.
+        if run["pending"] is not None and run["kept"] is None:
+            updated = {**run["pending"], "step": run["pending"]["step"] + 1}
+            run.update(updated=updated, pending=None, stepped=True)
+
+    def _commit(self) -> None:
+        self._run.update(committed=self._learnt, updated=None)
 
     def _warn_of_ranks(self) -> None:
         """Replicas that drift apart give no sign of it."""
         if not self._run["warned_of_ranks"] and dist.get_world_size() > 1:
             self._run["warned_of_ranks"] = True
-            warnings.warn(
+            warn(
                 f"{self._name}.backward: {dist.get_world_size()} processes run, and nothing is exchanged between them. "
                 "Replicas of one model that see different batches drift apart. Pass distributed=True to the "
-                "constructor, or process_group=. Processes that train models of their own can ignore this.",
-                stacklevel=4,
+                "constructor, or process_group=. Processes that train models of their own can ignore this."
             )
 
     def _due(self) -> Literal["act", "reuse", "warmup"]:
@@ -676,7 +814,9 @@ class MultiLossOptimizer(Optimizer):
             return "act"
         return "reuse"
 
-    def _stops(self, finite: np.ndarray, what: str, scaler: torch.amp.GradScaler | None) -> bool:
+    def _stops(
+        self, finite: np.ndarray, what: str, scaler: torch.amp.GradScaler | None, wrong: str = "is not finite"
+    ) -> bool:
         """Apply the policy for values that are not finite.
 
         Returns:
@@ -694,23 +834,69 @@ class MultiLossOptimizer(Optimizer):
             return True
         bad = [name for name, ok in zip(self.names, finite, strict=True) if not ok]
         raise RuntimeError(
-            f"{self._name}.backward: {what} of {', '.join(map(repr, bad))} is not finite. Nothing was "
+            f"{self._name}.backward: {what} of {', '.join(map(repr, bad))} {wrong}. Nothing was "
             'written. nonfinite="skip" passes over such a batch, nonfinite="drop" leaves out a loss whose value is '
             "not finite."
         )
 
+    def _fitting(
+        self,
+        weights: np.ndarray,
+        most: np.ndarray | float,
+        scaler: torch.amp.GradScaler | None,
+        world: World | None = None,
+    ) -> np.ndarray | None:
+        """Apply the same policy to weights that what they multiply cannot hold.
+
+        Args:
+            weights: As they are applied, (m,), or one for each of the rows that the method has.
+            most: The largest number of what they multiply, or one each.
+            scaler: The gradient scaler, or None.
+            world: The processes that share the work, or None.
+
+        Returns:
+            The weights; None if nothing is to be written.
+        """
+        fits = np.abs(weights) <= most  # nan does not
+        # All have the same weights, but a loss that others lack may be in half precision.
+        if world is not None and not (np.abs(weights) <= rows_module.LEAST_RANGE).all():
+            fits = ~world.any_of(torch.from_numpy((~fits).astype(np.uint8))).numpy().astype(bool)
+        if fits.all():
+            return weights
+        if scaler is not None and scaler.is_enabled():
+            return np.where(np.isnan(weights) | fits, weights, np.copysign(np.inf, weights))
+        shown = ", ".join(f"{w:.3g}" for w in weights[~fits])
+        wrong = (
+            f"is out of range ({shown}; the largest number of the dtype is {np.min(most):.3g}), so inf or nan would be "
+        )
+        m = len(self.names)
+        of_tasks = fits if len(fits) == m else np.full(m, False)
+        wrong += "written. `max_weight` bounds the weights"
+        return None if self._stops(of_tasks, "the weight", scaler, wrong) else weights
+
     def _spoiled(
-        self, gradients: Sequence[Tensor | None], scaler: torch.amp.GradScaler | None, world: World | None
+        self,
+        gradients: Sequence[Tensor | None],
+        scaler: torch.amp.GradScaler | None,
+        world: World | None,
+        doubtful: bool = False,
     ) -> bool:
-        """Under the policy "skip", look for inf and nan in new gradients after a single backward pass."""
+        """Look for inf and nan in new gradients: under the policy "skip", or where sums may have overflowed."""
         grads = [g for g in gradients if g is not None]
-        if self.nonfinite != "skip" or (scaler is not None and scaler.is_enabled()) or not grads:
+        if (self.nonfinite != "skip" and not doubtful) or (scaler is not None and scaler.is_enabled()) or not grads:
             return False
         worst = rows_module.peak([shards.local(g) for g in grads], grads[0].device)
         if world is not None:
             worst = world.total(worst.to(world.device(worst.device)))
         if bool(torch.isfinite(worst)):
             return False
+        if self.nonfinite != "skip":
+            dtypes = ", ".join(sorted({str(g.dtype).removeprefix("torch.") for g in grads}))
+            raise RuntimeError(
+                f"{self._name}.backward: every gradient is finite, and their weighted sum overflows {dtypes}. "
+                "Nothing was written. Divide the losses by a constant, bound the weights with `max_weight`, or keep "
+                'the parameters in a wider dtype. nonfinite="skip" passes over such a batch.'
+            )
         self._run["draft"] = None
         self.flag("nonfinite")
         self.flag("skipped")
@@ -718,14 +904,28 @@ class MultiLossOptimizer(Optimizer):
 
     # --------------------------------------------------------------------------- checks of arguments
 
+    def _given_params(self, given: Any) -> list[Tensor]:
+        """The argument `shared_params`: a parameter, several, or a module."""
+        if isinstance(given, torch.nn.Module):
+            given = given.parameters()
+        found = [given] if isinstance(given, Tensor) or not isinstance(given, Iterable) else list(given)
+        if found and all(isinstance(p, Tensor) for p in found):
+            return found
+        wrong = "nothing" if not found else _shown(next(p for p in found if not isinstance(p, Tensor)))
+        raise TypeError(
+            f"{self._name}: `shared_params` must be a parameter or an iterable of parameters, at least one, such "
+            f"as model.trunk.parameters(), or a module, got {wrong}."
+        )
+
     def _choice(self, name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
         if value not in allowed:
             raise ValueError(f"{self._name}: `{name}` must be one of {allowed}, got {value!r}.")
         return value
 
-    def _count(self, name: str, value: Any, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{self._name}: `{name}` must be an integer >= {least}, got {value!r}.")
+    def _count(self, name: str, value: Any, least: int, below: float = math.inf) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < below:
+            bound = f" and < {below}" if below < math.inf else ""
+            raise ValueError(f"{self._name}: `{name}` must be an integer >= {least}{bound}, got {value!r}.")
         return value
 
     def _require_positive(self, losses: np.ndarray, why: str) -> None:
@@ -760,15 +960,27 @@ class MultiLossOptimizer(Optimizer):
                 raise ValueError(f"{self._name}: `{name}` must be {bound}, got {value!r}.")
         return float(value)
 
-    def _by_name(self, name: str, given: Mapping[str, float] | Sequence[float]) -> dict[str, float]:
-        """Positive numbers by loss name, or in order."""
+    def _entries(self, name: str, given: Any, what: str = "numbers") -> dict[str, Any]:
+        """What was given for each loss, by name or in order."""
         if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
-            raise ValueError(f"{self._name}: `{name}` must be numbers by name or in order, got {given!r}.")
-        named = given if isinstance(given, Mapping) else InOrder((str(i), value) for i, value in enumerate(given))
-        kind = InOrder if isinstance(named, InOrder) else dict
-        return kind(
-            (str(key), self._number(f"{name}[{key!r}]", float(value), above=0.0)) for key, value in named.items()
-        )
+            raise ValueError(f"{self._name}: `{name}` must be {what} by name or in order, got {given!r}.")
+        if isinstance(given, Mapping):
+            return {str(key): value for key, value in given.items()}
+        self._goes_by_order = True
+        return InOrder((str(i), value) for i, value in enumerate(given))
+
+    def _numbers(self, name: str, given: Any, **bounds: float) -> dict[str, float]:
+        """Numbers for each loss, by name or in order."""
+        named = self._entries(name, given)
+        for key, value in named.items():
+            plain = value.item() if isinstance(value, (Tensor, np.generic)) else value
+            named[key] = self._number(f"{name}[{key!r}]", plain, **bounds)
+        return named
+
+    def _one_or_each(self, name: str, given: Any) -> float | dict[str, float]:
+        """One number for all losses, or one for each."""
+        each = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+        return self._numbers(name, given) if each else self._number(name, given)
 
 
 def _of_one_call() -> dict[str, Any]:
@@ -786,8 +998,41 @@ def _of_one_call() -> dict[str, Any]:
         "part": None,
         "factors": None,
         "measured": None,
+        "numbers": None,
         "projections": None,
+        "complete": True,
     }
+
+
+@contextmanager
+def _ahead_of(hooks: OrderedDict[int, Any] | None, act: Callable[[], None]) -> Iterator[None]:
+    """Do something once the optimizer inside has done its work, before a hook of somebody else can raise.
+
+    Args:
+        hooks: Torch's table of the hooks that follow; None for an optimizer that runs none.
+        act: What to do. Without hooks it is done at the end.
+
+    Yields:
+        Nothing.
+    """
+    done: list[bool] = []
+
+    def first(*_: object) -> None:
+        if not done:
+            done.append(True)
+            act()
+
+    if hooks is None:
+        yield
+    else:
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = first
+        hooks.move_to_end(handle.id, last=False)
+        try:
+            yield
+        finally:
+            handle.remove()
+    first()
 
 
 def _copied(value: Any) -> Any:
@@ -797,6 +1042,19 @@ def _copied(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_copied(entry) for entry in value]
     return value
+
+
+def _instead(name: str, given: object) -> str:
+    """What to pass instead of something that is no optimizer."""
+    if isinstance(given, type):
+        return (
+            f" Pass an instance, not the class: {name}({given.__name__}(model.parameters(), lr=...)). Code that asks "
+            f"for a class takes a function instead: "
+            f"lambda params, **options: {name}({given.__name__}(params, **options))."
+        )
+    if isinstance(given, (torch.nn.Module, Tensor, Iterable)):
+        return f" Wrap an optimizer of the parameters: {name}(torch.optim.AdamW(model.parameters(), lr=...))."
+    return ""
 
 
 def _shown(value: object) -> str:

@@ -28,6 +28,7 @@ class Report:
         engine: How gradients were found.
         reason: Why in that way.
         projections: How often one gradient was projected off another, or None.
+        unit: What the rows of `gram` were divided by: a power of two, where float64 does not hold their squares.
 
     Attributes:
         names: Names of the tasks present in the call, (m,), in the order given.
@@ -56,6 +57,7 @@ class Report:
         engine: str | None = None,
         reason: str | None = None,
         projections: int | None = None,
+        unit: float = 1.0,
     ) -> None:
         self.names = tuple(names)
         self.flags = tuple(dict.fromkeys(flags))
@@ -66,6 +68,7 @@ class Report:
         self._losses = losses
         self._gram = gram
         self._norms = norms
+        self._unit = unit  # of the rows whose inner products `gram` holds, where float64 does not hold those of others
 
     @property
     def losses(self) -> dict[str, float]:
@@ -86,14 +89,17 @@ class Report:
 
     @property
     def gram(self) -> Tensor | None:
-        """Inner products of the gradient rows over the shared parameters, (m, m), float64, on the CPU."""
-        return None if self._gram is None else torch.from_numpy(self._gram.copy())
+        """Inner products of the gradient rows over the shared parameters, (m, m), float64, on the CPU.
+
+        What float64 does not hold is inf or 0; `norms` and `cosines` are right all the same.
+        """
+        return None if self._gram is None else torch.from_numpy(self._gram * self._unit * self._unit)
 
     @property
     def norms(self) -> dict[str, float] | None:
         """Norm of each gradient row, by name."""
         if self._gram is not None:
-            norms = np.sqrt(np.diag(self._gram))
+            norms = self._unit * np.sqrt(np.diag(self._gram))
         elif self._norms is not None:
             norms = self._norms
         else:

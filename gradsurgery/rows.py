@@ -5,7 +5,7 @@ A *row* is the gradient of one loss. It is kept as autograd returns it: one tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,6 +18,8 @@ from gradsurgery.graph import Root, Start, differentiate
 
 # Entries up to which a parameter is small: calls then cost more than what they do.
 _SMALL = 2**14
+# The largest number of the narrowest dtype.
+LEAST_RANGE = torch.finfo(torch.float16).max
 
 
 def gradient(root: Root, params: Sequence[Tensor], seed: Tensor, retain_graph: bool) -> Row:
@@ -175,6 +177,34 @@ def one_pass(
         if engine != "grad":
             for p in params:
                 p.grad = None
+
+
+def largest_factor(params: Iterable[Tensor]) -> float:
+    """What rows can be multiplied by while they are added up, in single precision or better.
+
+    Args:
+        params: The parameters.
+
+    Returns:
+        The largest number.
+    """
+    dtypes = {torch.promote_types(p.dtype, torch.float32) for p in params}
+    return min((torch.finfo(dtype).max for dtype in dtypes), default=float("inf"))
+
+
+def may_overflow(bound: float, params: Iterable[Tensor]) -> bool:
+    """Whether entries up to a bound may be too large for some parameter's dtype.
+
+    Args:
+        bound: No entry is larger.
+        params: The parameters.
+
+    Returns:
+        True if they have to be looked at.
+    """
+    if bound <= LEAST_RANGE:  # as almost always
+        return False
+    return not bound <= min((torch.finfo(dtype).max for dtype in {p.dtype for p in params}), default=float("inf"))
 
 
 def combine(column: Sequence[Tensor | None], weights: Sequence[float], like: Tensor) -> Tensor | None:

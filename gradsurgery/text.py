@@ -1,11 +1,14 @@
-"""Plain tables for a terminal, a pipe or a file: no colour, no package needed."""
+"""What people read: plain tables for a terminal, a pipe or a file, without colour or a package, and warnings."""
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import shutil
+import sys
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -49,6 +52,62 @@ def _fitted(table: Sequence[Sequence[str]], width: int) -> list[int]:
             break
         widths[max(wide, key=lambda i: widths[i])] -= 1
     return widths
+
+
+def spelling(name: str) -> str:
+    """A name without what people write differently.
+
+    Args:
+        name: The name.
+
+    Returns:
+        Small letters, without hyphens and underscores.
+    """
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def spellings(known: Iterable[str]) -> dict[str, str]:
+    """Under what names may be looked up: by their small letters, "Weighter" at the end or not.
+
+    Args:
+        known: The names.
+
+    Returns:
+        Spellings to names.
+    """
+    names = list(known)
+    return {spelling(name): name for name in names} | {spelling(name).removesuffix("weighter"): name for name in names}
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by a name that is not known.
+
+    Args:
+        name: The name.
+        known: Those that there are.
+
+    Returns:
+        A sentence with a blank before it; empty if nothing is near.
+    """
+    folded, wanted = spellings(known), spelling(name)
+    near = [wanted] if wanted in folded else difflib.get_close_matches(wanted, folded, n=3)
+    names = dict.fromkeys(folded[key] for key in near)
+    return f" Did you mean {' or '.join(names)}?" if names else ""
+
+
+def warn(message: str) -> None:
+    """Warn at the user's line, however many calls within this library and torch have led from there to here.
+
+    Args:
+        message: What to say.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+_PASSED_OVER = ("gradsurgery", "torch")
 
 
 def terminal_width() -> int:

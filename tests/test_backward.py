@@ -734,7 +734,7 @@ def test_a_scaler_changes_nothing(x, wrap):
 
 
 def test_a_weighter_under_surgery_is_like_weighted_losses(net, x):
-    gradsurgery.MGDA(Halves(sgd(net), reduction="mean")).backward(net(x))
+    gradsurgery.MGDA(Halves(sgd(net))).backward(net(x))
     composed = grads(net)
     net.zero_grad()
     losses = net(x)
@@ -779,11 +779,19 @@ ARGUMENTS = [
     (gradsurgery.PCGrad, {"every": 1.5}, r"`every` must be an integer"),
     (gradsurgery.PCGrad, {"warmup": -1}, r"`warmup` must be an integer >= 0, got -1"),
     (gradsurgery.PCGrad, {"seed": True}, r"`seed` must be an integer"),
+    (gradsurgery.PCGrad, {"seed": 2**64}, r"`seed` must be an integer >= 0 and < 18446744073709551616, got 1844"),
     (gradsurgery.MGDA, {"normalize": "l1"}, r"MGDA: `normalize` must be one of"),
     (gradsurgery.MGDA, {"solver": "sgd"}, r"`solver` must be one of"),
     (gradsurgery.MGDA, {"max_iterations": 0}, r"`max_iterations` must be an integer >= 1"),
     (gradsurgery.MGDA, {"tolerance": 0.0}, r"`tolerance` must be > 0, got 0.0"),
 ]
+
+
+@pytest.mark.parametrize("method", [gradsurgery.PCGrad, gradsurgery.GradDrop, gradsurgery.RandomWeighter])
+def test_the_largest_seed_works(net, x, method):
+    optimizer = method(sgd(net), seed=2**64 - 1)
+    optimizer.backward(net(x))
+    optimizer.step()
 
 
 @pytest.mark.parametrize(("method", "arguments", "message"), ARGUMENTS)

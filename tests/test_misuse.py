@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import linecache
 import pickle
 import warnings
 
@@ -310,3 +311,51 @@ def test_silence_for_gradients_of_a_former_backward(said):
             optimizer.backward(losses(model))
         optimizer.step()
     assert not said
+
+
+# ------------------------------------------------------------------------------------ where a warning points
+
+
+def strangers(model, optimizer):
+    other = torch.nn.Linear(2, 2)
+    a, b = other(model(torch.ones(5, 3))).unbind(dim=1)
+    optimizer.backward([a.mean(), b.mean()])  # here
+
+
+def unknown_name(model, optimizer):
+    optimizer = type(optimizer)(optimizer.base, preference={"a": 1.0, "b": 1.0, "c": 1.0})
+    optimizer.backward(losses(model))  # here
+
+
+def another_memory(model, optimizer):
+    optimizer.load_state_dict(gs.MoCo(torch.optim.SGD(model.parameters(), lr=0.1)).state_dict())  # here
+
+
+def advice(model, optimizer):
+    with gs.Monitor(optimizer):
+        for _ in range(gs.monitor.INACTIVE_STEPS):
+            optimizer.zero_grad()
+            optimizer.backward({"a": model[2].weight.sum(), "b": model[2].weight.sum()})
+            optimizer.step()  # here
+
+
+def no_backward(model, optimizer):
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for _ in range(2):
+        sum(losses(model).values()).backward()
+        optimizer.step()  # here
+
+
+@pytest.mark.parametrize("method", [gs.PCGrad, lambda base: gs.PCGrad(gs.FixedWeighter(base))], ids=["alone", "nested"])
+@pytest.mark.parametrize("slip", [strangers, unknown_name, another_memory, advice, no_backward])
+def test_a_warning_points_at_the_line_of_the_user(slip, method, said):
+    model, optimizer = wrapped(method)
+    slip(model, optimizer)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert linecache.getline(__file__, said[0].lineno).endswith("# here\n")
+
+
+def test_a_warning_in_a_program_that_has_no_line_of_a_user(said):
+    exec("warn('so it is')", {"warn": gs.text.warn, "__name__": "gradsurgery.made_up"})
+    assert [str(w.message) for w in said] == ["so it is"]

@@ -21,7 +21,7 @@ def is_descent(gram: Array, weights: Array, rounding: float) -> bool:
     Returns:
         Whether it is certain; False where a number is not finite.
     """
-    lengths = np.sqrt(gram.diagonal())
+    weights, lengths = _below_one(weights)[0], np.sqrt(gram.diagonal())
     return bool((gram @ weights >= rounding * float(np.abs(weights) @ lengths) * lengths).all())
 
 
@@ -39,12 +39,19 @@ def moved_inside(gram: Array, weights: Array, rounding: float) -> Array | None:
     norms, cosines = unit(gram)
     if not (norms.all() and np.isfinite(cosines).all()):
         return None
+    weights, exponent = _below_one(weights)
     total = float(np.abs(weights) @ norms)
     extra = shift(half(cosines)[0], 2 * rounding * total - cosines @ (weights * norms))
     if extra is None or np.abs(extra).sum() > 20 * len(norms) * rounding * total:
         return None
     found = weights + extra / norms
-    return found if is_descent(gram, found, rounding) else None
+    return np.ldexp(found, exponent) if is_descent(gram, found, rounding) else None
+
+
+def _below_one(weights: Array) -> tuple[Array, int]:
+    """Weights divided by a power of two, so that their products with a Gram matrix are in range, and its exponent."""
+    exponent = int(np.frexp(np.abs(weights).max(initial=0.0))[1])
+    return np.ldexp(weights, -exponent), exponent
 
 
 def shift(columns: Array, bounds: Array) -> Array | None:

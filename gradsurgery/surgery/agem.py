@@ -32,8 +32,8 @@ class AGEM(Surgery):
 
     Args:
         optimizer: The optimizer that makes the step.
-        primary: Name of the primary loss; by default the first one in the call. Where it is absent from a batch the
-            plain sum of the others is taken, with the flag "primary-absent".
+        primary: Name of the primary loss; by default the first one in the first call. Where it is absent from a batch
+            the plain sum of the others is taken, with the flag "primary-absent".
         **switches: See :class:`gradsurgery.surgery.base.Surgery`.
 
     Raises:
@@ -52,7 +52,7 @@ class AGEM(Surgery):
         self, optimizer: Optimizer, *, primary: str | None = None, **switches: Unpack[SurgerySwitches]
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.primary = primary
+        self.primary = self._as_primary(primary)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m = len(gram)

@@ -45,7 +45,7 @@ def _others(m: int) -> np.ndarray:
 class SurgerySwitches(Switches, total=False):
     """Arguments that every surgery method takes; see :class:`Surgery`."""
 
-    shared_params: Iterable[Tensor] | None
+    shared_params: Tensor | Iterable[Tensor] | torch.nn.Module | None
     normalize: Literal["none", "l2", "loss", "loss+"]
     log_losses: bool
     granularity: Literal["all", "group", "parameter"]
@@ -77,13 +77,14 @@ class Surgery(MultiLossOptimizer):
     Args:
         optimizer: The optimizer that makes the step, or a weighter around it. Under a weighter the method, and all
             that is said here of losses and rows, sees each loss multiplied by its coefficient, as if you had done so.
-        shared_params: The parameters that the surgery acts on; all others get the plain gradient of the sum. Found from
-            the graph by default.
+        shared_params: The parameters that the surgery acts on, or the module that has them; all others get the plain
+            gradient of the sum. Found from the graph by default.
         normalize: What the rows are divided by before the method sees them, for rows of very different lengths: "none";
             "l2": sᵢ = ‖gᵢ‖; "loss": sᵢ = lᵢ; "loss+": sᵢ = ‖gᵢ‖ lᵢ. The last two need positive losses. The weights α of
             the scaled rows are applied to them: the raw gradients get αᵢ/sᵢ. In methods that keep rows between steps
             (MoCo, ExcessMTL, Bloop, GCond) the rows are what these have made of them: s is the length of the average,
-            say, or the present loss.
+            say, or the present loss. Where the direction does not turn when single rows are scaled, as that of ConFIG
+            and IMTLG, only its length changes.
         log_losses: Act on the logarithms of the losses, which must be positive: every gradient, private ones included,
             is divided by its loss (the ``LOG_`` variants of the FAMO repository). Not with a weighter inside, whose
             coefficients would drop out.
@@ -101,8 +102,8 @@ class Surgery(MultiLossOptimizer):
             turns out to be private only when all rows are there has been rounded as well.
         row_device: Where each row waits for the others, "cpu" for instance. Inner products are formed there, and
             nothing is rounded. Each row travels there and back. Both switches form rows (``engine="rows"``), so
-            compare with the ghosts of ``engine="auto"`` and with ``engine="blocks"`` first, which are exact. They have
-            no meaning for rows at `features`, and are refused with micro-batches, with several processes, and by
+            compare with the ghosts of ``engine="auto"`` and with ``engine="blocks"`` first, which are exact. They are
+            refused for rows at `features`, with micro-batches, with several processes, and by
             methods that keep rows between steps.
         **switches: See :class:`gradsurgery.optimizer.MultiLossOptimizer`.
 
@@ -111,6 +112,9 @@ class Surgery(MultiLossOptimizer):
         ValueError: An argument is out of range, or the combination has no meaning.
     """
 
+    #: d(sJ) = s^degree d(J) for rows of one step. None: the method compares lengths with absolute numbers, or with
+    #: those of other steps, and needs rows whose lengths have a square in float64.
+    degree: float | None = 1.0
     #: The method reads loss values, so that ``combine`` cannot do without them.
     needs_losses = False
     #: Of how many losses at most none rises to first order, as the method promises; see descent.py.
@@ -130,7 +134,7 @@ class Surgery(MultiLossOptimizer):
         self,
         optimizer: Optimizer,
         *,
-        shared_params: Iterable[Tensor] | None = None,
+        shared_params: Tensor | Iterable[Tensor] | torch.nn.Module | None = None,
         normalize: Literal["none", "l2", "loss", "loss+"] = "none",
         log_losses: bool = False,
         granularity: Literal["all", "group", "parameter"] = "all",
@@ -145,13 +149,17 @@ class Surgery(MultiLossOptimizer):
                 f"{self._name}: `optimizer` is already a surgery method ({type(optimizer).__name__}). "
                 "Wrap the torch optimizer, or a weighter around it."
             )
-        given = [shared_params] if isinstance(shared_params, Tensor) else shared_params
-        self.shared_params = None if given is None else frozenset(given)
-        if self.shared_params is not None and not all(isinstance(p, Tensor) for p in self.shared_params):
-            raise TypeError(
-                f"{self._name}: `shared_params` must be a parameter or an iterable of parameters, such as "
-                "model.trunk.parameters()."
-            )
+        self._require_nothing_unused()
+        self.shared_params: frozenset[Tensor] | None = None
+        if shared_params is not None:
+            self.shared_params = frozenset(self._given_params(shared_params))
+            own = {p for group in self.param_groups for p in group["params"]}
+            if foreign := [p for p in self.shared_params if p not in own]:
+                raise ValueError(
+                    f"{self._name}: `shared_params` has {len(foreign)} of {len(self.shared_params)} parameters that "
+                    f"are not in the optimizer (one has shape {tuple(foreign[0].shape)}), so the surgery could not act "
+                    "on them. Give them to the optimizer first, or name parameters of the model that it trains."
+                )
         self.normalize = self._choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
         self.log_losses = bool(log_losses)
         if self.log_losses and isinstance(optimizer, Weighter):
@@ -172,6 +180,18 @@ class Surgery(MultiLossOptimizer):
                 f'{self._name}: `every` > 1 needs granularity="all": weights of several parts cannot be '
                 "reused in one backward pass."
             )
+
+    def _require_nothing_unused(self) -> None:
+        """Refuse arguments of a weighter inside that only the optimizer outside reads."""
+        if not isinstance(self.base, Weighter):
+            return
+        usual = {"reduction": "sum", "nonfinite": "raise", "distributed": False, "debug": False}
+        for switch, value in usual.items():
+            if getattr(self.base, switch) != value:
+                raise ValueError(
+                    f"{self._name}: `{switch}`={getattr(self.base, switch)!r} of the {type(self.base).__name__} inside "
+                    f"has no effect. Give it to {self._name}."
+                )
 
     def _dtype_of_rows(self, dtype: torch.dtype | None) -> torch.dtype | None:
         if dtype in (None, torch.bfloat16):
@@ -348,7 +368,7 @@ class Surgery(MultiLossOptimizer):
         Returns:
             Draws from [0, 1), of the shape of the parameter, float32, on its device.
         """
-        step = (self._run["draft"] or self._run["committed"])["step"]
+        step = (self._run["draft"] or self._learnt)["step"]
         entropy = np.random.SeedSequence([self.seed, step, self._run["positions"][like]])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
         whole = self._run["pieces"].get(like, like)
@@ -371,7 +391,7 @@ class Surgery(MultiLossOptimizer):
         """Find the task that comes first, for the methods that have one.
 
         Args:
-            primary: Its name; ``None`` stands for the first loss of the call.
+            primary: Its name; ``None`` stands for the first loss of the first call.
 
         Returns:
             Its row; None, with the flag "primary-absent", if the task is absent from this batch.
@@ -379,17 +399,30 @@ class Surgery(MultiLossOptimizer):
         Raises:
             ValueError: No loss of the call has this name.
         """
-        names = self._run["tasks"].names
-        wanted = names[0] if primary is None else primary
-        if wanted not in names:
-            raise ValueError(
-                f"{self._name}: `primary` must be the name of a loss, one of {list(names)}, got {wanted!r}. "
-                "Pass the losses as a dict with that name."
-            )
+        wanted = self._primary_name(primary)
         if wanted not in self.names:
             self.flag("primary-absent")
             return None
         return self.names.index(wanted)
+
+    def _primary_name(self, primary: str | None) -> str:
+        names = self._run["tasks"].names
+        wanted = self.order[0] if primary is None else primary
+        if wanted not in names:
+            stands = " (which None stands for, as the first loss of the first call)" if primary is None else ""
+            raise ValueError(
+                f"{self._name}: `primary` must be the name of a loss, one of {list(names)}, got {wanted!r}{stands}. "
+                "Pass the losses as a dict with that name."
+            )
+        return wanted
+
+    def _as_primary(self, primary: str | None) -> str | None:
+        """Check the argument `primary`."""
+        if primary is None:
+            self._goes_by_order = True
+        elif not isinstance(primary, str):
+            raise TypeError(f"{self._name}: `primary` must be the name of a loss or None, got {primary!r}.")
+        return primary
 
     @property
     def noise(self) -> float:
@@ -449,19 +482,26 @@ class Surgery(MultiLossOptimizer):
                 coefficients = self._logarithmic(values) if self.log_losses else None
                 seen = self._seen(values, coefficients)
                 if self.needs_gram_only:
-                    gram = gram_module.gram_of_matrix(rows)
+                    table, gram = Table(rows), gram_module.gram_of_matrix(rows)
                     if not gram_module.in_range(gram):
                         self._require_finite(rows)
-                        gram = gram_module.gram_outside_float32(rows, gram)
-                    weights = self._solve(Table(rows), gram, seen, coefficients)
+                        gram = table.repaired(gram)
+                    weights = self._solve(table, gram, seen, coefficients)
                     if coefficients is not None:
                         weights = weights * coefficients
                     applied = weights if share == 1.0 else share * weights
-                    held = self._held(Table(rows), gram, applied, [rows[0]])
+                    if (held := self._held(table, gram, applied, [rows[0]])) is None:
+                        self._require_fitting(applied, rows)
                     out: Tensor | None = rows_module.mixed(rows, applied) if held is None else held.split([rows[0]])[0]
+                    lengths = table.unit * np.sqrt(gram.diagonal())
+                    with np.errstate(over="ignore"):
+                        bound = float(np.abs(applied) @ lengths)
+                    if rows_module.may_overflow(bound, [rows]):
+                        self._require_in_range(out)
                 else:
                     out = self._combined(rows, seen, coefficients, share)
             if update:
+                self._note_update()
                 self._commit()
                 pending = None
         finally:
@@ -478,7 +518,7 @@ class Surgery(MultiLossOptimizer):
                 f"{self._name}.combine: the method keeps rows of the parameters that it trains, and cannot go on with "
                 "others. Make another one for `combine`."
             )
-        known = tuple(self._run["committed"].get("tasks", ()))
+        known = tuple(self._learnt.get("tasks", ()))
         if self.stateful and known and len(known) != m:
             raise ValueError(
                 f"{self._name}.combine: the method keeps something for each of {list(known)}, so `rows` must have a "
@@ -505,15 +545,34 @@ class Surgery(MultiLossOptimizer):
         if coefficients is not None and len(weights) == m:
             weights = weights * coefficients
         applied = share * weights
-        if (held := self._held(whole, gram, applied, [like])) is not None:
-            return held.split([like])[0]
-        return self.direct([row for (row,) in table[: len(applied)]], applied.tolist(), like, share)
+        if (held := self._held(whole, gram, applied, [like])) is None:
+            self._require_fitting(applied, like)
+            out = self.direct([row for (row,) in table[: len(applied)]], applied.tolist(), like, share)
+        else:
+            (out,) = held.split([like])
+        self._require_in_range(out)
+        return out
+
+    def _require_fitting(self, weights: np.ndarray, rows: Tensor) -> None:
+        largest = rows_module.largest_factor([rows])
+        if not (np.abs(weights) <= largest).all():
+            raise RuntimeError(
+                f"{self._name}.combine: the weights {weights.tolist()} are out of range; the largest number of the "
+                f"dtype is {largest:.3g}. `max_weight` bounds the weights."
+            )
+
+    def _require_in_range(self, direction: Tensor | None) -> None:
+        if direction is not None and not torch.isfinite(direction).all():
+            raise RuntimeError(
+                f"{self._name}.combine: every row is finite, and their weighted sum overflows {direction.dtype}. "
+                "Divide the rows by a constant, or pass them in a wider dtype."
+            )
 
     def _held(
         self, table: Table, gram: np.ndarray, applied: np.ndarray, params: Sequence[Tensor], **spread: Any
     ) -> descent.Direction | None:
         """The direction, where its rounding could break what the method promises; see :mod:`descent`."""
-        if not self._promises(len(gram)):
+        if not self._promises(len(gram)) or not np.isfinite(applied).all():  # a scaler will skip this step
             return None
         found = descent.held(table, gram, applied, params, **spread)
         if found is not None and not found.descends:
@@ -536,6 +595,12 @@ class Surgery(MultiLossOptimizer):
             raise ValueError(
                 f"{self._name}.backward: `features` needs a method that finds one weight a loss from this batch alone. "
                 "This one works on the gradients of the parameters."
+            )
+        if call.features and (self.granularity != "all" or self._puts_rows_away):
+            which = f'granularity="{self.granularity}"' if self.granularity != "all" else "`row_dtype` and `row_device`"
+            raise ValueError(
+                f"{self._name}.backward: `features` excludes {which}: the rows are those at the features, and there is "
+                "one weight a loss. Leave out one of the two."
             )
         inner = self.base if isinstance(self.base, Weighter) else None
         if self._run["residuals"] is not None and (inner is None or not inner.uses_residuals):
@@ -730,7 +795,8 @@ class Surgery(MultiLossOptimizer):
             return np.ones(1)
         normalize = "none" if self._alone else self.normalize
         scaled = self.preference is not None and self.preference_scales_rows
-        if coefficients is None and normalize == "none" and not scaled:
+        central = gram_module.central(rows.unit * np.sqrt(gram.diagonal()))
+        if coefficients is None and normalize == "none" and not scaled and central == rows.unit == 1.0:
             self._run.update(rows=rows, row_scales=unscale)
             weights = self._settled(self.weights(gram, seen))
             self._run["rows"] = None
@@ -744,20 +810,43 @@ class Surgery(MultiLossOptimizer):
             return np.append(per_task, np.ones(max(0, len(gram) - m)))[: len(gram)]
 
         coefficients = spread(coefficients)
-        lengths = coefficients * np.sqrt(gram.diagonal())
+        lengths = coefficients * (rows.unit * np.sqrt(gram.diagonal()))
         around = np.ones(len(gram))
         if normalize in ("loss", "loss+"):
             self._require_positive(seen, f'normalize="{normalize}" divides by it')
-            around /= spread(seen)
+            with np.errstate(over="ignore"):  # an infinite weight is told of later
+                around /= spread(seen)
         if normalize in ("l2", "loss+"):
             around *= np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
         if self.preference_scales_rows:
             around *= spread(self.preferences())
-        scales = around * coefficients
+        central = gram_module.central(around * lengths)
+        correction = self._correction(central)
+        scales = around * coefficients * central
         self._run.update(rows=rows, row_scales=(scales * unscale)[:, None])
-        weights = self._settled(self.weights(scales[:, None] * gram * scales, seen))
+        scales = scales * rows.unit
+        weights = self._settled(correction * self.weights(scales[:, None] * gram * scales, seen))
         self._run["rows"] = None
         return around[: len(weights)] * weights
+
+    def _correction(self, central: float) -> float:
+        """What brings weights of rows that were multiplied by a number to those of the rows themselves."""
+        if central == 1.0:
+            return 1.0
+        if self.degree is None:
+            raise RuntimeError(
+                f"{self._name}: gradients longer than 1e60 or shorter than 1e-60 are out of range: the method compares "
+                "them with those of other steps or with absolute numbers, and float64 does not hold the products. "
+                "Divide the losses by a constant. Nothing was written."
+            )
+        with np.errstate(over="ignore", under="ignore"):
+            correction = float(np.float64(central) ** (1.0 - self.degree))
+        if not 0 < correction < math.inf:
+            raise RuntimeError(
+                f"{self._name}: the weights of gradients this long or short are out of range. Divide the losses by a "
+                "constant. Nothing was written."
+            )
+        return correction
 
     def _parts(self, shared: Sequence[Tensor]) -> dict[str, list[int]]:
         """Places of the shared parameters that have a surgery of their own, by a name that lasts."""

@@ -62,19 +62,14 @@ class Bloop(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.primary = None if primary is None else str(primary)
+        self.primary = self._as_primary(primary)
         self.strength = self._number("strength", strength, least=0.0)
         self.beta = self._number("beta", beta, above=0.0, most=1.0)
 
     def observe(
         self, rows: list[rows_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]
     ) -> list[rows_module.Row]:
-        everyone = self._run["tasks"].names
-        primary = everyone[0] if self.primary is None else self.primary
-        if primary not in everyone:
-            raise ValueError(
-                f"{self._name}.backward: `primary` must be the name of a loss, got {primary!r}. There are {everyone}."
-            )
+        primary = self._primary_name(self.primary)
         average = self.row_state("average", "main", params)
         if primary in self.names:
             for j, (e, g) in enumerate(zip(average, rows[self.names.index(primary)], strict=True)):
@@ -86,7 +81,7 @@ class Bloop(Surgery):
         return [*rows, average]
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        primary = self._run["tasks"].names[0] if self.primary is None else self.primary
+        primary = self._primary_name(self.primary)
         weights = np.array([1.0 if name == primary else self.strength for name in self.names] + [0.0])
         auxiliary = np.array([name != primary for name in self.names] + [False])
         if gram[-1, -1] > 0:

@@ -62,6 +62,7 @@ class DCGD(Surgery):
         super().__init__(optimizer, **switches)
         self.variant = self._choice("variant", variant, ("center", "projection", "average"))
         self.first_group = (first_group,) if isinstance(first_group, str) else first_group
+        self._goes_by_order = self._goes_by_order or first_group is None
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m = len(gram)
@@ -96,7 +97,7 @@ class DCGD(Surgery):
 
     def _in_first(self) -> np.ndarray:
         names = self._run["tasks"].names
-        group = names[:1] if self.first_group is None else self.first_group
+        group = self.order[:1] if self.first_group is None else self.first_group
         unknown = [name for name in group if name not in names]
         if unknown:
             raise ValueError(

@@ -49,13 +49,13 @@ def held(
         counted: Which columns of these the table counts; None: all.
 
     Returns:
-        The direction; None if no rounding matters, and the rows may be added up as usual.
+        The direction; None if no rounding matters, or it is out of range, and the rows may be added up as usual.
     """
     if is_certain(table, gram, weights):
         return None
     direction = Direction(table, [p.dtype for p in params], rows, counted)
     direction.find(weights)
-    return direction
+    return direction if direction.is_finite else None
 
 
 def is_certain(table: Table, gram: np.ndarray, weights: np.ndarray) -> bool:
@@ -106,11 +106,13 @@ class Direction:
         weights: The weights of the rows in the direction, (m,).
         flat: The direction as it is written, over all columns, float64.
         descends: Whether no loss rises.
+        is_finite: Whether the direction is in range, on all processes.
     """
 
     weights: np.ndarray
     flat: Tensor
     descends = False
+    is_finite = True
 
     def __init__(
         self,
@@ -178,13 +180,15 @@ class Direction:
             flat: The direction as it is written, float64.
 
         Returns:
-            ⟨gᵢ, d⟩ and Σₖ u |gᵢₖ| |dₖ|, (m,) each.
+            ⟨gᵢ, d⟩ and Σₖ u |gᵢₖ| |dₖ|, (m,) each, of rows and direction divided by the unit of the table.
         """
+        flat = flat / self.table.unit
         limits = _times(flat.abs(), self.roundoff)
         if self.counts is not None:
             limits, flat = _times(limits, self.counts), _times(flat, self.counts)
         found, start = np.zeros((2, len(self.rows))), 0
         for b in self._buckets():
+            b = b if self.table.unit == 1.0 else b / self.table.unit
             stop = start + b.shape[1]
             part, limit = flat[start:stop].to(b.device), limits[start:stop].to(b.device)
             dots = _dots(b, part) if self.double else b @ part
@@ -205,10 +209,11 @@ class Direction:
         for k in range(_ROUNDS + 1):
             products, limit = self.products(self.flat)
             self.descends = bool((products >= -_ALLOWED * limit).all())
-            if self.descends or k == _ROUNDS:
+            self.is_finite = bool(np.isfinite(products).all())
+            if self.descends or k == _ROUNDS or not self.is_finite:
                 return
             if columns is None:
-                lengths, columns = geometry.unit_rows(self.table.triangle)
+                lengths, columns = geometry.unit_rows(lambda: self.table.triangle() / self.table.unit)
                 safe = np.where(lengths > 0, lengths, 1.0)
             shifts = (geometry.shift(columns, (aim * limit - products) / safe) for aim in _AIMS)
             extra = next((shift / safe for shift in shifts if shift is not None), np.zeros(len(weights)))

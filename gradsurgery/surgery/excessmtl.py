@@ -53,6 +53,7 @@ class ExcessMTL(Surgery):
     """
 
     stateful = True
+    degree = None
     observes = True
 
     def __init__(self, optimizer: Optimizer, *, eta: float = 0.01, **switches: Unpack[SurgerySwitches]) -> None:

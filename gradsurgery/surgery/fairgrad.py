@@ -57,6 +57,7 @@ class FairGrad(Surgery):
         super().__init__(optimizer, **switches)
         self.alpha = self._number("alpha", alpha, above=0.0)
         self.scale = self._choice("scale", scale, ("sum", "paper"))
+        self.degree = 1.0 if self.scale == "sum" else (1 - self.alpha) / (1 + self.alpha)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         weights, solved = geometry.power_fixed_point(gram, self.alpha, self.factor, noise=self.noise, flag=self.flag)

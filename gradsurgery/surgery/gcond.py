@@ -62,6 +62,7 @@ class GCond(Surgery):
     """
 
     stateful = True
+    degree = None
     observes = True
     rows_repeat_tasks = True
 

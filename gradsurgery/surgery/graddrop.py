@@ -57,11 +57,11 @@ class GradDrop(Surgery):
         self, optimizer: Optimizer, *, leak: float | Mapping[str, float] = 0.0, **switches: Unpack[SurgerySwitches]
     ) -> None:
         super().__init__(optimizer, **switches)
-        by_name = leak.items() if isinstance(leak, Mapping) else [("", leak)]
-        leaks = {
-            name: self._number(f"leak[{name!r}]" if name else "leak", x, least=0.0, most=1.0) for name, x in by_name
-        }
-        self.leak = leaks if isinstance(leak, Mapping) else leaks[""]
+        self.leak: float | dict[str, float] = (
+            self._numbers("leak", leak, least=0.0, most=1.0)
+            if isinstance(leak, Mapping)
+            else self._number("leak", leak, least=0.0, most=1.0)
+        )
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         return np.ones(len(gram))
@@ -69,9 +69,7 @@ class GradDrop(Surgery):
     def direct(
         self, column: Sequence[Tensor | None], applied: Sequence[float], like: Tensor, share: float
     ) -> Tensor | None:
-        if isinstance(self.leak, dict) and (missing := [name for name in self.names if name not in self.leak]):
-            raise ValueError(f"{self._name}: `leak` must name every loss, {missing} is missing.")
-        leaks = [self.leak[name] if isinstance(self.leak, dict) else self.leak for name in self.names]
+        leaks = self.each("leak", self.leak) if isinstance(self.leak, dict) else [self.leak] * len(self.names)
         terms = [(rows_module.wide(g) * w, x) for g, w, x in zip(column, applied, leaks, strict=True) if g is not None]
         if not terms:
             return None

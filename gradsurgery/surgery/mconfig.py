@@ -65,6 +65,7 @@ class MConFIG(ConFIG):
     """
 
     stateful = True
+    degree = None
     observes = True
     moves_unreached = True
     has_weights = False

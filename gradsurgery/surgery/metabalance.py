@@ -33,8 +33,8 @@ class MetaBalance(Surgery):
         optimizer: The optimizer that makes the step.
         relax: r in [0, 1].
         beta: Decay of the moving averages, in [0, 1).
-        primary: Name of the primary loss; by default the first one in the call. Where it is absent from a batch the
-            plain sum of the others is taken, with the flag "primary-absent".
+        primary: Name of the primary loss; by default the first one in the first call. Where it is absent from a batch
+            the plain sum of the others is taken, with the flag "primary-absent".
         **switches: See :class:`gradsurgery.surgery.base.Surgery`. `granularity` is "parameter" by default, as in the
             code; `every` needs "all".
 
@@ -48,6 +48,7 @@ class MetaBalance(Surgery):
     """
 
     stateful = True
+    degree = None
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class MetaBalance(Surgery):
         super().__init__(optimizer, **switches)
         self.relax = self._number("relax", relax, least=0.0, most=1.0)
         self.beta = self._number("beta", beta, least=0.0, below=1.0)
-        self.primary = primary
+        self.primary = self._as_primary(primary)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         norms = np.sqrt(gram.diagonal())

@@ -78,6 +78,7 @@ class MoCo(Surgery):
         self.gamma_sigma = self._number("gamma_sigma", gamma_sigma, least=0.0)
         self.rho = self._number("rho", rho, least=0.0)
         self.relative = bool(relative)
+        self.degree = 1.0 if self.relative else None
 
     def observe(
         self, rows: list[rows_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]

@@ -14,6 +14,7 @@ from gradsurgery import losses as losses_module
 from gradsurgery import rows as rows_module
 from gradsurgery.call import Call
 from gradsurgery.losses import Losses
+from gradsurgery.optimizer import told
 from gradsurgery.report import Report
 from gradsurgery.surgery.base import Surgery, SurgerySwitches
 
@@ -41,6 +42,7 @@ class DoubleSampling(Surgery):
         super().__init__(optimizer, **switches)
         self._run["batches"] = []
 
+    @told
     def backward(self, losses: Losses, *, independent: Iterable[Losses] = (), **options: Any) -> Report:
         """Turn the losses into gradients and add them to ``.grad``.
 
@@ -191,6 +193,7 @@ class MoDo(DoubleSampling):
         self.gamma = self._number("gamma", gamma, least=0.0)
         self.rho = self._number("rho", rho, least=0.0)
         self.relative = bool(relative)
+        self.degree = 1.0 if self.relative else None
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         products, size = self.cross(gram)

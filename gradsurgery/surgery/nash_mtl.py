@@ -53,6 +53,7 @@ class NashMTL(Surgery):
     ) -> None:
         super().__init__(optimizer, **switches)
         self.scale = self._choice("scale", scale, ("sum", "paper"))
+        self.degree = 1.0 if self.scale == "sum" else 0.0
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         weights, solved = geometry.power_fixed_point(

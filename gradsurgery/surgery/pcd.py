@@ -41,12 +41,13 @@ class PCD(Surgery):
         beta: Decay of the moving averages, in [0, 1).
         eps: ε ≥ 0, in units of a squared gradient. The paper's is 1e-8.
         protect_primary: Demand ⟨g₁, d⟩ ≥ 0 as well. Not in the paper.
-        primary: Name of the primary loss; by default the first one in the call. Where it is absent from a batch the
-            plain sum of the others is taken, with the flag "primary-absent".
+        primary: Name of the primary loss; by default the first one in the first call. Where it is absent from a batch
+            the plain sum of the others is taken, with the flag "primary-absent".
         **switches: See :class:`gradsurgery.surgery.base.Surgery`.
 
     Raises:
-        ValueError: An argument is out of range, no loss of a call is called `primary`, or one has no `tau`.
+        ValueError: An argument is out of range, no loss of a call is called `primary`, one has no `tau`, or `tau` has a
+            name that no loss has.
 
     Example:
         >>> rows = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
@@ -55,6 +56,7 @@ class PCD(Surgery):
     """
 
     stateful = True
+    degree = None
     scale = "priority"
     preference_refused = "the primary task comes first, and `tau` says what the others get"
 
@@ -70,15 +72,15 @@ class PCD(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.tau = (
-            {str(name): self._number(f"tau[{name!r}]", value, least=0.0, most=1.0) for name, value in tau.items()}
+        self.tau: float | dict[str, float] = (
+            self._numbers("tau", tau, least=0.0, most=1.0)
             if isinstance(tau, Mapping)
             else self._number("tau", tau, least=0.0, most=1.0)
         )
         self.beta = self._number("beta", beta, least=0.0, below=1.0)
         self.eps = self._number("eps", eps, least=0.0)
         self.protect_primary = bool(protect_primary)
-        self.primary = primary
+        self.primary = self._as_primary(primary)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m, norms = len(gram), np.sqrt(gram.diagonal())
@@ -116,4 +118,5 @@ class PCD(Surgery):
         missing = [name for i, name in enumerate(self.names) if i != first and name not in self.tau]
         if missing:
             raise ValueError(f"{self._name}: `tau` must name every secondary loss, {missing} is missing.")
+        self._look_for_strangers("tau", self.tau)
         return np.array([self.tau.get(name, 0.0) for name in self.names])

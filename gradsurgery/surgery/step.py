@@ -165,6 +165,9 @@ class Step:
                 early = method._early_coefficients(call.values, measured)
                 if (stopped := self._stopped(early, np.ones(m))) is not None:
                     return stopped
+                largest = rows_module.largest_factor([*found.shared, *found.terms])
+                if method._fitting(early, largest, call.scaler) is None:
+                    return Report(self.names, call.values.cpu().numpy(), flags=method._run["flags"])
             self._observe(found, early)
 
         # Inner products; one transfer to the host.
@@ -181,7 +184,11 @@ class Step:
             scale = np.ones(1)
         grams = [table.repaired(g.reshape(len(table), -1)) / scale**2 for table, g in zip(tables, flat, strict=True)]
         count = len(tables[0]) if tables else m
-        gram = sum(grams, np.zeros((count, count)))
+        unit = max((table.unit for table in tables), default=1.0)
+        gram = sum(
+            (g if table.unit == unit else g * (table.unit / unit) ** 2 for table, g in zip(tables, grams, strict=True)),
+            np.zeros((count, count)),
+        )
         finite = np.isfinite(peaks) & _each_or_all(np.isfinite(gram.diagonal()), m)
         for numbers in more:
             finite &= np.isfinite(numbers).reshape(m, -1).all(axis=1)
@@ -217,9 +224,9 @@ class Step:
                 method.flag("nothing-shared")
             if method.every > 1 and self.due == "act":
                 self._remember(weights[0] if weights else np.ones(m))
+        doubts = [(g, table.unit) if p else None for p, g, table in zip(promised, grams, tables, strict=True)]
         del tables  # no name may hold the rows while they are combined
-        doubts = [g if p else None for p, g in zip(promised, grams, strict=True)]
-        return self._write(found, parts, weights, coefficients, early, values, gram, doubts)
+        return self._write(found, parts, weights, coefficients, early, values, gram, peaks, unit, doubts)
 
     @staticmethod
     def _count_reaching(found: Found) -> int:
@@ -236,20 +243,32 @@ class Step:
         early: np.ndarray | None,
         values: np.ndarray,
         gram: np.ndarray,
-        doubts: list[np.ndarray | None],
+        peaks: np.ndarray,
+        unit: float,
+        doubts: list[tuple[np.ndarray, float] | None],
     ) -> Report:
         """Combine the rows, and add the result to ``.grad``.
 
-        No loss may rise along the rows whose inner products are in `doubts`.
+        No loss may rise along the rows whose inner products are in `doubts`, with their unit.
         """
         method, call, share, m = self.method, self.call, self.share, self.m
         if call.world is not None:
             weights = [call.world.first(w, call.values.device) for w in weights]
+        total = coefficients if early is None else early
+        most = rows_module.largest_factor([*found.shared, *found.terms])
         applied = [share * (w * coefficients if len(w) == m else w) for w in weights]
         if found.ghosts is not None and applied and doubts[0] is not None:
-            applied[0] = self._form_where_needed(found, applied[0], doubts[0])
-        held = [self._held(found, part, w, g) for part, w, g in zip(parts, applied, doubts, strict=True)]
-        applied = [w if d is None else d.weights for w, d in zip(applied, held, strict=True)]
+            applied[0] = self._form_where_needed(found, applied[0], doubts[0][0])
+        held = [self._held(found, part, w, doubt) for part, w, doubt in zip(parts, applied, doubts, strict=True)]
+        # What is held was added up in double precision.
+        fitting = [
+            method._fitting(w, most, call.scaler) if d is None else d.weights
+            for w, d in zip(applied, held, strict=True)
+        ]
+        applied = [w for w in fitting if w is not None]
+        if len(applied) < len(fitting) or method._fitting(share * total, most, call.scaler) is None:
+            return Report(self.names, values, flags=method._run["flags"])
+        doubtful = self._may_overflow(found, applied, share * total, unit * np.sqrt(gram.diagonal()), peaks)
         if found.slices is not None:
             flat = None if held[0] is None else held[0].flat
             gradients: list[Tensor | None] = list(
@@ -270,7 +289,6 @@ class Step:
                     for row in found.rows:
                         row[j] = None  # freed while consumed: never more than m rows and one parameter
                     gradients[j] = self._direction(column[: len(w)], w.tolist(), found.shared[j])
-        total = coefficients if early is None else early
         plain = []
         for p, terms in found.terms.items():
             plain.append(rows_module.plain([(share * float(total[i]), g) for i, g in terms], shards.empty(p)))
@@ -278,9 +296,13 @@ class Step:
         if call.world is not None and not call.sharded:
             plain = call.world_total(plain, list(found.terms))
         targets = [*found.shared, *found.terms]
-        rows_module.write(targets, [shards.like(g, p) for g, p in zip([*gradients, *plain], targets, strict=True)])
+        sums = [shards.like(g, p) for g, p in zip([*gradients, *plain], targets, strict=True)]
+        if method._spoiled(sums if doubtful else [], call.scaler, call.world, doubtful):
+            return Report(self.names, values, flags=method._run["flags"])
+        rows_module.write(targets, sums)
 
-        uniform = applied[0] if len(applied) == 1 else None if applied else share * total
+        same = len(applied) == 1 or self.due != "act"  # in all parts
+        uniform = share * total if not applied else applied[0] if same else None
         if uniform is not None and (not method.has_weights or len(uniform) != m):
             uniform = None
         if uniform is not None and applied and early is not None:
@@ -296,13 +318,25 @@ class Step:
             engine=engine,
             reason=self.reason or None,
             projections=method._run.get("projections"),
+            unit=unit,
         )
+
+    def _may_overflow(
+        self, found: Found, applied: list[np.ndarray], total: np.ndarray, lengths: np.ndarray, peaks: np.ndarray
+    ) -> bool:
+        """Whether the result may be too large for the dtype of a parameter, though every row and weight is in range.
+
+        No entry of a sum is larger than the lengths of its rows together.
+        """
+        with np.errstate(over="ignore"):
+            bounds = [float(np.abs(w) @ lengths[: len(w)]) for w in applied] + [float(np.abs(total) @ peaks)]
+        return rows_module.may_overflow(max(bounds), [*found.shared, *found.terms])
 
     def _form_where_needed(self, found: Found, weights: np.ndarray, gram: np.ndarray) -> np.ndarray:
         """Weights with which ghosts may be added up; where there are none, the rows are formed."""
         ghosts = found.ghosts
         assert ghosts is not None
-        if descent.is_certain(ghosts, gram, weights):
+        if not np.isfinite(weights).all() or descent.is_certain(ghosts, gram, weights):
             return weights
         if (moved := descent.moved_inside(ghosts, gram, weights)) is not None:
             return moved
@@ -313,14 +347,15 @@ class Step:
         return weights
 
     def _held(
-        self, found: Found, part: list[int], weights: np.ndarray, gram: np.ndarray | None
+        self, found: Found, part: list[int], weights: np.ndarray, doubt: tuple[np.ndarray, float] | None
     ) -> descent.Direction | None:
         """The direction of a part, where rounding could make a loss rise; see :mod:`descent`."""
         method, call = self.method, self.call
-        if gram is None or found.ghosts is not None:
+        if doubt is None or found.ghosts is not None:
             return None
         params = [self._like(found.shared[j]) for j in part]
         table = self._table(found, part)
+        gram, table.unit = doubt
         if found.slices is not None:
             return method._held(table, gram, weights, [found.slices.rows[0]])
         if not call.sharded:
@@ -719,7 +754,9 @@ class Step:
                 self._remember(weights)
         if call.world is not None:
             weights = call.world.first(weights, call.values.device)
-        applied = self.share * weights * coefficients
+        applied = method._fitting(self.share * weights * coefficients, call.largest_weights, call.scaler, call.world)
+        if applied is None:
+            return Report(self.names, values, flags=method._run["flags"])
         if (weights == 1.0).all():
             gradients = call.one_pass(applied, [*shared, *plain], last=True)
         else:
@@ -728,7 +765,13 @@ class Step:
         if not method._spoiled(gradients, call.scaler, call.world):
             rows_module.write([*shared, *plain], gradients)
         return Report(
-            self.names, values, applied, gram if acts else None, flags=method._run["flags"], engine="one pass"
+            self.names,
+            values,
+            applied,
+            gram if acts else None,
+            flags=method._run["flags"],
+            engine="one pass",
+            unit=table.unit,
         )
 
     def _remember(self, weights: np.ndarray) -> None:

@@ -56,6 +56,7 @@ def report(step: Step) -> Report:
     total: Row = [None] * len(shared)
     plain: dict[Tensor, Tensor] = {}
     weights, norms, size = np.ones(m), np.zeros(m), 0.0  # of all that was added up
+    largest, peaks = rows_module.largest_factor(shared), 0.0
     finite, reached, seen = np.ones(m), np.zeros(m, dtype=bool), np.zeros(m, dtype=bool)
     for i in order:
         wanted, gradients = call.differentiate(i, everything)
@@ -70,27 +71,31 @@ def report(step: Step) -> Report:
             del g
         table = Table([total, fresh] if seen.any() else [fresh])
         (peak,), flat = rows_module.host([worst, table.products()])
+        peaks += float(peak)
         products = table.repaired(flat.reshape(len(table), -1))
-        noise = table.noise
+        noise, unit = table.noise, table.unit
         del table
         finite[i] = np.nan if not np.isfinite([peak, products[-1, -1]]).all() else 1.0
         if (stopped := step._stopped(values, np.isfinite(finite))) is not None:
             return stopped
-        norms[i] = np.sqrt(products[-1, -1]) / scale[0]
+        norms[i] = unit * np.sqrt(products[-1, -1]) / scale[0]
         if all(g is None for g in fresh):
             continue
         before, own = 1.0, priorities[i]
         if seen.any() and method._run["draft"] is not None:
-            least = (4 * noise * size) ** 2
+            least = (4 * noise * size / unit) ** 2
             before, own = geometry.pcgrad_of_two(products[0, 0], own * products[0, 1], own**2 * products[1, 1], least)
             own *= priorities[i]
-        size = before * size + own * float(np.sqrt(products[-1, -1]))
+        size = before * size + own * unit * float(np.sqrt(products[-1, -1]))
         weights[seen] *= before
-        held = None
-        if m == 2 and seen.any() and method._run["draft"] is not None:  # PCGrad, and its promise
-            pair = np.array([before, own])
-            held = method._held(Table([total, fresh]), products, pair, shared)
         weights[i], seen[i] = own, True
+        fitting = method._fitting(step.share * weights, largest, call.scaler)
+        if fitting is None:
+            return Report(step.names, values, flags=method._run["flags"])
+        own = float(fitting[i]) / step.share
+        held = None
+        if m == 2 and seen.all() and method._run["draft"] is not None:  # PCGrad, and its promise
+            held = method._held(Table([total, fresh], unit=unit), products, np.array([before, own]), shared)
         if held is None:
             _add(total, fresh, before, own, shared)
         else:
@@ -106,8 +111,11 @@ def report(step: Step) -> Report:
         method.flag("nothing-shared")
     gradients = [None if s is None else (s if step.share == 1.0 else s.mul_(step.share)) for s in total]
     gradients = [None if s is None else s.to(p.dtype) for s, p in zip(gradients, shared, strict=True)]
-    others = [rows_module.plain([(step.share, g)], p) for p, g in plain.items()]
-    rows_module.write([*shared, *plain], [*gradients, *others])
+    gradients += [rows_module.plain([(step.share, g)], p) for p, g in plain.items()]
+    doubtful = rows_module.may_overflow(step.share * max(size, peaks), [*shared, *plain])
+    if method._spoiled(gradients if doubtful else [], call.scaler, call.world, doubtful):
+        return Report(step.names, values, flags=method._run["flags"])
+    rows_module.write([*shared, *plain], gradients)
     return Report(
         step.names,
         values,

@@ -239,7 +239,9 @@ class Weighter(MultiLossOptimizer):
         weights = np.ones(m) if self._run["draft"] is None else self.coefficients(values, *more)
         if call.world is not None:
             weights = call.world.first(weights, call.values.device)
-        applied = share * weights
+        applied = self._fitting(share * weights, call.largest_weights, scaler, call.world)
+        if applied is None:
+            return Report(names, values, flags=self._run["flags"])
         targets = [*call.mine, *call.theirs]
         if call.kept is not None:
             targets, found = self._combined(call, applied, share)
@@ -247,7 +249,9 @@ class Weighter(MultiLossOptimizer):
             found = call.one_pass(applied, call.mine, last=not call.theirs)
             if call.theirs:
                 found += call.one_pass(np.full(m, share), call.theirs, last=True)
-            if all(g is None for g in found) and call.world is None:
+            # A hook behind the accumulation may have taken the gradients, as those do that make the step themselves.
+            taken = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in call.mine)
+            if all(g is None for g in found) and call.world is None and not taken:
                 require_reached(self, [False] * m)
         if not self._spoiled(found, scaler, call.world):
             rows_module.write(targets, found)

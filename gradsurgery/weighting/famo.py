@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradsurgery.losses import Tasks
 from gradsurgery.optimizer import Switches
-from gradsurgery.weighting.recording import RecordingWeighter, numbered, picked, softmax
+from gradsurgery.weighting.recording import RecordingWeighter, picked, softmax
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,20 +69,13 @@ class FAMOWeighter(RecordingWeighter):
         super().__init__(optimizer, **switches)
         self.lr = self._number("lr", lr, above=0.0)
         self.decay = self._number("decay", decay, least=0.0)
-        self.min_losses: float | dict[str, float]
-        if isinstance(min_losses, (Mapping, Sequence)):
-            named = numbered(min_losses)
-            self.min_losses = type(named)(
-                (str(k), self._number(f"min_losses[{k!r}]", float(v))) for k, v in named.items()
-            )
-        else:
-            self.min_losses = self._number("min_losses", min_losses)
+        self.min_losses = self._one_or_each("min_losses", min_losses)
 
     def update(self, losses: Mapping[str, Any] | Iterable[Any] | Tensor) -> None:
         """Learn from the losses after the step, on the batch of the last ``backward``.
 
         Call it after ``step()``, before the next ``backward``. Where no step was made since ``backward``, because a
-        gradient scaler skipped it, nothing happens.
+        gradient scaler skipped it or the batch was not finite, nothing happens, ``zero_grad()`` in between or not.
 
         Args:
             losses: Values or tensors, with or without a graph, named and ordered as in ``backward``; None for an absent
@@ -93,20 +86,23 @@ class FAMOWeighter(RecordingWeighter):
             ValueError: A name is unknown, or a loss is not a number above its bound. Nothing changes then.
         """
         where = f"{self._name}.update"
-        committed = self._run["committed"]
-        if self._run["pending"] is not None:
+        learnt = self._learnt
+        if not self._run["stepped"]:
             return
-        if not committed.get("before"):
+        if not learnt.get("before"):
             raise RuntimeError(f"{where}: there is no step to learn from. Call backward(), step(), then update() once.")
         named = losses.items() if isinstance(losses, Mapping) else ((str(i), x) for i, x in enumerate(losses))
         after = {str(k): float(v.detach() if isinstance(v, Tensor) else v) for k, v in named if v is not None}
-        known = committed["tasks"]
+        known = learnt["tasks"]
         if not set(after) <= set(known):
             raise ValueError(f"{where}: `losses` must have the names of the losses, {known}; got {list(after)}.")
-        with self._proposal(Tasks(tuple(known), tuple(after), (), ())):
+        draft = dict(learnt)
+        self._run.update(draft=draft, tasks=Tasks(tuple(known), tuple(after), (), ()))
+        try:
             self._learn(self._logs(np.array(list(after.values()))))
-            self.memory["before"] = {}
-        self._run.update(committed=self._run["pending"], pending=None)
+            self._run.update(committed={**draft, "before": {}}, updated=None)
+        finally:
+            self._forget()
 
     def coefficients(self, losses: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
         self._learn(self._logs(losses))

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.base import Weighter
-from gradsurgery.weighting.recording import numbered, picked, shared_out
+from gradsurgery.weighting.recording import picked, shared_out
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,10 +48,7 @@ class FixedWeighter(Weighter):
         super().__init__(optimizer, **switches)
         self.fixed: dict[str, float] | None = None
         if weights is not None:
-            named = numbered(weights)
-            self.fixed = type(named)(
-                (str(k), self._number(f"weights[{k!r}]", float(v), least=0.0)) for k, v in named.items()
-            )
+            self.fixed = self._numbers("weights", weights, least=0.0)
             if not any(self.fixed.values()):
                 raise ValueError(f"{self._name}: `weights` must not all be 0, got {weights!r}.")
 

@@ -45,12 +45,7 @@ class GradientSizeWeighter(RecordingWeighter):
         super().__init__(optimizer, **switches)
         self.shared_params: list[Tensor] | None = None
         if shared_params is not None:
-            self.shared_params = [shared_params] if isinstance(shared_params, Tensor) else list(shared_params)
-            if not self.shared_params or not all(isinstance(p, Tensor) for p in self.shared_params):
-                raise TypeError(
-                    f"{self._name}: `shared_params` must be a parameter or a non-empty iterable of "
-                    "parameters, such as model.trunk[-1].parameters()."
-                )
+            self.shared_params = self._given_params(shared_params)
 
     def _where(self, call: Call) -> list[Tensor]:
         if call.features:

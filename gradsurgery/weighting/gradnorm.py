@@ -47,7 +47,8 @@ class GradNormWeighter(Weighter):
 
     Args:
         optimizer: The torch optimizer that makes the step.
-        shared_params: Where the norms are measured: a parameter, or any iterable of them, all counted; read once.
+        shared_params: Where the norms are measured: a parameter, any iterable of them, or a module, all counted; read
+            once.
             Usually the weight of the last shared layer.
         alpha: Strength of the pull towards equal training rates, α ≥ 0. 0 equalises the norms; the paper uses 0.12 to
             1.5.
@@ -77,7 +78,7 @@ class GradNormWeighter(Weighter):
     def __init__(
         self,
         optimizer: Optimizer,
-        shared_params: Tensor | Iterable[Tensor],
+        shared_params: Tensor | Iterable[Tensor] | torch.nn.Module,
         *,
         alpha: float = 1.5,
         lr: float = 0.025,
@@ -88,12 +89,7 @@ class GradNormWeighter(Weighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.shared_params = [shared_params] if isinstance(shared_params, Tensor) else list(shared_params)
-        if not self.shared_params or not all(isinstance(p, Tensor) for p in self.shared_params):
-            raise TypeError(
-                f"{self._name}: `shared_params` must be a parameter or a non-empty iterable of parameters, "
-                "such as model.trunk[-1].parameters()."
-            )
+        self.shared_params = self._given_params(shared_params)
         self.alpha = self._number("alpha", alpha, least=0.0)
         self.lr = self._number("lr", lr, above=0.0)
         self.weight_optimizer = self._choice("weight_optimizer", weight_optimizer, ("adam", "sgd"))
@@ -101,7 +97,7 @@ class GradNormWeighter(Weighter):
         self.start = self._choice("start", start, ("ones", "losses", "norms"))
         first = initial_losses is None or (isinstance(initial_losses, str) and initial_losses == "first")
         given: Any = initial_losses
-        self.initial_losses = None if first else self._by_name("initial_losses", given)
+        self.initial_losses = None if first else self._numbers("initial_losses", given, above=0.0)
 
     def measure(self, call: Call) -> Tensor | None:
         # Gradient norms at `shared_params`, (m,).

@@ -56,7 +56,9 @@ class InitialLossWeighter(RecordingWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.initial_losses = None if initial_losses is None else self._by_name("initial_losses", initial_losses)
+        self.initial_losses = (
+            None if initial_losses is None else self._numbers("initial_losses", initial_losses, above=0.0)
+        )
         self.stateful = initial_losses is None
         self.batches = self._count("batches", batches, least=1)
         self.normalize = bool(normalize)
@@ -128,7 +130,7 @@ class PriorLossWeighter(Weighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.priors = self._by_name("priors", priors)
+        self.priors = self._numbers("priors", priors, above=0.0)
         self.normalize = bool(normalize)
         if self.normalize:
             self.scale = "sum"

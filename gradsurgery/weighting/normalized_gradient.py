@@ -72,7 +72,9 @@ class NormalizedGradientWeighter(GradientSizeWeighter):
         self.alpha = self._number("alpha", alpha, least=0.0)
         self.length = self._choice("length", length, ("mean", "max", "min", "geometric", "unit"))
         self.decay = self._number("decay", decay, least=0.0, below=1.0)
-        self.initial_losses = None if initial_losses is None else self._by_name("initial_losses", initial_losses)
+        self.initial_losses = (
+            None if initial_losses is None else self._numbers("initial_losses", initial_losses, above=0.0)
+        )
         self.stateful = self.decay > 0 or (self.alpha > 0 and self.initial_losses is None)
         if self.length == "unit":
             self.scale = "paper"

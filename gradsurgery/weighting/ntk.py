@@ -14,7 +14,7 @@ from gradsurgery import rows as rows_module
 from gradsurgery.call import Call, parameters
 from gradsurgery.gram import length
 from gradsurgery.optimizer import Switches
-from gradsurgery.weighting.recording import RecordingWeighter, numbered, ratio
+from gradsurgery.weighting.recording import RecordingWeighter, ratio
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,7 +97,8 @@ class NTKWeighter(RecordingWeighter):
         return found if call.world is None else call.world.total(found.to(call.world.device(device)))
 
     def _checked(self, residuals: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
-        named = numbered(residuals if isinstance(residuals, Mapping) else list(residuals))
+        given = residuals.items() if isinstance(residuals, Mapping) else enumerate(residuals)
+        named = {str(name): r for name, r in given}
         for name, r in named.items():
             if not isinstance(r, Tensor) or not r.is_floating_point() or not r.requires_grad or not r.numel():
                 raise TypeError(

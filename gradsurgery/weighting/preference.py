@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.base import Weighter
-from gradsurgery.weighting.recording import numbered, picked
+from gradsurgery.weighting.recording import picked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,14 +35,7 @@ class PreferenceWeighter(Weighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.reference: float | dict[str, float]
-        if isinstance(reference, (Mapping, Sequence)):
-            named = numbered(reference)
-            self.reference = type(named)(
-                (str(k), self._number(f"reference[{k!r}]", float(v))) for k, v in named.items()
-            )
-        else:
-            self.reference = self._number("reference", reference)
+        self.reference = self._one_or_each("reference", reference)
 
     def preferences(self) -> np.ndarray:
         # The base class multiplies the weights by these.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gradsurgery.optimizer import InOrder
 from gradsurgery.weighting.base import Weighter
 
 #: Bounds of learnt logarithms of weights: e to their power is still an ordinary number.
@@ -56,7 +55,7 @@ class RecordingWeighter(Weighter):
         # undo this one. All is computed before anything is replaced.
         rolled = {
             key: {**memory, **self.roll(memory)}
-            for key in ("committed", "pending")
+            for key in ("committed", "updated", "pending")
             if (memory := self._run[key]) is not None
         }
         self._run.update(rolled)
@@ -179,18 +178,6 @@ def picked(owner: Weighter, argument: str, given: Mapping[str, Any]) -> list[Any
         One entry a present task.
     """
     return owner.each(argument, given)
-
-
-def numbered(given: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    """Give the entries of a sequence stand-ins for the names of the losses.
-
-    Args:
-        given: By name, or in order.
-
-    Returns:
-        By name, with `InOrder` for what was in order.
-    """
-    return dict(given) if isinstance(given, Mapping) else InOrder((str(i), value) for i, value in enumerate(given))
 
 
 def require_nonnegative(owner: Weighter, losses: np.ndarray, why: str) -> None:

@@ -49,7 +49,7 @@ class RunningMaxWeighter(RecordingWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.gamma = None if gamma is None else self._by_name("gamma", gamma)
+        self.gamma = None if gamma is None else self._numbers("gamma", gamma, above=0.0)
         self.decay = self._number("decay", decay, above=0.0, most=1.0)
 
     def _largest(self, losses: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.base import Weighter
-from gradsurgery.weighting.recording import LOG_LIMIT, numbered, picked, require_nonnegative, step_size
+from gradsurgery.weighting.recording import LOG_LIMIT, picked, require_nonnegative, step_size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,7 +79,9 @@ class UncertaintyWeighter(Weighter):
     ) -> None:
         super().__init__(optimizer, **switches)
         self.form = self._choice("form", form, ("log_variance", "log1p"))
-        named: dict[str, Any] = {"all": kind} if isinstance(kind, str) else numbered(kind)
+        named: dict[str, Any] = (
+            {"all": kind} if isinstance(kind, str) else self._entries("kind", kind, "names of kinds")
+        )
         for name, value in named.items():
             self._choice("kind" if isinstance(kind, str) else f"kind[{name!r}]", value, KINDS)
         if self.form == "log1p" and "classification" in named.values():
