@@ -53,7 +53,7 @@ class Loop:
         """
         if kind not in self.said:
             self.said.add(kind)
-            warnings.warn(what, stacklevel=2)
+            warn(what)
 
     def lasts(self, kind: str, holds: bool, steps: int) -> bool:
         """Count the steps in a row in which something holds.

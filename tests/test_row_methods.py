@@ -523,7 +523,9 @@ def test_bloop_without_a_main_gradient():
 
 
 def test_bloop_arguments():
-    with pytest.raises(ValueError, match=r"Bloop: `primary` must be the name of a loss, one of \['0', '1', '2'\], got 'x'"):
+    with pytest.raises(
+        ValueError, match=r"Bloop: `primary` must be the name of a loss, one of \['0', '1', '2'\], got 'x'"
+    ):
         Bloop(any_optimizer(), primary="x").combine(JS[0])
     for options in ({"strength": -1.0}, {"beta": 0.0}, {"beta": 1.5}):
         with pytest.raises(ValueError, match=f"Bloop: `{next(iter(options))}`"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -24,6 +23,7 @@ from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
 from gradsurgery.surgery import descent
 from gradsurgery.surgery.step import Step
+from gradsurgery.text import warn
 from gradsurgery.weighting.base import Weighter
 
 if TYPE_CHECKING:
@@ -683,12 +683,11 @@ class Surgery(MultiLossOptimizer):
         """Say once that it is not known which parameters a loss reaches."""
         if not self._run["warned_of_doubt"]:
             self._run["warned_of_doubt"] = True
-            warnings.warn(
+            warn(
                 f"{self._name}.backward: the graph does not tell which parameters the losses reach (they are joined in "
                 "a compiled region or in a Python function), and the gradients of "
                 f"{', '.join(map(repr, names))} are zero so far. They count as reaching all parameters until one is "
-                "not zero. To say which parameters are shared, pass `shared_params`, such as model.trunk.parameters().",
-                stacklevel=6,
+                "not zero. To say which parameters are shared, pass `shared_params`, such as model.trunk.parameters()."
             )
 
     def _undecided(self) -> bool:
