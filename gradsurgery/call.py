@@ -303,9 +303,6 @@ def prepare(
         # Gradients of sharded parameters come back as means over the processes, all others as parts of a sum.
         factor = world.size if world is not None and spread else 1
         seeds = [seed * float(share * factor) for seed, share in zip(seeds, shares, strict=True)]
-    for root in tasks.roots:
-        if isinstance(root, Start) and root.together is not None:
-            root.together.seeds = seeds
     # A compiled backward that first ran without retain_graph refuses to run with it later. Where steps of both
     # kinds follow each other all retain, and the references are dropped instead.
     cadence = method.every > 1 or method.warmup > 0
@@ -313,6 +310,9 @@ def prepare(
         retain_graph or (both if cadence else later)
         for both, later in zip(graph.overlaps, graph.overlaps_later, strict=True)
     ]
+    for root in tasks.roots:
+        if isinstance(root, Start) and root.together is not None:
+            root.together.seeds, root.together.retain = seeds, retain
     call = Call(
         owner=method._name,
         tasks=tasks,

@@ -90,12 +90,12 @@ def _named(operations: str) -> frozenset[str]:
 # Operations that act entry by entry, with broadcasting.
 _ELEMENTWISE = _named(
     "Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy "
-    "BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Copysign Cos Cosh Detach Digamma Div Elu Erf "
-    "Erfc Erfinv Exp Exp2 Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh Huber "
-    "HuberLoss Hypot I0 KlDiv L1Loss LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logit MaskedFill "
-    "Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Polygamma Pow Prelu PreluKernel Reciprocal Relu "
-    "Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh SmoothL1Loss SoftMarginLoss "
-    "Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Trunc Where Xlogy"
+    "BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone CopyBackwards Copysign Cos Cosh Detach "
+    "Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish "
+    "Hardtanh Huber HuberLoss Hypot I0 KlDiv L1Loss LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp "
+    "Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Polygamma Pow Prelu PreluKernel "
+    "Reciprocal Relu Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh "
+    "SmoothL1Loss SoftMarginLoss Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Trunc Where Xlogy"
 )
 # Operations each of whose outputs depends on whole rows, or that pick entries by their values: what passes through one
 # output passes to all of the input. Not in need of a closer look as long as all of an output is reached by the same.
@@ -117,6 +117,12 @@ JOINING = _named(
     "Cat Stack CopySlices IndexAdd IndexCopy IndexPut IndexPutImpl IndexFill MaskedScatter Put Scatter ScatterAdd "
     "ScatterReduce SelectScatter SliceScatter DiagonalScatter AsStridedScatter Hstack Vstack BlockDiag"
 )
+# Elementwise operations that take each entry from one of their inputs.
+_CHOOSING = _named("MaskedFill Where")
+# Operations that may leave entries of an input out although they return as many.
+_PICKING = _named("AsStrided Embedding Gather Index IndexSelect Take Unfold")
+# Operations that put one tensor into a larger one, next to others where such are added.
+_PLACING = _named("Col2Im ConstantPadNd MaxUnpool2D MaxUnpool3D")
 #: Nodes that hand output k to input k and to no other.
 IDENTITIES = frozenset(("_DDPSinkBackward", "BackwardHookFunctionBackward"))
 
@@ -153,16 +159,20 @@ def both(a: Footprint, b: Footprint) -> Footprint:
     return a | b
 
 
-def may_join(kind: type) -> bool:
-    """Whether what reaches one input of an operation may differ from what reaches another.
+def may_join(kind: type, inputs: int) -> bool:
+    """Whether losses that reach a node may part below it, although all of them reach its output.
 
     Args:
-        kind: Class of a node.
+        kind: Class of the node.
+        inputs: How many it has.
 
     Returns:
-        False where the operation is known not to tell its inputs apart.
+        False where the operation is known not to tell its inputs apart, nor to be a part of a sum that does.
     """
-    return name(kind) not in PLAIN and name(kind) not in _NARROWING
+    operation = name(kind)
+    if inputs > 1 and (operation in _CHOOSING or (operation not in PLAIN and operation not in _NARROWING)):
+        return True
+    return operation in _PLACING
 
 
 def spread(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losses) -> list[Footprint]:
@@ -207,12 +217,14 @@ def _by_rule(
     node: Any, operation: str, below: Below, outputs: dict[int, Footprint], uniform: bool, losses: Losses
 ) -> list[Footprint] | None:
     """The footprints of the inputs; None if there is no way to know them."""
-    if uniform and (operation in PLAIN or operation in JOINING or not _narrows(node, below)):
+    picks = operation in _PICKING and type(below[0][0]).__name__ != "AccumulateGrad"
+    if uniform and not picks and (operation in PLAIN or operation in JOINING or not _narrows(node, below)):
         return [outputs[min(outputs)]] * len(below)
     if set(outputs) == {0} and not uniform:
         footprint = outputs[0]
         assert not isinstance(footprint, int)
-        if operation in _ELEMENTWISE:
+        chooses = operation in _CHOOSING and sum(child is not None for child, _ in below) > 1
+        if operation in _ELEMENTWISE and not chooses:
             return [0 if c is None else settled(_fitted(footprint, _shape(c, nr))) for c, nr in below]
         spreading = _SPREADING.get(operation)
         found = None if spreading is None else spreading(node, below, footprint)
@@ -324,6 +336,21 @@ def _unbind(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtyp
     return _assembled(shape, axis, parts, dtype)
 
 
+def _padded(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+    result, pads = _as_array(outputs[0], len(shape), dtype), node._saved_pad
+    for k in range(0, len(pads), 2):
+        axis = len(shape) - 1 - k // 2
+        before, after = _signed(pads[k]), _signed(pads[k + 1])
+        if result.shape[axis] > 1 or before < 0 or after < 0:
+            whole = [size if j != axis else shape[axis] + before + after for j, size in enumerate(result.shape)]
+            places = np.arange(shape[axis]) + before
+            there = (places >= 0) & (places < whole[axis])
+            part = np.take(np.broadcast_to(result, whole), places[there], axis)
+            result = np.zeros([size if j != axis else shape[axis] for j, size in enumerate(whole)], dtype)
+            result[(slice(None),) * axis + (there,)] = part
+    return result
+
+
 _NARROWING: dict[str, Callable[[Any, Sequence[int], dict[int, Footprint], type], Masks]] = {
     "Select": _select,
     "Slice": _slice,
@@ -332,6 +359,7 @@ _NARROWING: dict[str, Callable[[Any, Sequence[int], dict[int, Footprint], type],
     "UnsafeSplit": _split,
     "UnsafeSplitWithSizes": _split,
     "Unbind": _unbind,
+    "ConstantPadNd": _padded,
 }
 
 
@@ -342,6 +370,8 @@ def _cat(node: Any, below: Below, footprint: Masks) -> list[Footprint | None] | 
     axis = _axis(node._saved_dim, footprint.ndim)
     if footprint.shape[axis] == 1:
         return [footprint] * len(below)
+    if sum(child is None for child, _ in below) > 1:
+        return None
     sizes = [None if child is None else _shape(child, nr)[axis] for child, nr in below]
     if sizes.count(None) == 1:  # a constant, whose size follows from the others
         sizes[sizes.index(None)] = footprint.shape[axis] - sum(size for size in sizes if size is not None)
@@ -415,6 +445,14 @@ def _mixed_along(node: Any, below: Below, footprint: Masks) -> list[Footprint | 
     return [_collapsed(footprint, [_axis(node._saved_dim, footprint.ndim)]) for _ in below]
 
 
+def _accumulated(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    """An entry goes into those after it."""
+    axis = _axis(node._saved_dim, footprint.ndim)
+    if footprint.shape[axis] == 1:
+        return [footprint] * len(below)
+    return [np.flip(np.bitwise_or.accumulate(np.flip(footprint, axis), axis), axis)] * len(below)
+
+
 def _nll(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
     return [np.expand_dims(footprint, 1), *[None] * (len(below) - 1)]
 
@@ -439,9 +477,28 @@ def _batched(kept: Callable[[Any, Masks], int]) -> Callable[[Any, Below, Masks],
     return rule
 
 
+def _convolved(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    """Entries of the batch stay apart in the input, and groups of channels."""
+    ((child, nr), *parameters), groups = below, node._saved_groups
+    first = _collapsed(footprint, range(2, footprint.ndim))
+    if groups == 1 or first.shape[1] == 1:
+        first = _collapsed(first, [1])
+    elif child is not None:
+        first = np.bitwise_or.reduce(first.reshape(len(first), groups, -1), 2)
+        first = np.repeat(first, _shape(child, nr)[1] // groups, 1).reshape(
+            *first.shape[:1], -1, *[1] * (footprint.ndim - 2)
+        )
+    return [first, *[union(footprint)] * len(parameters)]
+
+
 def _attention(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
-    rows = _collapsed(footprint, [-2, -1])
-    return [rows if k < 3 else union(footprint) for k in range(len(below))]
+    """Queries stay apart, and columns of the values; heads only where there are as many of each."""
+    sides = [_collapsed(footprint, axes) for axes in ([-1], [-2, -1], [-2])]
+    heads = footprint.shape[1]
+    for k, (child, nr) in enumerate(below[1:3], 1):
+        if heads > 1 and child is not None and _shape(child, nr)[1] != heads:
+            sides[k] = _collapsed(sides[k], [1])
+    return [sides[k] if k < 3 else union(footprint) for k in range(len(below))]
 
 
 _LEADING = _batched(lambda node, footprint: 1)
@@ -452,11 +509,13 @@ _SPREADING: dict[str, Callable[[Any, Below, Masks], list[Footprint | None] | Non
     "Baddbmm": _product,
     "Bmm": _product,
     "Cat": _cat,
-    "Convolution": _LEADING,
-    "Cumsum": _mixed_along,
+    "Convolution": _convolved,
+    "Cumprod": _accumulated,
+    "Cumsum": _accumulated,
     "Expand": _expanded,
     "LinalgVectorNorm": _reduced,
     "LogSoftmax": _mixed_along,
+    "Logcumsumexp": _accumulated,
     "Logsumexp": _reduced,
     "Mean": _reduced,
     "Mm": _product,
@@ -513,6 +572,9 @@ def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Loss
                 if values is not None:
                     there: Masks = np.where(np.isnan(values), masks[k], 0).astype(losses.dtype)
                     results[place] = both(results[place], there if there.ndim else int(there))
+    for k, ((child, nr), result) in enumerate(zip(below, results, strict=True)):
+        if child is not None and not isinstance(result, int):  # autograd adds up what was broadcast afterwards
+            results[k] = settled(_fitted(result, _shape(child, nr)))
     if any(child is None for child, _ in below):
         return results
     # A mark that is lost everywhere was stopped by a value, such as a mask of zeros, and not by the operation.
@@ -554,12 +616,15 @@ def _run(
             continue
         marked = marks[np.searchsorted(masks, footprint)]
         whole = torch.from_numpy(np.array(np.broadcast_to(marked, tuple(entry.shape))))
+        whole = torch.complex(whole, whole) if dtype.is_complex else whole
         arguments.append(whole.to(entry.device, dtype))
     with torch.no_grad():
         result = node(*arguments)
     result = result if isinstance(result, tuple) else (result,)
     return [
-        None if value is None or child is None else value.detach().double().cpu().numpy()
+        None
+        if value is None or child is None
+        else (value.abs() if value.is_complex() else value).double().cpu().numpy()
         for value, (child, _) in zip(result, below, strict=True)
     ]
 

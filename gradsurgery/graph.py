@@ -53,13 +53,20 @@ class Stage(NamedTuple):
         at: dict[tuple[Node, int], Tensor] = {
             (node, 0): g for node, g in zip(self.tops, gradients, strict=True) if g is not None
         }
+        tops = set(self.tops)
         for join in self.joins:
-            if (join, 0) not in at:
+            g = at.pop((join, 0), None)
+            if g is None:
                 continue
-            found: Any = join(at.pop((join, 0)))  # type: ignore[operator]
+            if join not in tops:  # autograd runs the hooks of its output, as it has done at the tops
+                edge = GradientEdge(join, 0)
+                (g,) = torch.autograd.grad([edge], [edge], [g], retain_graph=True)
+            found: Any = join(g)  # type: ignore[operator]
             for place, g in zip(join.next_functions, found if isinstance(found, tuple) else (found,), strict=True):
                 node, output = place
                 if node is not None and g is not None:
+                    shape = node._input_metadata[output].shape
+                    g = g if g.shape == shape else g.sum_to_size(shape)  # what was broadcast
                     at[node, output] = at[node, output] + g if (node, output) in at else g
         return [at.get((edge.node, edge.output_nr)) for edge in self.edges]
 
@@ -73,10 +80,12 @@ class Together:
 
     Attributes:
         seeds: Gradient of the objective with respect to every loss of the call; to be set before the pass.
+        retain: For every loss of the call, whether another pass may need what it leaves; likewise.
     """
 
     def __init__(self, losses: Mapping[int, Tensor | GradientEdge], stages: Mapping[int, Stage]) -> None:
         self.seeds: Sequence[Tensor] = ()
+        self.retain: Sequence[bool] = ()
         self._losses = losses
         self._stages = stages
         self._found: dict[tuple[Node, int], Tensor | None] = {}
@@ -97,6 +106,7 @@ class Together:
             order = {node: None for stage in stages for node in stage.joins}
             whole = Stage(tops, tuple(order), tuple(edge for stage in stages for edge in stage.edges))
             seeds = [self.seeds[k] for k in self._losses]
+            retain_graph = retain_graph or any(self.retain[k] for k in self._losses)
             found = differentiate(list(self._losses.values()), seeds, whole, retain_graph)
             self._found = {(e.node, e.output_nr): g for e, g in zip(whole.edges, found, strict=True)}
         return [self._found[edge.node, edge.output_nr] for edge in self._stages[i].edges]
@@ -253,7 +263,7 @@ class _Walk:
         self._hooked: dict[Node, bool] = {}
         self._several: set[Node] = set()
         self._joined = len(roots) > 1 and any(
-            len(below) > 1 and footprints.may_join(type(node)) for node, below in order.items()
+            footprints.may_join(type(node), len(below)) for node, below in order.items()
         )
         if self._joined:
             self._several = {child for below in order.values() for child, nr in below if nr and child is not None}
@@ -343,6 +353,8 @@ class _Walk:
                 if all(self.masks[node] & full == 1 << i for node in nodes):
                     alone[i] = of_one[-1]
         losses = {i: root for i, root in enumerate(self.roots) if i in stages and root is not None}
+        if self._on_one_way({node for stage in alone.values() for node in stage.tops}):
+            alone = {}
         joins = sorted({node for stage in alone.values() for node in stage.joins}, key=at.__getitem__)
         alone = {i: stage._replace(joins=tuple(joins)) for i, stage in alone.items()}
         together = Together({i: losses[i] for i in alone}, alone)
@@ -382,6 +394,22 @@ class _Walk:
         if any(self.below_another(node, joins) for node in tops) or any(map(self._is_hooked, joins)):
             return None
         return Stage(tuple(tops), tuple(joins), tuple(GradientEdge(*edge) for edge in below))
+
+    def _on_one_way(self, tops: set[Node]) -> bool:
+        """Whether one of some joins lies below another: a pass that stops at both would count the upper one twice."""
+        below: set[Node | None] = set()
+        left = len(tops)
+        for node in reversed(self.order):
+            if not left:
+                break
+            if node in tops:
+                if node in below:
+                    return True
+                left -= 1
+            elif node not in below:
+                continue
+            below.update(child for child, _ in self.order[node])
+        return False
 
     def _is_hooked(self, node: Node) -> bool:
         if node not in self._hooked:

@@ -117,6 +117,12 @@ def through_many(ys: list[Tensor]) -> list[Tensor]:
     return [loss(out[order.index(i)], i) for i in range(M)]
 
 
+def replaced(ys: list[Tensor]) -> list[Tensor]:
+    out = torch.cat(ys, 1)
+    out[:, 1] = out[:, 1] * 1.0
+    return by_columns(out)
+
+
 def cast(ys: list[Tensor]) -> list[Tensor]:
     out = torch.cat(ys, 1).float().double().float()
     return [loss(out[:, i].double(), i) for i in range(M)]
@@ -203,6 +209,41 @@ FORMS = {
     "a function of the user's on losses": lambda ys: [one / 2 for one in Twice.apply(*separate(ys))],
     "a function of the user's on outputs": lambda ys: by_columns(2 * Halved.apply(torch.cat(ys, 1))),
 }
+FORMS.update(
+    {
+        "cat with two constants": lambda ys: [
+            loss(torch.cat([torch.ones_like(ys[0]), ys[0], torch.zeros_like(ys[0]), *ys[1:]], 1)[:, k], i)
+            for i, k in enumerate((1, 3, 4))
+        ],
+        "copy_": lambda ys: by_columns(torch.zeros(8, M).double().copy_(torch.cat(ys, 1))),
+        "index that repeats": lambda ys: [loss(torch.cat(ys, 1)[:, [i] * M].mean(1), i) for i in range(M)],
+        "gather that repeats": lambda ys: [
+            loss(torch.cat(ys, 1).gather(1, torch.full((8, M + 1), i)[:, :M]).mean(1), i) for i in range(M)
+        ],
+        "as_strided that repeats": lambda ys: [
+            loss(torch.cat(ys, 1).as_strided((8, M), (M, 0), i).mean(1), i) for i in range(M)
+        ],
+        "embedding": lambda ys: [
+            loss(nn.functional.embedding(torch.full((8,), i), torch.cat(ys, 1).t())[0], i) for i in range(M)
+        ],
+        "pad and crop to as many": lambda ys: [
+            loss(nn.functional.pad(torch.cat(ys[::-1], 1), (i - 2, 2 - i)).sum(1), i) if i == 0 else loss(y, i)
+            for i, y in enumerate(ys)
+        ],
+        "sum of padded columns": lambda ys: by_columns(
+            sum(nn.functional.pad(y, (i, M - 1 - i)) for i, y in enumerate(ys))  # type: ignore[arg-type]
+        ),
+        "where between heads": lambda ys: by_columns(
+            torch.where(torch.arange(M) == 0, ys[0], torch.where(torch.arange(M) == 1, ys[1], ys[2]))
+        ),
+        "masked_fill": lambda ys: by_columns(torch.cat(ys, 1).masked_fill(torch.arange(M) == M, 1.0)),
+        "complex columns": lambda ys: by_columns((torch.complex(torch.cat(ys, 1), torch.cat(ys, 1)) * 1j).imag),
+        "groups of a convolution": lambda ys: by_columns(
+            nn.functional.conv1d(torch.cat(ys, 1).unsqueeze(2), torch.ones(M, 1, 1).double(), groups=M).squeeze(2)
+        ),
+        "a column replaced by itself": replaced,
+    }
+)
 METHODS = (gradsurgery.MGDA, gradsurgery.UPGrad, gradsurgery.NashMTL)
 #: What cannot be read: gradients decide, and the engine is chosen without the graph.
 UNREAD = ("a function of the user's on losses", "a function of the user's on outputs")
@@ -252,6 +293,15 @@ def test_joined_losses_are_those_handed_over_one_by_one(name, build):
 
 
 SOME = ("stack, unbind", "stack times weights", "filled, unbind", "columns of cat", "columns, then stack", "index")
+
+
+@pytest.mark.parametrize("name", ["cat with two constants", "copy_"])
+def test_what_can_be_read_leaves_nothing_to_zeros(name):
+    net = Net()
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=1e-4))
+    optimizer.backward(FORMS[name](net(batch(0))))
+    optimizer.step()
+    assert "nonzero" not in optimizer.state_dict()["gradsurgery"]["memory"]
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -476,6 +526,100 @@ def test_no_pass_goes_through_the_head_of_another_loss():
         y.register_hook(lambda g, i=i: calls.append(i) and None)
     gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(torch.stack(separate(ys)) * 1.0)
     assert sorted(calls) == [0, 1, 2]
+
+
+def hooked(y: Tensor) -> Tensor:
+    y.register_hook(lambda g: 2 * g)
+    return y
+
+
+def a_hook_between_cats(ys: list[Tensor]) -> list[Tensor]:
+    return by_columns(torch.cat([hooked(torch.cat(ys[:2], 1)), ys[2]], 1))
+
+
+def a_hook_between_fills(ys: list[Tensor]) -> list[Tensor]:
+    out = torch.zeros(len(ys[0]), M, dtype=ys[0].dtype)
+    for i, y in enumerate(ys):
+        out[:, i] = y[:, 0]
+        if i == 1:
+            out.register_hook(lambda g: 2 * g)
+    return by_columns(out)
+
+
+def a_hook_above_a_replaced_column(ys: list[Tensor]) -> list[Tensor]:
+    out = torch.cat(ys, 1)
+    both = hooked(out[:, :2] * 1.0)
+    return by_columns(torch.cat([both, out[:, 2:]], 1))
+
+
+@pytest.mark.parametrize("form", [a_hook_between_cats, a_hook_between_fills, a_hook_above_a_replaced_column])
+def test_a_hook_of_a_tensor_between_two_joins_acts_once(form):
+    seen = []
+    for join in (lambda ys: separate([*map(hooked, ys[:2]), ys[2]]), form):
+        net = Net()
+        gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(join(net(batch(0))))
+        seen.append(gradients(net))
+    assert_equal(seen[1], seen[0])
+
+
+def test_a_tensor_between_two_joins_retains_its_gradient():
+    net = Net()
+    ys = net(batch(0))
+    inner = torch.cat(ys[:2], 1)
+    inner.retain_grad()
+    gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(by_columns(torch.cat([inner, ys[2]], 1)))
+    wanted = [torch.autograd.grad(loss(y, i), y)[0] for i, y in enumerate(net(batch(0))[:2])]
+    torch.testing.assert_close(inner.grad, torch.cat(wanted, 1))
+
+
+def test_two_joins_of_which_others_read_a_part_that_must_be_kept():
+    """Losses 1 and 2 begin below two joins and are differentiated together; loss 3 still needs the second one."""
+    seen = []
+    for joined in (False, True):
+        torch.manual_seed(0)
+        trunk, heads = (
+            nn.Parameter(torch.randn(4, 6).double()),
+            [nn.Parameter(torch.randn(6, 1).double()) for _ in range(4)],
+        )
+        ys = [(batch(0) @ trunk).tanh() @ head for head in heads]  # no two losses have a node of the trunk in common
+        pairs = [torch.cat(ys[:2], 1), torch.cat(ys[2:], 1)] if joined else []
+        columns = [y.square() for pair in pairs for y in pair.square().sqrt().unbind(1)] or [y.square() for y in ys]
+        losses = [(k + 1) * (column.reshape(-1) - 1).square().mean() for k, column in enumerate(columns)]
+        losses[0], losses[3] = losses[0] + trunk.square().sum(), losses[3] + trunk.square().sum()
+        gradsurgery.UPGrad(torch.optim.SGD([trunk, *heads], lr=1e-4)).backward(losses)
+        seen.append([p.grad for p in (trunk, *heads)])
+    assert_equal(seen[1], seen[0])
+
+
+def test_running_sums_of_columns_take_what_is_before_them():
+    seen = []
+    for joined in (False, True):
+        net = Net()
+        ys = net(batch(0))
+        sums = torch.cat(ys, 1).cumsum(1).unbind(1) if joined else [ys[0], ys[0] + ys[1], ys[0] + ys[1] + ys[2]]
+        optimizer = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=1e-4))
+        report = optimizer.backward([loss(y, i) for i, y in enumerate(sums)])
+        seen.append((gradients(net), report.gram))
+    assert_equal(seen[1][0], seen[0][0])
+    torch.testing.assert_close(seen[1][1], seen[0][1])
+
+
+def test_queries_of_an_attention_stay_apart():
+    key = torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(1)).double()
+    seen = []
+    for joined in (False, True):
+        net = Net()
+        ys = net(batch(0))
+        queries = [torch.stack([y[:, 0] for y in ys])[None, None]] if joined else [y.reshape(1, 1, 1, 8) for y in ys]
+        out = torch.cat([nn.functional.scaled_dot_product_attention(q, key, key) for q in queries], 2)
+        found = (
+            out[0, 0].unbind() if joined else [nn.functional.scaled_dot_product_attention(q, key, key) for q in queries]
+        )
+        gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(
+            [loss(one, i) for i, one in enumerate(found)]
+        )
+        seen.append(gradients(net))
+    assert_equal(seen[1], seen[0])
 
 
 # ---------------------------------------------------------------------------------- names
