@@ -563,7 +563,9 @@ def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Loss
     masks = np.unique(np.concatenate([np.zeros(1, losses.dtype), *flat]))
     dtype = entries[next(iter(outputs))].dtype
     results = _moved(node, below, outputs, masks, dtype) if dtype in (torch.float32, torch.float64) else None
-    if results is None:
+    # What a constant has replaced does not go on.
+    stops = any(child is None for child, _ in below) and name(node.__class__) in JOINING | _CHOOSING
+    if results is None or (not stops and _lost(masks, results)):
         results = [0] * len(below)
         for k in range(1, len(masks)):
             # Nan passes through every sum and every product, with 0 too.
@@ -575,14 +577,17 @@ def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Loss
     for k, ((child, nr), result) in enumerate(zip(below, results, strict=True)):
         if child is not None and not isinstance(result, int):  # autograd adds up what was broadcast afterwards
             results[k] = settled(_fitted(result, _shape(child, nr)))
-    if any(child is None for child, _ in below):
-        return results
     # A mark that is lost everywhere was stopped by a value, such as a mask of zeros, and not by the operation.
+    lost = 0 if stops else _lost(masks, results)
+    return [both(result, lost) for result in results] if lost else results
+
+
+def _lost(masks: Masks, results: Sequence[Footprint]) -> int:
+    """The losses that came to a node and did not arrive at any of its inputs."""
     arrived = 0
     for result in results:
         arrived |= union(result)
-    lost = int(np.bitwise_or.reduce(masks)) & ~arrived
-    return [both(result, lost) for result in results] if lost else results
+    return int(np.bitwise_or.reduce(masks)) & ~arrived
 
 
 def _moved(

@@ -622,6 +622,13 @@ def test_queries_of_an_attention_stay_apart():
     assert_equal(seen[1], seen[0])
 
 
+def test_a_gradient_that_vanishes_by_its_values_is_one_all_the_same():
+    """Equal gradients at two values that are normalised give gradients of zero below."""
+    heads = [nn.Parameter(torch.tensor([0.0, k]).double()) for k in (1.0, 2.0)]
+    out = nn.functional.batch_norm(torch.stack(heads, 1), None, None, training=True)
+    assert all(graph.walk([out[:, 0].sum(), out[:, 1].sum()]).masks[p] for p in heads)
+
+
 # ---------------------------------------------------------------------------------- names
 
 
