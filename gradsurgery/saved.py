@@ -127,6 +127,7 @@ KINDS = {
     "tasks": "list of different names",
     "order": "list of different names",
     "last_private": "list of places",
+    "nonzero": "list of places by name",
     "reached": "list of places by name",
     "updates": _COUNT,
     "seen": _COUNT,
