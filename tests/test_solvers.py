@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from samplers import Matrix
 
 import gradsurgery
 from gradsurgery import geometry
+from gradsurgery.geometry import balance, bargaining, linear
 
 EPS = geometry.EPS
 GRADIENTS = dict(np.load(Path(__file__).parent / "data" / "gradients.npz"))
@@ -196,3 +197,208 @@ def test_nearly_dependent_losses_in_every_order(method: str, angle: float) -> No
     for _ in range(20):
         moved = step(rng.permutation(8))[0] - d
         assert np.linalg.norm(moved) <= 1e-12 * np.linalg.norm(d) + 4 * EPS * size, np.linalg.norm(moved)
+
+
+def rows_near(angle: float, m: int = 6, n: int = 20) -> Matrix:
+    """Half of the rows lie this close to the others."""
+    rng = np.random.default_rng(m)
+    rows = rng.standard_normal((m, n))
+    rows[m // 2 :] = rows[: m - m // 2] + angle * rows[m // 2 :]
+    return rows * 10.0 ** rng.uniform(-0.5, 0.5, (m, 1))
+
+
+def program(j: Matrix, flag: Callable[[str], None]) -> Matrix:
+    """The point of the rows' hull that helps the last one most, and harms none."""
+    units = j / np.linalg.norm(j, axis=1)[:, None]
+    cosines = units @ units.T
+    x = geometry.best_corner(cosines[-1], cosines, np.zeros(len(j)), np.ones(len(j)), flag)
+    return np.zeros(len(j)) if x is None else x / np.linalg.norm(j, axis=1)
+
+
+def fixed_point(alpha: float) -> Callable[[Matrix, Callable[[str], None]], Matrix]:
+    return lambda j, flag: geometry.power_fixed_point(j @ j.T, alpha, lambda: j, flag=flag)[0]
+
+
+CHECKED: dict[str, Callable[[Matrix, Callable[[str], None]], Matrix]] = {
+    "equal_projection": lambda j, flag: (
+        geometry.equal_projection(j @ j.T, lambda: j, flag=flag)[0] / np.linalg.norm(j, axis=1)
+    ),
+    "equal_projection by length": lambda j, flag: (
+        geometry.equal_projection(j @ j.T, lambda: j, by_length=True, flag=flag)[0] / np.linalg.norm(j, axis=1)
+    ),
+    "align": lambda j, flag: geometry.align(j @ j.T, "min", lambda: j, flag=flag)[0].sum(axis=1),
+    "align median": lambda j, flag: geometry.align(j @ j.T, "median", lambda: j, flag=flag)[0].sum(axis=1),
+    "power_fixed_point 0.5": fixed_point(0.5),
+    "power_fixed_point 1": fixed_point(1.0),
+    "power_fixed_point 2": fixed_point(2.0),
+    "best_corner": program,
+}
+
+SPOIL: dict[str, Callable[[Any], Any]] = {
+    "zeros": lambda a: 0 * a,
+    "a tenth off": lambda a: a * (1 + 0.1 * np.sin(1.0 + np.arange(np.size(a)))).reshape(np.shape(a)),
+    "upside down": lambda a: -a,
+    "backwards": lambda a: a[::-1].copy(),
+}
+
+
+def spoiled(routine: Callable[..., Any], place: int | None, spoil: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The routine, with one part of what it returns spoiled, or all if it returns one array."""
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        found = routine(*args, **options)
+        if place is None:
+            return spoil(found)
+        parts = list(found)
+        parts[place] = spoil(parts[place])
+        return tuple(parts)
+
+    return wrong
+
+
+def wrong_corner(kind: str) -> Callable[..., Any]:
+    def wrong(*args: Any, **options: Any) -> Any:
+        found = WRONG_LINPROG(*args, **options)
+        if kind in SPOIL:
+            found.x = SPOIL[kind](found.x)
+        elif kind == "prices":
+            found.ineqlin.marginals = 0 * found.ineqlin.marginals - 1
+        else:
+            found.status = 2
+        return found
+
+    return wrong
+
+
+WRONG_LINPROG = linear.linprog
+
+WELL, NEAR, DEPENDENT = rows_near(1.0), rows_near(1e-6), rows_near(0.0)
+# A sum of weights of either sign is next to nothing: the Gram cannot tell the fixed point.
+OPPOSED = np.vstack((NEAR[:3], 1e-4 * WELL[3:] - WELL[:3]))
+
+# Which routine, what of its answer, whose it is, and rows for which it is called.
+ROUTINES = [
+    (balance, "dpotrs", 0, "equal_projection", WELL),
+    (balance, "_foot", None, "equal_projection", NEAR),
+    (np.linalg, "svd", 0, "equal_projection", DEPENDENT),
+    (np.linalg, "svd", 1, "equal_projection by length", DEPENDENT),
+    (balance, "dgesdd", 0, "align", WELL),
+    (balance, "dgesdd", 1, "align median", WELL),
+    (balance, "dgesdd", 2, "align", WELL),
+    (balance, "dgejsv", 0, "align", NEAR),
+    (balance, "dgejsv", 1, "align", NEAR),
+    (balance, "dgejsv", 2, "align", DEPENDENT),
+    (balance, "dgesv", 2, "align", WELL),
+    (np.linalg, "lstsq", 0, "align", DEPENDENT),
+]
+
+
+@pytest.mark.parametrize("kind", list(SPOIL))
+@pytest.mark.parametrize("case", range(len(ROUTINES)))
+def test_a_wrong_factorisation_is_replaced(monkeypatch: pytest.MonkeyPatch, case: int, kind: str) -> None:
+    module, name, place, solver, j = ROUTINES[case]
+    right = j.T @ CHECKED[solver](j, pytest.fail)
+    calls: list[int] = []
+
+    def spoil(a: Any) -> Any:
+        calls.append(1)
+        return SPOIL[kind](a)
+
+    monkeypatch.setattr(module, name, spoiled(getattr(module, name), place, spoil))
+    with np.errstate(all="ignore"):
+        found = j.T @ CHECKED[solver](j, pytest.fail)
+    assert calls
+    assert np.linalg.norm(found - right) <= 1e-8 * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize("kind", list(SPOIL))
+@pytest.mark.parametrize("alpha", ["0.5", "1", "2"])
+def test_a_wrong_step_towards_the_fixed_point(monkeypatch: pytest.MonkeyPatch, alpha: str, kind: str) -> None:
+    solver = CHECKED[f"power_fixed_point {alpha}"]
+    right = OPPOSED.T @ solver(OPPOSED, pytest.fail)
+    flags: list[str] = []
+    monkeypatch.setattr(bargaining, "lstsq", spoiled(bargaining.lstsq, 0, SPOIL[kind]))
+    found = OPPOSED.T @ solver(OPPOSED, flags.append)
+    if kind != "a tenth off":
+        assert flags == ["not-converged"]
+    assert flags or np.linalg.norm(found - right) <= 1e-8 * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize("alpha", ["0.5", "1", "2"])
+def test_the_other_problem_has_the_same_fixed_point(monkeypatch: pytest.MonkeyPatch, alpha: str) -> None:
+    solver, search = CHECKED[f"power_fixed_point {alpha}"], bargaining._power_search
+    right = OPPOSED.T @ solver(OPPOSED, pytest.fail)
+    asked = []
+
+    def once_wrong(*args: Any) -> tuple[Matrix, bool]:
+        v, solved = search(*args)
+        asked.append(args[3])
+        return (v * 1.001 if len(asked) == 1 else v), solved
+
+    monkeypatch.setattr(bargaining, "_power_search", once_wrong)
+    found = OPPOSED.T @ solver(OPPOSED, pytest.fail)
+    assert sorted(asked) == [False, True]
+    assert np.linalg.norm(found - right) <= 1e-8 * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize("kind", [*SPOIL, "prices", "impossible"])
+def test_a_wrong_corner_is_replaced(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    right = [program(j, pytest.fail) for j in (WELL, NEAR, DEPENDENT)]
+    monkeypatch.setattr(linear, "linprog", wrong_corner(kind))
+    for j, expected in zip((WELL, NEAR, DEPENDENT), right, strict=True):
+        gain = j[-1] @ j.T
+        found = program(j, pytest.fail)
+        np.testing.assert_allclose(gain @ found, gain @ expected, rtol=1e-8)
+        assert (found >= 0).all()
+        assert (j @ j.T @ found >= -1e-8).all()
+
+
+def test_what_is_impossible_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = np.ones(2), -np.eye(2), np.array([-0.4, -0.5]), np.ones(2)
+    assert geometry.best_corner(*arguments) is None
+    monkeypatch.setattr(
+        linear,
+        "linprog",
+        lambda *a, **k: WRONG_LINPROG([-1.0, -1.0], A_ub=np.eye(2), b_ub=[1, 1], A_eq=[[1.0, 1.0]], b_eq=[1.0]),
+    )
+    assert geometry.best_corner(*arguments) is None
+
+
+ALL_WRONG: dict[str, list[tuple[Any, str, int | None]]] = {
+    "equal_projection": [
+        (balance, "dpotrs", 0),
+        (balance, "_foot", None),
+        (balance, "_by_qr", None),
+        (np.linalg, "svd", 0),
+    ],
+    "align": [(balance, "dgesdd", 0), (balance, "dgejsv", 1)],
+    "align median": [(balance, "dgesv", 2), (np.linalg, "lstsq", 0), (balance, "solve_triangular", None)],
+    "best_corner": [(linear, "settle", 0)],
+}
+
+
+@pytest.mark.parametrize("name", list(ALL_WRONG))
+@pytest.mark.parametrize("j", [WELL, NEAR, DEPENDENT], ids=["well", "near", "dependent"])
+def test_what_no_routine_finds_is_flagged(monkeypatch: pytest.MonkeyPatch, name: str, j: Matrix) -> None:
+    for module, routine, place in ALL_WRONG[name]:
+        monkeypatch.setattr(module, routine, spoiled(getattr(module, routine), place, SPOIL["zeros"]))
+    monkeypatch.setattr(linear, "linprog", wrong_corner("zeros"))
+    flags: list[str] = []
+    CHECKED[name](j, flags.append)
+    assert set(flags) == {"not-converged"}
+    with pytest.raises(ArithmeticError, match="not-converged"):
+        CHECKED[name](j, geometry.nonnegative.refuse)
+
+
+@pytest.mark.parametrize("solver", list(CHECKED))
+def test_no_flag_without_a_reason(solver: str) -> None:
+    rows = [j for j in GRADIENTS.values() if len(j) <= 64]
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        m = int(rng.integers(2, 12))
+        j = rng.standard_normal((m, int(rng.integers(m - 1, m + 4)))) * 10.0 ** rng.uniform(-2, 2, (m, 1))
+        if seed % 3:
+            j[m // 2 :] = j[: m - m // 2] + 10.0 ** -(seed % 10) * j[m // 2 :]
+        rows.append(j)
+    for j in rows:
+        CHECKED[solver](j, pytest.fail)

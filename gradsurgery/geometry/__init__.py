@@ -12,14 +12,16 @@ Three habits run through all of it:
 * **A factor on request.** A Gram matrix squares the condition number: angles below 1e-8 are lost in it. Functions with
   a ``factor`` argument measure how far the Gram can be trusted and, where it cannot, call ``factor()`` for a matrix B
   of shape (m, k) with B Bᵀ = J Jᵀ to row accuracy (the triangle of a QR decomposition of Jᵀ, or J itself).
-* **Verified answers.** What an inequality decides is checked by its optimality conditions, whoever found it. Functions
-  with a ``flag`` argument call it with "not-converged" where they do not hold to rounding; without it that is an error.
+* **Verified answers.** What an inequality, a factorisation or an iteration decides is checked by the conditions that
+  define it, whoever found it. Functions with a ``flag`` argument call it with "not-converged" where they do not hold to
+  rounding (linear programs: to the 1e-9 that their solver rounds to); without it that is an error.
 """
 
 from gradsurgery.geometry.balance import align, equal_projection
 from gradsurgery.geometry.bargaining import power_fixed_point
 from gradsurgery.geometry.cones import closest_point, dual_cone, frank_wolfe, min_norm, project_simplex
 from gradsurgery.geometry.descent import is_descent, moved_inside, shift
+from gradsurgery.geometry.linear import best_corner
 from gradsurgery.geometry.pairwise import gradvac_mixing, pcgrad_mixing, pcgrad_of_two, streaming_pcgrad
 from gradsurgery.geometry.units import EPS, unit, unit_rows
 from gradsurgery.geometry.worst_case import cagrad
@@ -27,6 +29,7 @@ from gradsurgery.geometry.worst_case import cagrad
 __all__ = [
     "EPS",
     "align",
+    "best_corner",
     "cagrad",
     "closest_point",
     "dual_cone",

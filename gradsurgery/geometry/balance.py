@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import solve_triangular
 from scipy.linalg.lapack import dgejsv, dgesdd, dgesv, dpotrf, dpotrs, dpstrf
 
+from gradsurgery.geometry.nonnegative import NOT_CONVERGED, Flag, refuse
 from gradsurgery.geometry.units import (
     AMPLIFICATION,
     DEPENDENT,
@@ -25,7 +26,12 @@ from gradsurgery.geometry.units import (
 
 
 def equal_projection(
-    gram: ArrayLike, factor: Factor | None = None, *, by_length: bool = False, noise: float = EPS
+    gram: ArrayLike,
+    factor: Factor | None = None,
+    *,
+    by_length: bool = False,
+    noise: float = EPS,
+    flag: Flag = refuse,
 ) -> tuple[Array, int, bool]:
     """Coefficients of the vector with equal projections on all unit rows: y = C⁺ 1, v = Σ y_i u_i (ConFIG, IMTL-G).
 
@@ -37,6 +43,7 @@ def equal_projection(
         factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
         by_length: minimise Σ n_i² (⟨u_i, v⟩ − 1)² instead, so that y_i / n_i = (G⁺ n)_i. It matters at lower rank only.
         noise: error of the Gram's entries, relative to n_i n_j.
+        flag: called with "not-converged" if the conditions of the answer cannot be met; an error by default.
 
     Returns:
         ``(y, rank, degenerate)``: (m,) with zeros for zero rows, so that the weights of the rows are y_i / n_i; the
@@ -51,7 +58,7 @@ def equal_projection(
         if not len(keep):
             return y, 0, True
         part, part_factor = select(g, factor, keep)
-        y[keep], rank, degenerate = equal_projection(part, part_factor, by_length=by_length, noise=noise)
+        y[keep], rank, degenerate = equal_projection(part, part_factor, by_length=by_length, noise=noise, flag=flag)
         return y, rank, degenerate
     triangle, _, rank, _ = dpstrf(cosines, tol=16 * m * noise)
     back: NDArray[np.intp] | slice = slice(None)
@@ -64,18 +71,51 @@ def equal_projection(
         pivot = float(triangle[-1, -1])
         # An error E of the cosines turns v by |E| |y| / (σ_min |v|), and |v|² = 1ᵀy; y itself errs by |E| |y| / σ_min².
         steep = float(np.abs(y).sum()) >= AMPLIFICATION * pivot * sqrt(max(float(y.sum()), 0.0))
-        if factor is None or not (steep or pivot * pivot * AMPLIFICATION < 1):
+        sound = factor is None or not (steep or pivot * pivot * AMPLIFICATION < 1)
+        if sound and _small(cosines.dot(y) - 1, np.abs(y).sum()):
             return y[back], m, False
     columns = half(cosines, 16 * m * noise)[0] if factor is None else full_rank(unit_rows(factor)[1], noise)
     if len(columns) == m:
-        return _foot(columns)[back], m, False
+        y = _foot(columns)
+        if not _small((columns @ y) @ columns - 1, np.abs(y).sum()):
+            y = _by_qr(columns.T, np.ones(m))
+            if not _small((columns @ y) @ columns - 1, np.abs(y).sum()):
+                flag(NOT_CONVERGED)
+        return y[back], m, False
     scale = norms / norms.max() if by_length else np.ones(m)
-    left, sigma, _ = np.linalg.svd((columns * scale).T, full_matrices=False)
-    y = scale * (left @ (scale @ left / sigma**2))
+    rows = (columns * scale).T
+    left, sigma, _ = np.linalg.svd(rows, full_matrices=False)
+    shares = left @ (scale @ left / sigma**2)
+    if not _fits(rows, scale, shares):
+        shares = _by_qr(rows, scale)
+        if not _fits(rows, scale, shares):
+            flag(NOT_CONVERGED)
+    y = scale * shares
     v = columns @ y
     if v @ v <= m * EPS:
         return np.zeros(m), len(columns), True
     return y[back], len(columns), False
+
+
+def _small(off: Array, terms: float) -> bool:
+    """Whether this is rounding of sums of m products, each with terms of this size: no longer than 16 m·eps."""
+    flat = off.ravel()
+    return bool(flat.dot(flat) <= (16 * len(off) * EPS * terms) ** 2)
+
+
+def _fits(rows: Array, aim: Array, x: Array) -> bool:
+    """Whether x = (A Aᵀ)⁺ h for the rows A: A Aᵀ x is as close to h as can be, and x is in the range of A."""
+    q, r = np.linalg.qr(rows)
+    terms = float(np.abs(x).sum()) + 1
+    off = rows.T @ (rows @ (x @ rows) - aim)
+    # Rounding of A turns its range by as much over its least singular value.
+    return _small(off, len(x) * terms) and _small(x - q @ (x @ q), terms / float(np.abs(r.diagonal()).min()))
+
+
+def _by_qr(rows: Array, aim: Array) -> Array:
+    """(A Aᵀ)⁺ h for rows A of full column rank, by another way than those whose answers are verified."""
+    q, r = np.linalg.qr(rows)
+    return np.asarray(q @ solve_triangular(r, solve_triangular(r, aim @ q), trans=1))
 
 
 def _foot(columns: Array) -> Array:
@@ -112,7 +152,12 @@ def _foot(columns: Array) -> Array:
 
 
 def align(
-    gram: ArrayLike, scale_mode: str = "min", factor: Factor | None = None, *, noise: float = EPS
+    gram: ArrayLike,
+    scale_mode: str = "min",
+    factor: Factor | None = None,
+    *,
+    noise: float = EPS,
+    flag: Flag = refuse,
 ) -> tuple[Array, int]:
     """Balance matrix of Aligned-MTL: B = σ G^(−1/2) on the range of G; the rows of B J are orthogonal, of length σ.
 
@@ -126,6 +171,7 @@ def align(
             (their root mean square).
         factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
         noise: error of the Gram's entries, relative to n_i n_j.
+        flag: called with "not-converged" if the conditions of the answer cannot be met; an error by default.
 
     Returns:
         ``(balance, rank)``: the (m, m) matrix B, zero in the rows and columns of zero rows (unique up to directions
@@ -140,7 +186,7 @@ def align(
         if not len(keep):
             return balance, 0
         part, part_factor = select(g, factor, keep)
-        balance[np.ix_(keep, keep)], rank = align(part, scale_mode, part_factor, noise=noise)
+        balance[np.ix_(keep, keep)], rank = align(part, scale_mode, part_factor, noise=noise, flag=flag)
         return balance, rank
     columns, pivot = half(cosines, 16 * m * noise)
     back: NDArray[np.intp] | None = None
@@ -154,17 +200,46 @@ def align(
     rank = len(columns)
     top = norms.max()
     lengths = norms / top
-    if rank == m and pivot * pivot * AMPLIFICATION >= 1 and lengths.min() >= 0.03:
-        # Nothing here needs the Jacobi method, whose routine wakes the threads of the BLAS even for tiny matrices.
-        left, sigma, transposed, _ = dgesdd((columns * lengths).T)
-        right = transposed.T
-    else:
-        # joba = 2: accurate for rows and columns of any length.
-        sigma, left, right, work, _, _ = dgejsv((columns * lengths).T, joba=2)
-        sigma = np.sort(sigma * (work[0] / work[1]))[::-1]
+    rows = (columns * lengths).T
+    # Where this holds nothing needs the Jacobi method, whose routine wakes the threads of the BLAS even for tiny
+    # matrices.
+    plain = rank == m and pivot * pivot * AMPLIFICATION >= 1 and lengths.min() >= 0.03
+    left, sigma, right = _divide_and_conquer(rows) if plain else _jacobi(rows)
+    if not _decomposes(left, sigma, right, rows, lengths):
+        left, sigma, right = _jacobi(rows) if plain else _divide_and_conquer(rows)
+        if not _decomposes(left, sigma, right, rows, lengths):
+            flag(NOT_CONVERGED)
     sigma = sigma * top
     scale = np.sqrt(np.mean(sigma**2)) if scale_mode == "rmse" else sigma[-1 if scale_mode == "min" else rank // 2]
-    polar = right @ left[:, :rank].T
+    polar = right @ left.T
     balance = dgesv(columns, polar)[2] if rank == m else np.linalg.lstsq(columns, polar)[0]
+    if not _small(columns @ balance - polar, 1 + np.abs(balance).sum()):
+        q, r = np.linalg.qr(columns.T)
+        balance = np.asarray(q @ solve_triangular(r, polar, trans=1))
+        if not _small(columns @ balance - polar, 1 + np.abs(balance).sum()):
+            flag(NOT_CONVERGED)
     balance = balance * scale / norms[:, None]
     return balance if back is None else balance[np.ix_(back, back)], rank
+
+
+def _divide_and_conquer(rows: Array) -> tuple[Array, Array, Array]:
+    """Singular values, and the vectors on both sides of them as columns, of rows of full column rank."""
+    left, sigma, transposed, _ = dgesdd(rows, full_matrices=0)
+    return left, sigma, transposed.T
+
+
+def _jacobi(rows: Array) -> tuple[Array, Array, Array]:
+    """The same, accurate for rows and columns of any length (joba = 2)."""
+    sigma, left, right, work, _, _ = dgejsv(rows, joba=2)
+    return left[:, : len(sigma)], np.sort(sigma * (work[0] / work[1]))[::-1], right
+
+
+def _decomposes(left: Array, sigma: Array, right: Array, rows: Array, lengths: Array) -> bool:
+    """Whether rows = L diag(σ) Rᵀ with orthonormal columns in L and R, up to rounding relative to each row."""
+    identity = np.eye(len(sigma))
+    return (
+        _small(((left * sigma) @ right.T - rows) / lengths[:, None], 1.0)
+        and _small(left.T @ left - identity, len(left) / len(sigma))
+        and _small(right.T @ right - identity, len(left) / len(sigma))
+        and float(sigma[-1]) > 0
+    )

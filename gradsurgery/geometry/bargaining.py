@@ -10,7 +10,7 @@ from scipy.linalg import lstsq
 from scipy.linalg.lapack import dposv
 
 from gradsurgery.geometry.cones import min_norm, shortest
-from gradsurgery.geometry.nonnegative import Flag, refuse
+from gradsurgery.geometry.nonnegative import NOT_CONVERGED, Flag, refuse
 from gradsurgery.geometry.units import AMPLIFICATION, EPS, Array, Factor, arranged, half, select, unit, unit_rows
 
 _NEWTON_ROUNDS, _POINT_ROUNDS, _STALE_ROUNDS, _HALVINGS = 100, 500, 5, 40
@@ -169,13 +169,38 @@ def _power_point(columns: Array, log_b: Array, alpha: float, flag: Flag) -> tupl
 
     Two convex problems have this solution, with p_i = ⟨u_i, d⟩ and v_i = (b_i / p_i)^α: the least
     ½ ‖d‖² − Σ b_i^α F(p_i) over d, and the least ½ ‖Σ v_i u_i‖² − Σ b_i φ(v_i) over v. Of p and v the one that is
-    raised to the power γ ≥ 1 varies less, and rounding hurts it less: that one is solved for. Newton steps are least
-    squares problems on the columns, with rows sorted by size, so that no condition number is squared and all sizes keep
-    their digits.
+    raised to the power γ ≥ 1 varies less, and rounding hurts it less: that one is solved for, and the other one where
+    the equation does not hold. What ends without a point in both has none.
+    """
+    first, solved = _power_search(columns, log_b, alpha, alpha >= 1, flag)
+    if solved and _balanced(columns, log_b, alpha, first):
+        return first, True
+    v, other = _power_search(columns, log_b, alpha, alpha < 1, flag)
+    if other and _balanced(columns, log_b, alpha, v):
+        return v, True
+    if solved or other:
+        flag(NOT_CONVERGED)
+    return first, solved
+
+
+def _balanced(columns: Array, log_b: Array, alpha: float, v: Array) -> bool:
+    """Whether C v = b v^(−1/α) up to rounding: 16 m·eps times the terms of C v, and the logarithms of b v^(−1/α)."""
+    if not v.min() > 0:
+        return False
+    logs = np.log(v)
+    right = np.exp(np.minimum(log_b - logs / alpha, _LOG_RANGE))
+    terms = v.sum() + (1 + 1 / alpha) * (1 + np.abs(log_b) + np.abs(logs) / alpha) * right
+    return bool((np.abs((columns @ v) @ columns - right) <= 16 * len(v) * EPS * terms).all())
+
+
+def _power_search(columns: Array, log_b: Array, alpha: float, by_products: bool, flag: Flag) -> tuple[Array, bool]:
+    """The v of ``_power_point`` by one of its two problems, and whether one was found.
+
+    Newton steps are least squares problems on the columns, with rows sorted by size, so that no condition number is
+    squared and all sizes keep their digits.
     """
     k, m = columns.shape
-    by_products = alpha >= 1
-    gamma = max(alpha, 1 / alpha)
+    gamma = alpha if by_products else 1 / alpha
 
     def power(log: Array) -> Array:
         return np.exp(np.minimum(log, _LOG_RANGE))

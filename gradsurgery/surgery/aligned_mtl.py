@@ -54,7 +54,7 @@ class AlignedMTL(Surgery):
         self.scale_mode = self._choice("scale_mode", scale_mode, ("min", "median", "rmse"))
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        balance, rank = geometry.align(gram, self.scale_mode, self.factor, noise=self.noise)
+        balance, rank = geometry.align(gram, self.scale_mode, self.factor, noise=self.noise, flag=self.flag)
         if rank < np.count_nonzero(gram.diagonal()):
             self.flag("rank-deficient")
         return balance @ self.preferences()

@@ -35,7 +35,7 @@ class ConFIG(Surgery):
     preference_refused = "scaling a row does not turn the direction of equal cosines"
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        y, rank, degenerate = geometry.equal_projection(gram, self.factor, noise=self.noise)
+        y, rank, degenerate = geometry.equal_projection(gram, self.factor, noise=self.noise, flag=self.flag)
         norms = np.sqrt(gram.diagonal())
         deficient = rank < np.count_nonzero(norms)
         if deficient:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import linprog
 from torch.optim import Optimizer
 
 from gradsurgery import geometry
@@ -78,14 +77,16 @@ class EPO(Surgery):
         wanted = c @ (a[keep] * n)  # (G a)_j / n_j
         if imbalance > self.imbalance:
             self.flag("balance")
-            v = _program(wanted, c, self._floors(wanted, weighted[keep]) / n.min(), share)
+            v = geometry.best_corner(wanted, c, self._floors(wanted, weighted[keep]) / n.min(), share, self.flag)
         else:
             self.flag("descent")
             floor = min(float((n * wanted).max()), 0.0) / n.min()
-            v = _program(c.T @ n, np.vstack((c, wanted)), np.append(np.zeros(len(n)), floor), share)
+            v = geometry.best_corner(
+                c.T @ n, np.vstack((c, wanted)), np.append(np.zeros(len(n)), floor), share, self.flag
+            )
             if v is None:
                 self.flag("relaxed")
-                v = _program(c.T @ n, c, np.zeros(len(n)), share)
+                v = geometry.best_corner(c.T @ n, c, np.zeros(len(n)), share, self.flag)
         if v is None:
             self.flag("fallback")
             alpha = geometry.min_norm(gram[np.ix_(keep, keep)], noise=self.noise, flag=self.flag)[0]
@@ -108,23 +109,3 @@ class EPO(Surgery):
         floors = np.where(wanted > 0, -np.inf, wanted)
         floors[weighted == weighted.max()] = 0.0
         return floors
-
-
-def _program(gain: np.ndarray, table: np.ndarray, floors: np.ndarray, share: np.ndarray) -> np.ndarray | None:
-    """Solve max gainᵀ v, v ≥ 0, shareᵀ v = 1, table v ≥ floors; None where that is impossible."""
-    used = np.isfinite(floors)
-    table, floors = table[used], floors[used]
-    sizes = np.maximum(np.abs(table).max(axis=1, initial=0.0), np.abs(floors))
-    sizes[sizes == 0] = 1.0
-    top = float(np.abs(gain).max()) or 1.0
-    found = linprog(
-        -gain / top,
-        A_ub=-table / sizes[:, None],
-        b_ub=-floors / sizes,
-        A_eq=share[None],
-        b_eq=[1.0],
-        bounds=(0, None),
-        method="highs",
-        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
-    )
-    return np.maximum(found.x, 0.0) if found.status == 0 else None

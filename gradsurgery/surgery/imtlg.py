@@ -40,7 +40,9 @@ class IMTLG(Surgery):
     preference_refused = "scaling a row does not change where its projection equals the others"
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        y, rank, degenerate = geometry.equal_projection(gram, self.factor, by_length=True, noise=self.noise)
+        y, rank, degenerate = geometry.equal_projection(
+            gram, self.factor, by_length=True, noise=self.noise, flag=self.flag
+        )
         norms = np.sqrt(gram.diagonal())
         if rank == len(gram):
             weights = y / norms

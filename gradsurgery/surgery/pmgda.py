@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy.optimize import linprog
 from torch.optim import Optimizer
 
 from gradsurgery import geometry
@@ -104,20 +103,14 @@ class PMGDA(Surgery):
             self.flag("no-correction")
             return None
         c, n = cosines[np.ix_(used, used)], norms[used[:-1]]
-        # Variables μ and ω: max ω with ⟨u_i, d⟩ ≥ ω n_min / n_i, ⟨ĝ_h, d⟩ ≥ σ.
+        # Variables μ and ω = ω⁺ − ω⁻: max ω with ⟨u_i, d⟩ ≥ ω n_min / n_i, ⟨ĝ_h, d⟩ ≥ σ.
         k = len(used)
-        found = linprog(
-            np.append(np.zeros(k), -1.0),
-            A_ub=np.column_stack((-c, np.append(n.min() / n, 0.0))),
-            b_ub=np.append(np.zeros(k - 1), -self.sigma),
-            A_eq=np.append(np.ones(k), 0.0)[None],
-            b_eq=[1.0],
-            bounds=[(0, None)] * k + [(None, None)],
-            method="highs",
-            options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
-        )
+        gain = np.append(np.zeros(k), (1.0, -1.0))
+        worst = np.append(n.min() / n, 0.0)
+        floors = np.append(np.zeros(k - 1), self.sigma)
+        found = geometry.best_corner(gain, np.column_stack((c, -worst, worst)), floors, 1 - np.abs(gain), self.flag)
         # μ_h = 1 alone is always allowed, so that a failure is one of rounding.
-        mu = np.maximum(found.x[:-1], 0.0) if found.status == 0 else np.eye(k)[-1]
+        mu = np.eye(k)[-1] if found is None else found[:k]
         self.flag("correction")
         weights = np.zeros(m)
         weights[used[:-1]] = mu[:-1] / n
