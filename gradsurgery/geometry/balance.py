@@ -212,7 +212,8 @@ def align(
     sigma = sigma * top
     scale = np.sqrt(np.mean(sigma**2)) if scale_mode == "rmse" else sigma[-1 if scale_mode == "min" else rank // 2]
     polar = right @ left.T
-    balance = dgesv(columns, polar)[2] if rank == m else np.linalg.lstsq(columns, polar)[0]
+    found = dgesv(columns, polar)[2] if rank == m else np.linalg.lstsq(columns, polar)[0]
+    balance = np.asarray(found, dtype=np.float64)
     if not _small(columns @ balance - polar, 1 + np.abs(balance).sum()):
         q, r = np.linalg.qr(columns.T)
         balance = np.asarray(q @ solve_triangular(r, polar, trans=1))

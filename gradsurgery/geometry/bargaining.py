@@ -185,12 +185,15 @@ def _power_point(columns: Array, log_b: Array, alpha: float, flag: Flag) -> tupl
 
 def _balanced(columns: Array, log_b: Array, alpha: float, v: Array) -> bool:
     """Whether C v = b v^(−1/α) up to rounding: 16 m·eps times the terms of C v, and the logarithms of b v^(−1/α)."""
-    if not v.min() > 0:
+    if not v.min() >= 0:
         return False
-    logs = np.log(v)
+    tiny = np.finfo(np.float64).tiny
+    logs = np.log(np.maximum(v, tiny))
     right = np.exp(np.minimum(log_b - logs / alpha, _LOG_RANGE))
     terms = v.sum() + (1 + 1 / alpha) * (1 + np.abs(log_b) + np.abs(logs) / alpha) * right
-    return bool((np.abs((columns @ v) @ columns - right) <= 16 * len(v) * EPS * terms).all())
+    off = (columns @ v) @ columns - right
+    # A weight below the range of float64 is right if the smallest one would be too large.
+    return bool((np.where(v > tiny, np.abs(off), -off) <= 16 * len(v) * EPS * terms).all())
 
 
 def _power_search(columns: Array, log_b: Array, alpha: float, by_products: bool, flag: Flag) -> tuple[Array, bool]:
@@ -216,6 +219,8 @@ def _power_search(columns: Array, log_b: Array, alpha: float, by_products: bool,
     else:
         x = power(np.maximum(alpha * (log_b - log_b.max()), -_LOG_RANGE / gamma))
         vector = columns @ x
+        if x.min() <= 0:
+            return np.zeros(m), False
     # Of all multiples the best, unless this start is stationary to rounding.
     square = float(vector @ vector)
     if by_products or square > m * EPS * float(x.sum()) ** 2:
@@ -256,11 +261,11 @@ def _power_search(columns: Array, log_b: Array, alpha: float, by_products: bool,
         if by_products:
             vector = vector + part * step
             x = vector @ columns
-            if x.min() <= 0:
-                return np.zeros(m), False
         else:
             x = x * (1 + part * step)
             vector = columns @ x
+        if not x.min() > 0:
+            return np.zeros(m), False
     if not by_products:
         return x, True
     v = power(log_b - alpha * np.log(x))
