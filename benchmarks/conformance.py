@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import forms
 from gradsurgery import testing
 
 SIGNS = {"right": "right", "wrong": "**wrong**", "error": "**error**", "not offered": "–"}
@@ -84,12 +85,6 @@ def table(cases: list[dict], names: list[str]) -> str:
         cells = [SIGNS[case["verdicts"][name]["outcome"]] for name in names]
         asked = [case[key].replace("|", "\\|") for key in ("asked", "right")]
         lines.append("| " + " | ".join([case["id"].split()[0], case["method"], *asked, *cells]) + " |")
-    counts = []
-    for name in names:
-        outcomes = [case["verdicts"][name]["outcome"] for case in cases]
-        asked_of = sum(outcome != "not offered" for outcome in outcomes)
-        counts.append(f"{outcomes.count('right')} of {asked_of}")
-    lines.append("| | **right** | | | " + " | ".join(counts) + " |")
     return "\n".join(lines)
 
 
@@ -127,7 +122,9 @@ and {versions}.
 
 Every case below was seen in a published library or in widely copied code. The same question is put to this library and
 to those on PyPI that offer the method and install next to a current torch. "–": not offered. "error": an exception
-instead of an answer. `gradsurgery.testing` has the cases and the adapters; your own implementation can be asked too:
+instead of an answer. The cases are defects that somebody had, some of them these very libraries, and this library was
+changed until it had none: they are no sample of anything, each library is asked another part of them, and so there are
+no totals. `gradsurgery.testing` has the cases and the adapters; your own implementation can be asked too:
 
 ```python
 from gradsurgery.testing import DEFECTS, Library, examine
@@ -139,6 +136,7 @@ assert "MG1" in wrong
 
 {table}
 
+{written}
 ## Exact answers
 
 How many of the reference inputs each library answers to 1e-9 in float64 (or what the input allows), and in brackets
@@ -173,20 +171,24 @@ def main() -> int:
         else:
             versions.append(f"{package} {importlib.metadata.version(package)}")
     names = [library.name for library in libraries]
-    cases, found = verdicts(libraries), exactness(libraries)
-    print(table(cases, names), exactness_table(found, names), misses(cases, names), sep="\n\n")
+    cases, found, written = verdicts(libraries), exactness(libraries), forms.ask_all()
+    parts = [table(cases, names), forms.section(written), exactness_table(found, names), misses(cases, names)]
+    print(*parts, sep="\n\n")
     if options.write:
         options.write.write_text(
             PAGE.format(
                 torch=torch.__version__,
                 versions=", ".join(versions) or "nothing else",
-                table=table(cases, names),
-                exactness=exactness_table(found, names),
-                misses=misses(cases, names),
+                table=parts[0],
+                written=parts[1],
+                exactness=parts[2],
+                misses=parts[3],
             )
         )
-        options.write.with_suffix(".json").write_text(json.dumps({"cases": cases, "exact": found}, indent=1) + "\n")
+        kept = {"cases": cases, "written": written, "exact": found}
+        options.write.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
     ours = [case["verdicts"]["gradsurgery"]["outcome"] for case in cases]
+    ours += [form["answers"]["gradsurgery"]["outcome"] for form in written["forms"]]
     return int(any(outcome != "right" for outcome in ours))
 
 
