@@ -22,7 +22,7 @@ SEED = 1
 PRECISIONS = {"errors": torch.float64, "float32": torch.float32}
 #: Methods that are trained with the heads in the surgery and without.
 TRAINED = ("PCGrad", "MGDA", "UPGrad", "CAGrad")
-SAID = {"right": "right", "declared": "right, declared", "error": "**refuses**", "no features": "no features"}
+SAID = {"error": "**refuses**", "no features": "no features"}
 
 SECTION = """## Code as people write it
 
@@ -40,7 +40,8 @@ Right is, in float64 and to {right:.0e}: PCGrad on what both losses reach in thi
 one loss reaches, computed from losses that nothing joins. PCGrad with two losses, since all of these have it and it has
 one answer only.
 
-* right, declared: right, and somebody has to list the shared parameters
+* right, … declared: right, and the caller has to list the shared parameters, or to hand over the features, which are
+  the tensor between trunk and heads
 * off: relative error of the gradients of that part of the model
 * no features: a compiled model hands out no tensor between trunk and heads
 * refuses: an error, see below
@@ -51,8 +52,8 @@ The settings, each peer at its default and at the best one that was found:
 
 {settings}
 
-What is told which parameters are shared is right wherever one list serves every batch. None does for an expert that one
-sample uses: whether it is shared depends on where the samples went.
+What is told where the trunk ends, or which parameters are shared, is right wherever one answer serves every batch. None
+does for an expert that one sample uses: whether it is shared depends on where the samples went.
 
 What was raised:
 
@@ -265,15 +266,13 @@ class Contender(NamedTuple):
         name: The heading of its column.
         setting: How it is called.
         build: Makes it for a model.
-        declares: It is told which parameters are shared.
-        needs_features: It is told the features.
+        declares: What it is told: the shared "parameters", the "features", or nothing.
     """
 
     name: str
     setting: str
     build: Callable[[Net], Backward]
-    declares: bool = False
-    needs_features: bool = False
+    declares: str = ""
 
 
 def _zero(net: Net) -> None:
@@ -326,26 +325,15 @@ def _torchjd() -> list[Contender]:
     def reached(params: Sequence[Tensor]) -> list[Tensor]:
         return [p for p in params if getattr(p, "jac", None) is not None]
 
-    def mtl(net: Net) -> Backward:
-        def run(given: Losses) -> None:
-            autojac.mtl_backward(list(given.losses), features=given.features)
-            autojac.jac_to_grad(reached(net.shared), pcgrad)
+    def mtl(**options: bool) -> Callable[[Net], Backward]:
+        def build(net: Net) -> Backward:
+            def run(given: Losses) -> None:
+                autojac.mtl_backward(list(given.losses), features=given.features, **options)
+                autojac.jac_to_grad(reached(net.shared), pcgrad)
 
-        return run
+            return run
 
-    def mtl_declared(net: Net) -> Backward:
-        def run(given: Losses) -> None:
-            autojac.mtl_backward(
-                list(given.losses),
-                features=given.features,
-                tasks_params=[[*head.parameters(), *net.experts.parameters()] for head in net.heads],
-                shared_params=list(net.trunk.parameters()),
-                retain_graph=True,
-                parallel_chunk_size=1,
-            )
-            autojac.jac_to_grad(reached(net.shared), pcgrad)
-
-        return run
+        return build
 
     def backward(net: Net) -> Backward:
         def run(given: Losses) -> None:
@@ -363,21 +351,19 @@ def _torchjd() -> list[Contender]:
         return run
 
     return [
-        Contender("TorchJD `mtl_backward`", "`features=z`, the rest by default", mtl, False, True),
+        Contender("TorchJD `mtl_backward`", "`features=z`, the rest by default", mtl(), "features"),
         Contender(
-            "`mtl_backward`, declared",
-            "`features=z`, `tasks_params=` each head and the experts, `shared_params=` the trunk, `retain_graph=True`, "
-            "`parallel_chunk_size=1`",
-            mtl_declared,
-            True,
-            True,
+            "`mtl_backward`, graph kept",
+            "`features=z`, `retain_graph=True`; listing the parameters as well changes nothing",
+            mtl(retain_graph=True),
+            "features",
         ),
         Contender("TorchJD `backward`", "over all parameters, by default", backward),
         Contender(
             "`backward`, declared",
             "`inputs=` trunk and experts, `parallel_chunk_size=1`; the heads by `torch.autograd.backward`",
             backward_declared,
-            True,
+            "parameters",
         ),
     ]
 
@@ -406,7 +392,7 @@ def _pytorch_optimizer() -> list[Contender]:
             "classic PCGrad, declared",
             'over trunk and experts, `reduction="sum"`; the heads by `torch.autograd.backward`',
             declared,
-            True,
+            "parameters",
         ),
     ]
 
@@ -416,7 +402,7 @@ def contenders() -> list[Contender]:
     found = [Contender("gradsurgery", "nothing declared", ours)]
     for peer in (
         _torchjd,
-        lambda: [Contender("LibMTL-style loop", "trunk and experts declared", loop, True)],
+        lambda: [Contender("LibMTL-style loop", "trunk and experts declared", loop, "parameters")],
         _pytorch_optimizer,
     ):
         try:
@@ -482,7 +468,7 @@ def ask(contender: Contender, form: Form) -> dict[str, Any]:
     except Exception as error:  # whatever another library may raise
         return {"outcome": "error", "detail": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
     right = max(found["errors"].values()) < RIGHT
-    return {"outcome": ("declared" if contender.declares else "right") if right else "off", **found}
+    return {"outcome": "right" if right else "off", "declares": contender.declares, **found}
 
 
 def _first_step(contender: Contender, form: Form, dtype: torch.dtype) -> dict[str, float]:
@@ -491,7 +477,7 @@ def _first_step(contender: Contender, form: Form, dtype: torch.dtype) -> dict[st
     right = copy.deepcopy(net).double()
     reference(form, right, Batch(*(part.double() for part in batch)))
     backward, given = contender.build(net), form.losses(net, batch)
-    if contender.needs_features and given.features is None:
+    if contender.declares == "features" and given.features is None:
         raise NotOffered
     backward(given)
     return errors({name: g.double() for name, g in gradients(net).items()}, gradients(right))
@@ -571,6 +557,8 @@ def _percent(share: float) -> str:
 
 def cell(answer: dict[str, Any]) -> str:
     """An answer in few words."""
+    if answer["outcome"] == "right":
+        return f"right, {answer['declares']} declared" if answer["declares"] else "right"
     if answer["outcome"] != "off":
         return SAID[answer["outcome"]]
     wrong = {part: error for part, error in answer["errors"].items() if error >= RIGHT}
@@ -602,7 +590,7 @@ def section(found: dict[str, Any]) -> str:
         max(answer["float32"].values())
         for form in found["forms"]
         for answer in form["answers"].values()
-        if answer["outcome"] in ("right", "declared")
+        if answer["outcome"] == "right"
     ]
     trained = [
         "| method | trunk | heads | losses, heads plain | losses, heads in the surgery |",

@@ -344,8 +344,10 @@ def test_every_form_can_be_wrong(form):
         found = forms.ask(forms.Contender("other", "", build), form)
         assert found["outcome"] == "off"
         assert found["errors"]["trunk"] > 1e-2
-    found = forms.ask(forms.Contender("loop", "", forms.loop, declares=True), form)
-    assert found["outcome"] == ("off" if form.name == "expert of one sample" else "declared")
+    found = forms.ask(forms.Contender("loop", "", forms.loop, "parameters"), form)
+    assert forms.cell(found).startswith(
+        "**off**" if form.name == "expert of one sample" else "right, parameters declared"
+    )
 
 
 def test_the_section_on_code_as_people_write_it(monkeypatch):
@@ -356,14 +358,14 @@ def test_the_section_on_code_as_people_write_it(monkeypatch):
         forms.Contender("ours", "as it is", forms.ours),
         forms.Contender("all", "as a vector", everything),
         forms.Contender("none", "never", refusing),
-        forms.Contender("features", "with z", forms.loop, True, True),
+        forms.Contender("features", "with z", forms.loop, "features"),
     ]
     monkeypatch.setattr(forms, "contenders", lambda: asked)
     found = forms.ask_all()
     text = forms.section(found)
     one, compiled = (line for line in text.splitlines() if line.startswith(("| one by one", "| compiled model")))
     assert "| right | **off**: trunk " in one
-    assert one.endswith("| **refuses** | right, declared |")
+    assert one.endswith("| **refuses** | right, features declared |")
     assert compiled.endswith("| **refuses** | no features |")
     assert '* none, "one by one", "compiled model": ValueError: no such thing\n' in text
     trained = found["training"]["MGDA"]
