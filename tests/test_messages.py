@@ -209,7 +209,7 @@ def test_losses_that_are_not_in_one_argument(factory):
 
 def test_the_signature_of_backward_says_what_it_takes():
     found = inspect.signature(PCGrad.backward).parameters
-    assert list(found)[:3] == ["self", "losses", "accumulate"]
+    assert list(found)[:4] == ["self", "losses", "names", "accumulate"]
     assert {p.kind for p in list(found.values())[2:]} == {inspect.Parameter.KEYWORD_ONLY}
     assert PCGrad.backward.__doc__.startswith("Turn the losses into gradients")
 

@@ -323,16 +323,18 @@ def test_a_private_table_stays_sparse_and_a_shared_one_gets_dense_rows():
 
 
 def test_tables_of_sparse_adam_are_left_out_of_the_surgery():
-    """SparseAdam takes sparse gradients only: named as not shared, its table gets the sparse gradient of the sum."""
+    """SparseAdam takes sparse gradients only: in `others`, its tables get the sparse gradient of the sum."""
     words = Words()
     optimizer = gradsurgery.PCGrad(torch.optim.SparseAdam(words.parameters(), lr=0.1))
     optimizer.backward(words())
     with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients"):
         optimizer.step()
-    optimizer = gradsurgery.PCGrad(torch.optim.SparseAdam(words.parameters(), lr=0.1), shared_params=[])
-    optimizer.zero_grad()
-    optimizer.backward(words())
-    optimizer.step()
+    words.zero_grad()
+    dense = nn.Parameter(torch.ones(3))
+    tables = torch.optim.SparseAdam(words.parameters(), lr=0.1)
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD([dense], lr=0.1))
+    optimizer.backward({name: loss + dense.square().sum() for name, loss in words().items()}, others=tables)
+    tables.step()
     for table in (words.shared.weight, words.private.weight):
         assert table.grad.is_sparse
 

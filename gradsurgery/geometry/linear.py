@@ -31,6 +31,17 @@ def best_corner(gain: Array, table: Array, floors: Array, share: Array, flag: Fl
     Returns:
         x, (n,); None where no x is allowed.
     """
+    x = _corner(gain, table, floors, share, flag)
+    if x is None or abs(share @ x - 1) <= 2 * _ROUNDED:
+        return x
+    # Shares so small that HiGHS has rounded them to zero become the unit of their variables.
+    units = np.where(share > 0, share, 1.0)
+    again = _corner(gain / units, table / units, floors, share / units, flag)
+    return x if again is None else again / units
+
+
+def _corner(gain: Array, table: Array, floors: Array, share: Array, flag: Flag) -> Array | None:
+    """The answer of ``best_corner`` in the units that are given."""
     used = np.isfinite(floors)
     table, floors = table[used], floors[used]
     sizes = np.maximum(np.abs(table).max(axis=1, initial=0.0), np.abs(floors))
@@ -57,7 +68,8 @@ def best_corner(gain: Array, table: Array, floors: Array, share: Array, flag: Fl
         return None
     other, y, z = _by_least_squares(gain, table, floors, share)
     if _proved(gain, table, floors, share, other, y, z):
-        return other
+        # These prices may prove what HiGHS has found, where its own did not.
+        return x if x is not None and _proved(gain, table, floors, share, x, y, z) else other
     if x is not None and _impossible(table, floors, share):
         return None
     flag(NOT_CONVERGED)
