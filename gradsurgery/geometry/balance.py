@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import sqrt
 
 import numpy as np
@@ -68,11 +69,11 @@ def equal_projection(
         triangle, _, rank, _ = dpstrf(cosines, tol=16 * m * noise)
     if rank == m:
         y = dpotrs(dpotrf(cosines)[0], np.ones(m))[0]
-        pivot = float(triangle[-1, -1])
+        pivot, total = float(triangle[-1, -1]), sum(map(abs, y.tolist()))
         # An error E of the cosines turns v by |E| |y| / (σ_min |v|), and |v|² = 1ᵀy; y itself errs by |E| |y| / σ_min².
-        steep = float(np.abs(y).sum()) >= AMPLIFICATION * pivot * sqrt(max(float(y.sum()), 0.0))
+        steep = total >= AMPLIFICATION * pivot * sqrt(max(sum(y.tolist()), 0.0))
         sound = factor is None or not (steep or pivot * pivot * AMPLIFICATION < 1)
-        if sound and _small(cosines.dot(y) - 1, np.abs(y).sum()):
+        if sound and _small(cosines.dot(y) - 1, total):
             return y[back], m, False
     columns = half(cosines, 16 * m * noise)[0] if factor is None else full_rank(unit_rows(factor)[1], noise)
     if len(columns) == m:
@@ -214,10 +215,10 @@ def align(
     polar = right @ left.T
     found = dgesv(columns, polar)[2] if rank == m else np.linalg.lstsq(columns, polar)[0]
     balance = np.asarray(found, dtype=np.float64)
-    if not _small(columns @ balance - polar, 1 + np.abs(balance).sum()):
+    if not _solves(columns, balance, polar):
         q, r = np.linalg.qr(columns.T)
         balance = np.asarray(q @ solve_triangular(r, polar, trans=1))
-        if not _small(columns @ balance - polar, 1 + np.abs(balance).sum()):
+        if not _solves(columns, balance, polar):
             flag(NOT_CONVERGED)
     balance = balance * scale / norms[:, None]
     return balance if back is None else balance[np.ix_(back, back)], rank
@@ -235,12 +236,24 @@ def _jacobi(rows: Array) -> tuple[Array, Array, Array]:
     return left[:, : len(sigma)], np.sort(sigma * (work[0] / work[1]))[::-1], right
 
 
+def _solves(columns: Array, balance: Array, polar: Array) -> bool:
+    """Whether Σ_i u_i B_ij is the j-th column of the aim for every j, up to rounding."""
+    flat = balance.ravel()
+    return _small(columns.dot(balance) - polar, 1 + sqrt(len(balance) * flat.dot(flat)))
+
+
 def _decomposes(left: Array, sigma: Array, right: Array, rows: Array, lengths: Array) -> bool:
     """Whether rows = L diag(σ) Rᵀ with orthonormal columns in L and R, up to rounding relative to each row."""
-    identity = np.eye(len(sigma))
+    identity, columns = _identity(len(sigma)), len(left) / len(sigma)
     return (
-        _small(((left * sigma) @ right.T - rows) / lengths[:, None], 1.0)
-        and _small(left.T @ left - identity, len(left) / len(sigma))
-        and _small(right.T @ right - identity, len(left) / len(sigma))
-        and float(sigma[-1]) > 0
+        float(sigma[-1]) > 0
+        and _small(((left * sigma).dot(right.T) - rows) / lengths[:, None], 1.0)
+        and _small(left.T.dot(left) - identity, columns)
+        and _small(right.T.dot(right) - identity, columns)
     )
+
+
+@cache
+def _identity(rank: int) -> Array:
+    """Not to be changed."""
+    return np.eye(rank)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.linalg import solve_triangular
 
@@ -22,7 +24,8 @@ def is_descent(gram: Array, weights: Array, rounding: float) -> bool:
         Whether it is certain; False where a number is not finite.
     """
     weights, lengths = _below_one(weights)[0], np.sqrt(gram.diagonal())
-    return bool((gram @ weights >= rounding * float(np.abs(weights) @ lengths) * lengths).all())
+    least = rounding * float(np.abs(weights).dot(lengths)) * lengths
+    return bool((gram.dot(weights) >= least).all())
 
 
 def moved_inside(gram: Array, weights: Array, rounding: float) -> Array | None:
@@ -49,8 +52,10 @@ def moved_inside(gram: Array, weights: Array, rounding: float) -> Array | None:
 
 
 def _below_one(weights: Array) -> tuple[Array, int]:
-    """Weights divided by a power of two, so that their products with a Gram matrix are in range, and its exponent."""
-    exponent = int(np.frexp(np.abs(weights).max(initial=0.0))[1])
+    """Weights near enough to one for products with a Gram matrix, and the power of two that they were divided by."""
+    exponent = math.frexp(max(map(abs, weights.tolist()), default=0.0))[1]
+    if abs(exponent) < 100:  # as almost always, and near enough to one
+        return weights, 0
     return np.ldexp(weights, -exponent), exponent
 
 

@@ -490,13 +490,15 @@ class Surgery(MultiLossOptimizer):
                     if coefficients is not None:
                         weights = weights * coefficients
                     applied = weights if share == 1.0 else share * weights
-                    if (held := self._held(table, gram, applied, [rows[0]])) is None:
+                    held = self._held(table, gram, applied, [rows])
+                    total = sum(map(abs, applied.tolist()))
+                    # No entry of the direction is larger than this product.
+                    bound = max(total, total * table.unit * math.sqrt(max(gram.diagonal().tolist())))
+                    doubtful = rows_module.may_overflow(bound, [rows])
+                    if doubtful and held is None:
                         self._require_fitting(applied, rows)
                     out: Tensor | None = rows_module.mixed(rows, applied) if held is None else held.split([rows[0]])[0]
-                    lengths = table.unit * np.sqrt(gram.diagonal())
-                    with np.errstate(over="ignore"):
-                        bound = float(np.abs(applied) @ lengths)
-                    if rows_module.may_overflow(bound, [rows]):
+                    if doubtful:
                         self._require_in_range(out)
                 else:
                     out = self._combined(rows, seen, coefficients, share)
@@ -572,7 +574,8 @@ class Surgery(MultiLossOptimizer):
         self, table: Table, gram: np.ndarray, applied: np.ndarray, params: Sequence[Tensor], **spread: Any
     ) -> descent.Direction | None:
         """The direction, where its rounding could break what the method promises; see :mod:`descent`."""
-        if not self._promises(len(gram)) or not np.isfinite(applied).all():  # a scaler will skip this step
+        finite = all(map(math.isfinite, applied.tolist()))  # or a scaler will skip this step
+        if not (finite and self._promises(len(gram))):
             return None
         found = descent.held(table, gram, applied, params, **spread)
         if found is not None and not found.descends:
@@ -794,7 +797,8 @@ class Surgery(MultiLossOptimizer):
             return np.ones(1)
         normalize = "none" if self._alone else self.normalize
         scaled = self.preference is not None and self.preference_scales_rows
-        central = gram_module.central(rows.unit * np.sqrt(gram.diagonal()))
+        plain = rows.unit == 1.0 and gram_module.in_range(gram)  # as almost always
+        central = 1.0 if plain else gram_module.central(rows.unit * np.sqrt(gram.diagonal()))
         if coefficients is None and normalize == "none" and not scaled and central == rows.unit == 1.0:
             self._run.update(rows=rows, row_scales=unscale)
             weights = self._settled(self.weights(gram, seen))
