@@ -437,19 +437,19 @@ def _reached(
     else:
         for p in (*mine, *theirs):
             covered |= masks[p]
-    outside = [p for p in masks if isinstance(p, torch.nn.Parameter) and p not in own]
-    require_reached(method, [bool(covered >> i & 1) for i in range(len(tasks.present))], outside)
-    if not method._run["warned"] and len(masks) > len(mine) + len(theirs):
+    strangers: list[Tensor] = []
+    if len(masks) > len(mine) + len(theirs):
         own.update(theirs)
         strangers = [p for p in masks if isinstance(p, torch.nn.Parameter) and p not in own]
-        if strangers:
-            method._run["warned"] = True
-            warn(
-                f"{method._name}.backward: the losses reach {len(strangers)} parameter(s) outside the "
-                f"optimizer (the first has shape {tuple(strangers[0].shape)}). They get no gradient. If another "
-                "optimizer should step them, pass it in `others`; if they are not to be trained here, as the other "
-                "network of a GAN, freeze them with requires_grad_(False) or ignore this."
-            )
+    require_reached(method, [bool(covered >> i & 1) for i in range(len(tasks.present))], strangers)
+    if strangers and not method._run["warned"]:
+        method._run["warned"] = True
+        warn(
+            f"{method._name}.backward: the losses reach {len(strangers)} parameter(s) outside the "
+            f"optimizer (the first has shape {tuple(strangers[0].shape)}). They get no gradient. If another "
+            "optimizer should step them, pass it in `others`; if they are not to be trained here, as the other "
+            "network of a GAN, freeze them with requires_grad_(False) or ignore this."
+        )
     return graph, mine, theirs
 
 

@@ -92,7 +92,7 @@ _ELEMENTWISE = _named(
     "Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy "
     "BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone CopyBackwards Copysign Cos Cosh Detach "
     "Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish "
-    "Hardtanh Huber HuberLoss Hypot I0 KlDiv L1Loss LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp "
+    "Hardtanh HuberLoss Hypot I0 KlDiv LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp "
     "Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Polygamma Pow Prelu PreluKernel "
     "Reciprocal Relu Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh "
     "SmoothL1Loss SoftMarginLoss Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Trunc Where Xlogy"
@@ -109,13 +109,13 @@ _DENSE = _named(
     "UpsampleNearest2D Var VarMean WeightNormInterface"
 )
 # Views that keep every entry.
-_MOVING = _named("ExpandBackward Permute ReshapeAlias Squeeze T Transpose Unsqueeze UnsafeView View Expand")
+_MOVING = _named("Permute ReshapeAlias Squeeze T Transpose Unsqueeze UnsafeView View Expand")
 #: Operations below which a footprint of one mask stays one, whatever its entries.
 PLAIN = _ELEMENTWISE | _DENSE | _MOVING | {"AccumulateGrad"}
 #: Operations that put several tensors, or parts of one, into one.
 JOINING = _named(
     "Cat Stack CopySlices IndexAdd IndexCopy IndexPut IndexPutImpl IndexFill MaskedScatter Put Scatter ScatterAdd "
-    "ScatterReduce SelectScatter SliceScatter DiagonalScatter AsStridedScatter Hstack Vstack BlockDiag"
+    "ScatterReduce SelectScatter SliceScatter DiagonalScatter AsStridedScatter"
 )
 # Elementwise operations that take each entry from one of their inputs.
 _CHOOSING = _named("MaskedFill Where")

@@ -391,7 +391,7 @@ class _Walk:
             return None
         joins = sorted((node for node in above if node in self.splits), key=at.__getitem__)
         # A join below another one that is also met from elsewhere would be run twice.
-        if any(self.below_another(node, joins) for node in tops) or any(map(self._is_hooked, joins)):
+        if any(self._is_input(node, joins) for node in tops) or any(map(self._is_hooked, joins)):
             return None
         return Stage(tuple(tops), tuple(joins), tuple(GradientEdge(*edge) for edge in below))
 
@@ -416,16 +416,7 @@ class _Walk:
             self._hooked[node] = is_hooked(node)
         return self._hooked[node]
 
-    def below_another(self, node: Node, joins: Sequence[Node]) -> bool:
-        """Whether a join is an input of another one.
-
-        Args:
-            node: The join.
-            joins: All joins of a stage.
-
-        Returns:
-            True if it is.
-        """
+    def _is_input(self, node: Node, joins: Sequence[Node]) -> bool:
         return any(child is node for join in joins for child, _ in self.order[join])
 
 

@@ -616,9 +616,8 @@ class Step:
         method = self.method
         there = marks.sum(dim=0).tolist()
         found.silent = {p for p, n in zip(found.shared, there, strict=True) if not n}
-        if (
-            method.observes and not method.moves_unreached and found.silent
-        ):  # they have averages, and stay where they are
+        # A method that keeps rows has averages there, and leaves them where they are.
+        if method.observes and not method.moves_unreached and found.silent:
             kept = [j for j, n in enumerate(there) if n]
             found.rows = [[row[j] for j in kept] for row in found.rows]
             found.shared, there = [found.shared[j] for j in kept], [there[j] for j in kept]
