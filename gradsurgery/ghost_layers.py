@@ -126,7 +126,7 @@ class Linear(NamedTuple):
             torch.mm(upper, part[:half], out=moved[:half])
             torch.mm(lower, part, out=moved[half:])
             apart = part.view(n, m, -1)
-            products = torch.bmm(apart, moved.view(n, m, -1).transpose(1, 2)).sum(0, dtype=torch.float64)
+            products = _summed_products(apart, moved.view(n, m, -1))
             found.append((products, lengths @ torch.linalg.vector_norm(apart, dim=2).double().square()))
         gram, squares = found[0]
         for products, sizes in found[1:]:
@@ -413,6 +413,15 @@ def _joined(gradients: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor
     return torch.cat(
         [like.new_zeros(n, like.shape[1]) if g is None else g for g, n in zip(gradients, counts, strict=True)]
     )
+
+
+def _summed_products(a: Tensor, b: Tensor) -> Tensor:
+    """Σₙ aₙ bₙᵀ of two tensors (n, m, k), float64."""
+    m, k = a.shape[1:]
+    if k >= m:
+        return torch.bmm(a, b.transpose(1, 2)).sum(0, dtype=torch.float64)
+    # n products would hold more entries than what is multiplied.
+    return gram_module.product(*(x.transpose(0, 1).reshape(m, -1) for x in (a, b)))
 
 
 def _widest(least: torch.dtype, *tensors: Tensor) -> torch.dtype:
