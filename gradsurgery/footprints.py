@@ -572,8 +572,8 @@ def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Loss
             marks = np.where(np.arange(len(masks)) == k, np.nan, 0.0)
             for place, values in enumerate(_run(node, below, outputs, masks, marks, dtype)):
                 if values is not None:
-                    there: Masks = np.where(np.isnan(values), masks[k], 0).astype(losses.dtype)
-                    results[place] = both(results[place], there if there.ndim else int(there))
+                    marked = _short(np.isnan(values).astype(np.intp))
+                    results[place] = both(results[place], _picked(masks[[0, k]], marked))
     for k, ((child, nr), result) in enumerate(zip(below, results, strict=True)):
         if child is not None and not isinstance(result, int):  # autograd adds up what was broadcast afterwards
             results[k] = settled(_fitted(result, _shape(child, nr)))
@@ -605,8 +605,21 @@ def _moved(
         places = np.searchsorted(marks, values).clip(max=len(marks) - 1)
         if not (marks[places] == values).all():
             return None
-        results.append(settled(masks[places]) if values.ndim else int(masks[places]))
+        results.append(_picked(masks, _short(places)))
     return results
+
+
+def _short(places: NDArray[np.intp]) -> NDArray[np.intp]:
+    """One entry along each axis where nothing changes."""
+    for axis in range(places.ndim):
+        first = places.take([0], axis) if places.shape[axis] > 1 else places
+        if first is not places and (places == first).all():
+            places = first
+    return places
+
+
+def _picked(masks: Masks, places: NDArray[np.intp]) -> Footprint:
+    return masks[places] if places.size > 1 else int(masks[places.flat[0]]) if places.size else 0
 
 
 def _run(

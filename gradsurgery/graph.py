@@ -19,7 +19,7 @@ from gradsurgery.footprints import Footprint
 # Freeing a graph that Python has walked recurses, and takes about 210 bytes of the C stack per node of depth.
 _BYTES_PER_NODE = 420
 _DEEPEST = 20_000
-# Nodes between a loss and the join below it, up to which the join is looked for.
+# Nodes between a loss and the join below it, up to which the join is looked for. Joins themselves do not count.
 _NEAR = 256
 
 
@@ -100,7 +100,8 @@ class Together:
         Returns:
             One gradient per edge.
         """
-        if not self._found:
+        edges = [(edge.node, edge.output_nr) for edge in self._stages[i].edges]
+        if not all(edge in self._found for edge in edges):
             stages = self._stages.values()
             tops = tuple(dict.fromkeys(node for stage in stages for node in stage.tops))
             order = {node: None for stage in stages for node in stage.joins}
@@ -109,7 +110,8 @@ class Together:
             retain_graph = retain_graph or any(self.retain[k] for k in self._losses)
             found = differentiate(list(self._losses.values()), seeds, whole, retain_graph)
             self._found = {(e.node, e.output_nr): g for e, g in zip(whole.edges, found, strict=True)}
-        return [self._found[edge.node, edge.output_nr] for edge in self._stages[i].edges]
+        # Another pass gets tensors of its own: a hook below may have changed these in place.
+        return [self._found.pop(edge) for edge in edges]
 
 
 def differentiate(
@@ -367,6 +369,7 @@ class _Walk:
         """The next joins on the way of a loss, if they lead to all of its parameters."""
         below: dict[tuple[Node, int], None] = {}
         above: set[Node] = set()
+        passed = 0
         tops: dict[Node, None] = {}
         left: list[tuple[Node, bool]] = [(node, False) for node in nodes]
         while left:
@@ -377,10 +380,11 @@ class _Walk:
             if node in above:
                 continue
             above.add(node)
+            passed += parts is None
             for k, (child, output) in enumerate(self.order[node]):
                 if child is None or not (self.masks.get(child, 0) if parts is None else parts[k]) & loss:
                     continue
-                if type(child).__name__ == "AccumulateGrad" or len(above) > _NEAR:
+                if type(child).__name__ == "AccumulateGrad" or passed > _NEAR:
                     return None
                 if parts is None or child in self.splits:
                     left.append((child, parts is not None))

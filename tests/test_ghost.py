@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery import ghost, ghost_graph, graph
+from gradsurgery import ghost, ghost_graph, ghost_layers, graph
+from gradsurgery.gram import Room
 
 Losses = Callable[[nn.Module], list[Tensor]]
 WEIGHTS = [0.7, -1.3, 2.1, 0.4]
@@ -183,6 +184,24 @@ class Lambda(nn.Module):
 def test_layers_over_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     model = mlp()
     compare(model, at(torch.randn(shape)), TWO + heads(model))
+
+
+def test_many_losses_over_many_samples_are_added_up_in_one_product(monkeypatch) -> None:
+    """There are more losses than outputs: a product a sample would hold more numbers than all gradients."""
+    torch.manual_seed(0)
+    samples, m = 24, 30
+    layer, x = nn.Linear(6, 5), torch.randn(samples, 6)
+    y = layer(x)
+    edge = torch.autograd.graph.GradientEdge(y.grad_fn, 0)
+    linear = ghost_layers.Linear((edge,), (layer.weight, layer.bias), (0, 1), (x,), (0,), True)
+    rows = list(torch.randn(m, samples, 5))
+    sizes = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: sizes.append(a.shape[0] * a.shape[1] * b.shape[2]) or bmm(a, b))
+    found, _ = linear.products(rows, torch.float64, Room())
+    formed = torch.stack([torch.cat([g.reshape(-1) for g in linear.combine([row.double()], [1.0])]) for row in rows])
+    torch.testing.assert_close(found, (formed.double() @ formed.double().T), rtol=1e-5, atol=1e-4)
+    assert max(sizes, default=0) <= m * samples * 5
 
 
 def test_a_layer_without_bias() -> None:

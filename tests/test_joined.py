@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import threading
 import warnings
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -351,6 +355,77 @@ def test_every_kind_of_method(name, build):
     assert_equal(seen[1], seen[0])
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_a_fixed_sum_is_that_of_plain_training(name):
+    seen = []
+    for surgery in (False, True):
+        net = Net()
+        losses = FORMS[name](net(batch(0)))
+        if surgery:
+            gradsurgery.FixedWeighter(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(losses)
+        else:
+            sum(one.sum() for one in losses).backward()
+        seen.append(gradients(net))
+    assert_equal(seen[1], seen[0], 1e-6 if name == "casts" else 1e-12)
+
+
+class Witness:
+    """Something that is alive as long as the node that holds it."""
+
+
+def witnesses(losses: list[Tensor]) -> list[weakref.ref[Witness]]:
+    """One for each node below some losses that is not a parameter's own."""
+    found, seen, left = [], set(), [one.grad_fn for one in losses]
+    while left:
+        node = left.pop()
+        if node is None or node in seen or type(node).__name__ == "AccumulateGrad":
+            continue
+        seen.add(node)
+        left += [child for child, _ in node.next_functions]
+        node.metadata["witness"] = witness = Witness()
+        found.append(weakref.ref(witness))
+    return found
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        gradsurgery.MGDA,
+        gradsurgery.FixedWeighter,
+        functools.partial(gradsurgery.UPGrad, engine="ghosts"),
+        functools.partial(gradsurgery.UPGrad, engine="blocks"),
+        functools.partial(gradsurgery.PCGrad, streaming=True),
+        functools.partial(gradsurgery.MGDA, every=2),
+    ],
+)
+@pytest.mark.parametrize("name", FORMS)
+def test_after_a_step_nothing_of_the_graph_or_the_rows_is_alive(name, build, monkeypatch):
+    grad, rows = torch.autograd.grad, []
+
+    def watched(*args, **kwargs):
+        found = grad(*args, **kwargs)
+        rows.extend(weakref.ref(g) for g in found if g is not None)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    net = Net()
+    optimizer = build(torch.optim.SGD(net.parameters(), lr=1e-4))
+    gc.disable()  # nothing may wait for it
+    try:
+        for step in range(2):
+            losses = list(FORMS[name](net(batch(step))))
+            nodes = witnesses(losses)
+            assert nodes
+            optimizer.backward(losses)
+            del losses
+            optimizer.step()
+            assert not any(node() for node in nodes)
+            optimizer.zero_grad()
+            assert all(row() is None for row in rows)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_micro_batches(name):
     seen = []
@@ -410,6 +485,32 @@ def test_many_losses():
         optimizer.backward([(out[:, i] if joined else ys[i]).square().mean() for i in range(m)])
         seen.append(gradients(net))
     assert_equal(seen[1], seen[0])
+
+
+def filled_by_many(m: int) -> tuple[Net, list[int], Tensor]:
+    net, calls = Net(m=m), []
+    losses = torch.zeros(m, dtype=torch.float64)
+    for i, y in enumerate(net(batch(0))):
+        y.register_hook(lambda g, i=i: calls.append(i) and None)
+        losses[i] = (y - i).square().mean()
+    return net, calls, losses
+
+
+def test_no_pass_goes_through_another_head_however_many_losses_are_filled_in():
+    """Their joins lie one below the other, as many as there are losses."""
+    net, calls, losses = filled_by_many(300)
+    gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(losses)
+    assert sorted(calls) == list(range(300))
+
+
+def test_what_is_known_of_filled_columns_does_not_grow_with_the_batch():
+    out = 1 * torch.zeros(50, M, requires_grad=True)
+    out[:, 1] = 2 * torch.ones(50, requires_grad=True)
+    join = out.grad_fn
+    footprint = {0: np.array([[1, 2, 4]])}
+    rest, put = footprints.spread(join, join.next_functions, footprint, footprints.Losses.of(M))
+    assert put == 2
+    assert rest.tolist() == [[1, 0, 4]]
 
 
 def test_heads_that_two_losses_read_are_shared():
@@ -559,6 +660,43 @@ def test_a_hook_of_a_tensor_between_two_joins_acts_once(form):
     for join in (lambda ys: separate([*map(hooked, ys[:2]), ys[2]]), form):
         net = Net()
         gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(join(net(batch(0))))
+        seen.append(gradients(net))
+    assert_equal(seen[1], seen[0])
+
+
+def test_a_hook_that_changes_its_argument_acts_once_a_pass():
+    """GradNorm makes a pass a loss before that of the surgery."""
+
+    def doubled(y: Tensor) -> Tensor:
+        y = y * 1.0
+
+        def change(g: Tensor) -> None:
+            g.mul_(2)
+
+        y.register_hook(change)
+        return y
+
+    seen = []
+    for joined in (False, True):
+        net = Net()
+        weighter = gradsurgery.GradNormWeighter(torch.optim.SGD(net.parameters(), lr=1e-4), net.trunk[2].weight)
+        ys = [doubled(y) for y in net(batch(0))]
+        gradsurgery.MGDA(weighter).backward(by_columns(torch.cat(ys, 1)) if joined else separate(ys))
+        seen.append(gradients(net))
+    assert_equal(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("hook", [lambda g: 2 * g, lambda g: g.clamp(-0.1, 0.1)])
+@pytest.mark.parametrize("join", [lambda ys: torch.cat(ys, 1), lambda ys: torch.stack(ys, 1).squeeze(2)])
+def test_a_hook_of_the_tensor_that_joins_acts_on_each_entry_once(join, hook):
+    def watched(y: Tensor) -> Tensor:
+        y.register_hook(hook)
+        return y
+
+    seen = []
+    for form in (lambda ys: separate([watched(y) for y in ys]), lambda ys: by_columns(watched(join(ys)))):
+        net = Net()
+        gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(form(net(batch(0))))
         seen.append(gradients(net))
     assert_equal(seen[1], seen[0])
 
