@@ -317,6 +317,25 @@ def test_the_flag_says_where_a_loss_may_rise(monkeypatch):
     assert FLAG in direction(PROMISING["UPGrad"], rows)[1]
 
 
+@pytest.mark.parametrize("exponent", [-900, 900])
+@pytest.mark.parametrize("kind", ["opposed", "duplicated"])
+def test_no_loss_rises_where_squares_leave_double_precision(kind, exponent, monkeypatch):
+    corrected = []
+    find = descent.Direction.find
+
+    def noted(self, weights):
+        find(self, weights)
+        corrected.append(self.table.unit != 1 and (self.weights != weights).any())
+
+    monkeypatch.setattr(descent.Direction, "find", noted)
+    for seed in range(12):
+        rows = drawn(kind, seed, torch.float64, 6)
+        d, flags = direction(PROMISING["DualProj"], rows * 2.0**exponent)
+        assert rise(rows, d / 2.0**exponent) <= 4, seed
+        assert flags == direction(PROMISING["DualProj"], rows)[1], seed
+    assert any(corrected)
+
+
 def test_a_sum_without_doubt_is_taken_as_ever(monkeypatch):
     monkeypatch.setattr(descent, "Direction", lambda *args, **options: pytest.fail("looked at"))
     rng = np.random.default_rng(0)

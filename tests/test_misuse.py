@@ -160,6 +160,21 @@ def test_a_loop_that_steps_the_wrapped_optimizer_is_told_so_once(method, copied,
     assert said[0].filename == __file__
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_made_within_a_step_is_told_of_its_own_steps(copied, said):
+    model, optimizer = wrapped()
+    copies = []
+    hook = optimizer.base.register_step_post_hook(lambda *_: copies.append(copied((model, optimizer))))
+    step(model, optimizer)
+    hook.remove()
+    model, optimizer = copies[0]
+    optimizer.zero_grad()
+    optimizer.backward(losses(model))
+    optimizer.base.step()
+    assert [optimizer._name in str(w.message) for w in said] == [True]
+    assert "Call step() of the PCGrad instead" in str(said[0].message)
+
+
 def test_the_step_of_the_weighter_inside_is_not_the_step_of_the_surgery(said):
     model, optimizer = wrapped(lambda base: gs.PCGrad(gs.DWAWeighter(base)))
     optimizer.backward(losses(model))
