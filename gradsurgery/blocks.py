@@ -268,7 +268,7 @@ class Found(Table):
             The same rows, not copied.
         """
         part = Found(self._plan, self._roots, self._seeds, True, self._single)
-        part.unit = self.unit
+        part.unit, part.far_apart = self.unit, self.far_apart
         part.rows = [self.rows[i] for i in keep]
         part._keep = [self._keep[i] for i in keep]
         return part

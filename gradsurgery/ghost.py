@@ -196,7 +196,7 @@ class Found(Table):
             The same rows, not copied.
         """
         part = Found(self._plan)
-        part.unit = self.unit
+        part.unit, part.far_apart = self.unit, self.far_apart
         part.rows = [self.rows[i] for i in keep]
         return part
 

@@ -59,6 +59,8 @@ class Table:
         self.rows = rows
         self.world = world
         self.unit = unit
+        #: Some rows are so short beside others that their squares are lost at any unit.
+        self.far_apart = False
         self._noise = noise
 
     def __len__(self) -> int:
@@ -74,7 +76,9 @@ class Table:
             The same rows, not copied.
         """
         rows = as_rows(self.rows)
-        return Table([rows[i] for i in keep], self.world, self.noise, self.unit)
+        part = Table([rows[i] for i in keep], self.world, self.noise, self.unit)
+        part.far_apart = self.far_apart
+        return part
 
     def products(self) -> Tensor:
         """Inner products of what this process has.
@@ -114,7 +118,9 @@ class Table:
         products = gram_in(rows, torch.float64, 2.0**exponent)
         if self.world is not None:
             products = self.world.total(products.to(self.world.device(products.device)))
-        return products.cpu().numpy()
+        made = products.cpu().numpy()
+        self.far_apart = bool(((peaks > 0) & (made.diagonal() < low)).any())
+        return made
 
     def _formed(self) -> Sequence[Row]:
         return as_rows(self.rows)
@@ -237,21 +243,70 @@ def gram_outside_float32(rows: Sequence[Row] | Tensor, found: np.ndarray) -> np.
     return gram_in(rows, torch.float64).cpu().numpy()
 
 
-def central(lengths: np.ndarray) -> float:
-    """A power of two that brings the lengths of rows to where their products, and the products of these, are numbers.
+class Scaled:
+    """Numbers that may leave the range of float64: fractions times powers of two.
+
+    Args:
+        values: The numbers; infinite ones stay so.
+        exponent: What they are multiplied by: powers of two.
+
+    Attributes:
+        fraction: From 1/2 to 1, or 0.
+        exponent: Whole numbers.
+    """
+
+    def __init__(self, values: np.ndarray | float, exponent: np.ndarray | int = 0) -> None:
+        self.fraction, own = np.frexp(values)
+        self.exponent = own + exponent
+
+    def __mul__(self, other: Scaled) -> Scaled:
+        return Scaled(self.fraction * other.fraction, self.exponent + other.exponent)
+
+    def first(self, count: int) -> Scaled:
+        """The first ones of a list.
+
+        Args:
+            count: How many.
+
+        Returns:
+            These numbers.
+        """
+        return Scaled(self.fraction[:count], self.exponent[:count])
+
+    def inverse(self) -> Scaled:
+        """The reciprocals; 0 of 0.
+
+        Returns:
+            New numbers.
+        """
+        there = self.fraction != 0
+        return Scaled(np.divide(1.0, self.fraction, out=np.zeros_like(self.fraction), where=there), -self.exponent)
+
+    def values(self) -> np.ndarray:
+        """The numbers as float64, in whose range they may be 0 or infinite.
+
+        Returns:
+            An array.
+        """
+        with np.errstate(over="ignore", under="ignore"):
+            return np.asarray(np.ldexp(self.fraction, self.exponent))
+
+
+def central(lengths: Scaled) -> int | None:
+    """The power of two that brings the lengths of rows to where their products, and the products of these, are numbers.
 
     Args:
         lengths: The lengths, (m,).
 
     Returns:
-        1 if they are there already.
+        Its exponent; None if they are there already.
     """
-    there = lengths[lengths > 0]
+    there = lengths.fraction != 0
     low, high = _SAFE_LENGTHS
-    if not len(there) or (there.min() >= low and there.max() <= high):
-        return 1.0
-    middle = (math.frexp(there.min())[1] + math.frexp(there.max())[1]) // 2
-    return 2.0 ** -max(-_MOST_EXPONENT, min(middle, _MOST_EXPONENT))
+    values, exponents = lengths.values()[there], lengths.exponent[there]
+    if not len(values) or (values.min() >= low and values.max() <= high):
+        return None
+    return -int(exponents.min() + exponents.max()) // 2
 
 
 def _largest(row: Row) -> Tensor:

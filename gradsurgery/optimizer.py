@@ -992,7 +992,7 @@ def _of_one_call() -> dict[str, Any]:
         "features": (),
         "residuals": None,
         "rows": None,
-        "row_scales": 1.0,
+        "row_scales": (1.0, 0),
         "positions": {},
         "pieces": {},
         "part": None,

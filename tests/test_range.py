@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import catalogue
 import pytest
@@ -236,6 +237,157 @@ def test_float32_rows_far_apart_are_projected():
     report = optimizer.backward({"a": 1e-30 * w[0], "b": 1e30 * (w[1] - w[0])})
     assert report.weights["a"] > torch.finfo(torch.float32).max  # the sum is taken in double precision
     torch.testing.assert_close(w.grad, torch.tensor([0.0, 1e30]), rtol=1e-6, atol=1e24)
+
+
+# ------------------------------------------------------------------ what multiplies rows out of the range of float64
+
+PREFERENCE = [1.0, 2.0, 0.5]
+PREFERRED = [  # the others refuse it by name
+    name
+    for name, row in HOMOGENEOUS.items()
+    if row.build(SGD([torch.zeros(4)], lr=0.1)).preference_refused == ""
+    and row.build(SGD([torch.zeros(4)], lr=0.1)).degree is not None
+]
+
+
+def preferred(name, preference, size=1.0):
+    """The direction, and whether it is what the method asks for."""
+    row = HOMOGENEOUS[name]
+    optimizer = row.build(SGD([torch.zeros(4, dtype=torch.float64)], lr=0.1), preference=preference)
+    return optimizer.combine(ROWS * size, [1.0, 2.0, 3.0]), "not-converged" not in optimizer._run["flags"]
+
+
+def assert_preferred(name, preference, size, expected):
+    try:
+        found, converged = preferred(name, preference, size)
+    except RuntimeError as error:
+        assert "out of range" in str(error)  # noqa: PT017
+        # The weights, not the direction: it falls with the length of the rows less than they do.
+        assert HOMOGENEOUS[name].homogeneous < 1
+    else:
+        atol = float(1e-10 * expected.abs().max())
+        if converged:
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=atol)
+
+
+@pytest.mark.parametrize("exponent", [-900, 900])
+@pytest.mark.parametrize("name", [name for name in PREFERRED if name != "EPO"])  # its bounds know their size
+def test_a_common_factor_of_the_priorities_does_what_a_small_one_does(name, exponent):
+    usual = preferred(name, PREFERENCE)[0]
+    power = float((preferred(name, [4 * p for p in PREFERENCE])[0].norm() / usual.norm()).log2()) / 2
+    assert_preferred(name, [p * 2.0**exponent for p in PREFERENCE], 1.0, usual * 2.0 ** (exponent * power))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+@pytest.mark.parametrize("factor", [1e-150, 1e150])
+@pytest.mark.parametrize("name", PREFERRED)
+def test_a_priority_takes_no_row_out_of_range(name, factor, size):
+    usual, converged = preferred(name, [factor, 1.0, 1.0])
+    expected = usual * size ** HOMOGENEOUS[name].homogeneous
+    if not torch.isfinite(expected).all():
+        with pytest.raises(RuntimeError, match=r"out of range|overflows"):
+            preferred(name, [factor, 1.0, 1.0], size)
+    elif converged:
+        assert_preferred(name, [factor, 1.0, 1.0], size, expected)
+
+
+TWO = torch.tensor([[2.0, 1.0, 0.5, 0.0], [-1.0, 0.5, 0.0, 0.3]], dtype=torch.float64)
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def exact(method, rows):
+    """The direction of two opposed rows, by fractions."""
+    a, b = rows
+    product, first, second = dot(a, b), dot(a, a), dot(b, b)
+    if method is gradsurgery.MGDA:
+        part = min(max((second - product) / (first - 2 * product + second), 0), 1)
+        return [2 * (part * x + (1 - part) * y) for x, y in zip(a, b, strict=True)]
+    return [(1 - product / first) * x + (1 - product / second) * y for x, y in zip(a, b, strict=True)]
+
+
+@pytest.mark.parametrize("preference", [(1e150, 1.0), (1.0, 1e150), (1e-150, 1.0), (1e90, 1e-90)], ids=str)
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+@pytest.mark.parametrize("method", [gradsurgery.MGDA, gradsurgery.UPGrad, gradsurgery.PCGrad])
+def test_priorities_and_long_rows_give_the_exact_direction_or_an_error(method, size, preference):
+    rows = [[Fraction(x * size) * Fraction(p) for x in row.tolist()] for row, p in zip(TWO, preference, strict=True)]
+    if method is gradsurgery.UPGrad:  # its priorities are those of the two projections
+        a, b = ([Fraction(x * size) for x in row.tolist()] for row in TWO)
+        shares = [(dot(a, b) / dot(b, b), b, a), (dot(a, b) / dot(a, a), a, b)]
+        parts = [[y - part * x for x, y in zip(away, own, strict=True)] for part, away, own in shares]
+        expected = [sum(Fraction(p) * x for p, x in zip(preference, column, strict=True))
+                    for column in zip(*parts, strict=True)]  # fmt: skip
+    else:
+        expected = exact(method, rows)
+    optimizer = method(SGD([torch.zeros(4, dtype=torch.float64)], lr=0.1), preference=list(preference))
+    if max(map(abs, expected)) > Fraction(1e308):
+        with pytest.raises(RuntimeError, match=rf"{method.__name__}.*(out of range|overflows float64|torch.float64)"):
+            optimizer.combine(TWO * size)
+        return
+    found = optimizer.combine(TWO * size)
+    wanted = torch.tensor([float(x) for x in expected], dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=float(1e-12 * wanted.abs().max()))
+
+
+@pytest.mark.parametrize("preference", [(1e200, 1.0), (1e-200, 1.0), (1e200, 1e200), (1e-200, 1e-200)], ids=str)
+def test_streaming_needs_no_square_of_a_priority(preference):
+    w = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = gradsurgery.PCGrad(SGD([w], lr=0.1), streaming=True, shuffle=False, preference=list(preference))
+    optimizer.backward([row @ w for row in TWO])
+    expected = exact(
+        gradsurgery.PCGrad,
+        [[Fraction(x) * Fraction(p) for x in row.tolist()] for row, p in zip(TWO, preference, strict=True)],
+    )
+    wanted = torch.tensor([float(x) for x in expected], dtype=torch.float64)
+    torch.testing.assert_close(w.grad, wanted, rtol=1e-9, atol=float(1e-12 * wanted.abs().max()))
+
+
+SEES_SQUARES = ["PCGrad", "GradVac", "MGDA", "CAGrad", "IMTLG", "ConFIG", "NashMTL", "FairGrad", "UPGrad", "DualProj"]
+
+
+@pytest.mark.parametrize("name", SEES_SQUARES)
+def test_rows_too_far_apart_for_their_squares_are_refused(name):
+    rows = ROWS * torch.tensor([[1e-250], [1e50], [1e50]], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=f"{name}: the longest gradient is more than 1e280 times as long"):
+        direction(HOMOGENEOUS[name], rows)
+    optimizer = gradsurgery.MGDA(SGD([torch.zeros(4)], lr=0.1), preference=[1e160, 1e-160, 1.0])
+    with pytest.raises(RuntimeError, match=r"MGDA: with `preference`.* about 1e320 times as long"):
+        optimizer.combine(ROWS)
+
+
+def test_streaming_refuses_rows_too_far_apart_too():
+    w = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = gradsurgery.PCGrad(SGD([w], lr=0.1), streaming=True)
+    with pytest.raises(RuntimeError, match="PCGrad: the longest gradient is more than 1e280 times as long"):
+        optimizer.backward([1e-250 * (ROWS[0] @ w), 1e50 * (ROWS[1] @ w)])
+    assert w.grad is None
+
+
+def test_weights_that_float64_rounds_to_zero_are_refused():
+    optimizer = gradsurgery.MGDA(SGD([torch.zeros(4)], lr=0.1), normalize="l2", preference=[1e-150, 1.0, 1.0])
+    with pytest.raises(RuntimeError, match=r"MGDA: the weights .* are out of range: some are below 1e-308"):
+        optimizer.combine(ROWS * 1e200)
+
+
+@pytest.mark.parametrize("method", [gradsurgery.UPGrad, gradsurgery.CAGrad, gradsurgery.NashMTL])
+@pytest.mark.parametrize("weight", [math.inf, math.nan])
+def test_an_infinite_weight_inside_reaches_no_solver(method, weight):
+    class Broken(gradsurgery.FixedWeighter):
+        def weights(self, losses):
+            return [weight, 1.0] * super().weights(losses)
+
+    w = fresh(torch.float64, 1.0, 3.0)
+    with pytest.raises(RuntimeError, match="the weight of 'a' is out of range"):
+        method(Broken(SGD([w], lr=0.1))).backward({"a": w[0] ** 2, "b": (w[1] - w[0]) ** 2})
+    assert w.grad is None
+
+
+def test_coordinates_whose_sum_overflows_are_not_dropped():
+    rows = torch.tensor([[1e300, 1.0], [1e300, 1.0]], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"GradDrop.combine: .*overflows torch.float64"):
+        gradsurgery.GradDrop(SGD([torch.zeros(2)], lr=0.1), preference=[1e10, 1.0]).combine(rows)
 
 
 @pytest.mark.parametrize("size", [1e-170, 1e160])

@@ -191,7 +191,15 @@ def dual_cone(
     norms, cosines = unit(gram)
     u = np.asarray(u, dtype=np.float64)
     m = len(norms)
-    wanted = (u * norms).reshape(-1, m)
+    with np.errstate(over="ignore", under="ignore"):
+        wanted = (u * norms).reshape(-1, m)
+    sizes, exponents = np.abs(wanted).max(axis=1), None
+    if not ((sizes == 0) | ((sizes > 1e-100) & (sizes < 1e100))).all():
+        # The answer for a multiple is a multiple of the answer: one whose squares are numbers.
+        (u_fraction, u_exponent), (n_fraction, n_exponent) = np.frexp(u.reshape(-1, m)), np.frexp(norms)
+        powers = u_exponent + n_exponent
+        exponents = np.where(u_fraction * n_fraction != 0, powers, -5000).max(axis=1)[:, None]
+        wanted = np.ldexp(u_fraction * n_fraction, powers - exponents)
     products = wanted.dot(cosines)
     # A vector that no row opposes is its own projection.
     if products.item(products.argmin()) >= 0:
@@ -218,6 +226,9 @@ def dual_cone(
     s /= norms if norms[norms.argmin()] > 0 else np.where(norms > 0, norms, 1.0)
     if order is not None:
         s = s[:, np.argsort(order)]
+    if exponents is not None:
+        with np.errstate(over="ignore", under="ignore"):
+            s = np.ldexp(s, exponents)
     return u + s.reshape(u.shape)
 
 

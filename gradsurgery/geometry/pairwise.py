@@ -51,21 +51,24 @@ def pcgrad_mixing(gram: ArrayLike, orders: ArrayLike) -> Array:
     return out
 
 
-def pcgrad_of_two(first: float, product: float, second: float, least: float = 0.0) -> tuple[float, float]:
-    """Weights that PCGrad gives two rows u and v.
+def pcgrad_of_two(
+    first: float, product: float, second: float, least: float = 0.0, priority: float = 1.0
+) -> tuple[float, float]:
+    """Weights that PCGrad gives two rows u and p v.
 
     Args:
         first: ‖u‖².
         product: ⟨u, v⟩.
         second: ‖v‖².
         least: Below this ‖u‖² is what rounding has left of a sum that cancels: u has no direction then.
+        priority: p > 0, whose square need not be a number.
 
     Returns:
-        a and b of the direction a u + b v. 1 and 1 without conflict.
+        a and b of the direction a u + b v. 1 and p without conflict.
     """
     if not (product < 0 < second and first > least):
-        return 1.0, 1.0
-    return 1.0 - product / first, 1.0 - product / second
+        return 1.0, priority
+    return 1.0 - priority * (product / first), priority - product / second
 
 
 def streaming_pcgrad(gram: ArrayLike, order: ArrayLike, *, noise: float = EPS) -> Array:

@@ -17,7 +17,7 @@ from gradsurgery import gram as gram_module
 from gradsurgery import rows as rows_module
 from gradsurgery import shards
 from gradsurgery.call import Call, parameters
-from gradsurgery.gram import Table
+from gradsurgery.gram import Scaled, Table
 from gradsurgery.losses import Tasks
 from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+# Rows whose lengths differ by more than two to this power have squares that float64 does not hold side by side.
+_FAR_APART = 1000
+# A term that is smaller than another by two to this power is lost when they are added up.
+_NEGLIGIBLE = 60
+
+
 @cache
 def _numbers(m: int) -> tuple[str, ...]:
     """Names of rows that have none."""
@@ -40,6 +46,11 @@ def _numbers(m: int) -> tuple[str, ...]:
 def _others(m: int) -> np.ndarray:
     """Every j ≠ i in row i, in order; not to be changed."""
     return np.arange(m - 1) + (np.arange(m - 1) >= np.arange(m)[:, None])
+
+
+def _lengths(rows: Table, gram: np.ndarray) -> Scaled:
+    """The lengths of rows with these products."""
+    return Scaled(rows.unit) * Scaled(np.sqrt(gram.diagonal()))
 
 
 class SurgerySwitches(Switches, total=False):
@@ -385,7 +396,9 @@ class Surgery(MultiLossOptimizer):
         Returns:
             B, (m, k), k ≤ m, float64.
         """
-        return self._run["row_scales"] * self._run["rows"].triangle()
+        fraction, exponent = self._run["row_scales"]
+        found: np.ndarray = np.ldexp(fraction * self._run["rows"].triangle(), exponent)
+        return found
 
     def primary_row(self, primary: str | None) -> int | None:
         """Find the task that comes first, for the methods that have one.
@@ -584,8 +597,11 @@ class Surgery(MultiLossOptimizer):
 
     def _promises(self, count: int) -> bool:
         """Whether no loss may rise along the weighted sum of so many rows."""
-        bounded = self.min_weight > -math.inf or self.max_weight < math.inf
-        return count == len(self.names) <= self.descends and not self.weight_momentum and not bounded
+        return count == len(self.names) <= self.descends and not self.weight_momentum and not self._bounded
+
+    @property
+    def _bounded(self) -> bool:
+        return self.min_weight > -math.inf or self.max_weight < math.inf
 
     def _require_finite(self, rows: Tensor) -> None:
         if not torch.isfinite(rows).all():
@@ -797,59 +813,96 @@ class Surgery(MultiLossOptimizer):
             return np.ones(1)
         normalize = "none" if self._alone else self.normalize
         scaled = self.preference is not None and self.preference_scales_rows
+        self._require_squares(rows)
         plain = rows.unit == 1.0 and gram_module.in_range(gram)  # as almost always
-        central = 1.0 if plain else gram_module.central(rows.unit * np.sqrt(gram.diagonal()))
-        if coefficients is None and normalize == "none" and not scaled and central == rows.unit == 1.0:
-            self._run.update(rows=rows, row_scales=unscale)
+        if coefficients is None and normalize == "none" and not scaled and (plain or gram_module.central(_lengths(rows, gram)) is None):
+            self._run.update(rows=rows, row_scales=(unscale, 0))
             weights = self._settled(self.weights(gram, seen))
             self._run["rows"] = None
             return weights
         coefficients = np.ones(m) if coefficients is None else coefficients
+        if not np.isfinite(coefficients).all():  # what is multiplied by them is told of later
+            return np.ones(m)
 
         # A method may have added rows of its own behind those of the tasks, or have rows of absent tasks.
-        def spread(per_task: np.ndarray) -> np.ndarray:
+        def spread(per_task: np.ndarray) -> Scaled:
             if self.rows_repeat_tasks:
-                return np.resize(per_task, len(gram))
-            return np.append(per_task, np.ones(max(0, len(gram) - m)))[: len(gram)]
+                return Scaled(np.resize(per_task, len(gram)))
+            return Scaled(np.append(per_task, np.ones(max(0, len(gram) - m)))[: len(gram)])
 
-        coefficients = spread(coefficients)
-        lengths = coefficients * (rows.unit * np.sqrt(gram.diagonal()))
-        around = np.ones(len(gram))
+        # Any of these, and their products, may leave float64 where what comes of them does not.
+        factors = spread(coefficients)
+        lengths = _lengths(rows, gram) * factors
+        around = Scaled(np.ones(len(gram)))
         if normalize in ("loss", "loss+"):
             self._require_positive(seen, f'normalize="{normalize}" divides by it')
-            with np.errstate(over="ignore"):  # an infinite weight is told of later
-                around /= spread(seen)
+            around = around * spread(seen).inverse()
         if normalize in ("l2", "loss+"):
-            around *= np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+            around = around * lengths.inverse()
         if self.preference_scales_rows:
-            around *= spread(self.preferences())
+            around = around * spread(self.preferences())
         central = gram_module.central(around * lengths)
         correction = self._correction(central)
-        scales = around * coefficients * central
-        self._run.update(rows=rows, row_scales=(scales * unscale)[:, None])
-        scales = scales * rows.unit
-        weights = self._settled(correction * self.weights(scales[:, None] * gram * scales, seen))
+        self._require_comparable(around * lengths)
+        scales = around * factors * Scaled(1.0, central or 0)
+        self._run.update(rows=rows, row_scales=(scales.fraction[:, None] * unscale, scales.exponent[:, None]))
+        scales = scales * Scaled(rows.unit)
+        scaled_gram = np.ldexp(gram * np.multiply.outer(scales.fraction, scales.fraction),
+                               np.add.outer(scales.exponent, scales.exponent))  # fmt: skip
+        found = correction * Scaled(self.weights(scaled_gram, seen))
         self._run["rows"] = None
-        return around[: len(weights)] * weights
+        if self.weight_momentum or self._bounded:
+            found = Scaled(self._settled(found.values()))
+        count = len(found.fraction)
+        found = found * around.first(count)
+        self._require_held(found, lengths.first(count))
+        return found.values()
 
-    def _correction(self, central: float) -> float:
-        """What brings weights of rows that were multiplied by a number to those of the rows themselves."""
-        if central == 1.0:
-            return 1.0
+    def _correction(self, central: int | None) -> Scaled:
+        """What brings weights of rows that were multiplied by a power of two to those of the rows themselves."""
+        if central is None:
+            return Scaled(1.0)
         if self.degree is None:
             raise RuntimeError(
                 f"{self._name}: gradients longer than 1e60 or shorter than 1e-60 are out of range: the method compares "
                 "them with those of other steps or with absolute numbers, and float64 does not hold the products. "
                 "Divide the losses by a constant. Nothing was written."
             )
-        with np.errstate(over="ignore", under="ignore"):
-            correction = float(np.float64(central) ** (1.0 - self.degree))
-        if not 0 < correction < math.inf:
+        rest, whole = math.modf(central * (1.0 - self.degree))
+        return Scaled(2.0**rest, int(whole))
+
+    def _require_held(self, weights: Scaled, lengths: Scaled) -> None:
+        """Refuse weights that float64 rounds to zero, or nearly so, where what they multiply counts in the sum."""
+        with np.errstate(invalid="ignore"):
+            lost = (weights.fraction != 0) & (np.abs(weights.values()) < np.finfo(np.float64).tiny)
+        if lost.any():
+            terms = weights * lengths
+            exponents = np.where(terms.fraction != 0, terms.exponent, -np.inf)
+            if (exponents[lost] > exponents.max() - _NEGLIGIBLE).any():
+                raise RuntimeError(
+                    f"{self._name}: the weights of gradients this long or short are out of range: some are below "
+                    "1e-308. Divide the losses by a constant. Nothing was written."
+                )
+
+    def _require_squares(self, rows: Table) -> None:
+        """Refuse rows so far apart that no power of two brings the squares of all into float64."""
+        if rows.far_apart and self._adds_rows:
             raise RuntimeError(
-                f"{self._name}: the weights of gradients this long or short are out of range. Divide the losses by a "
-                "constant. Nothing was written."
+                f"{self._name}: the longest gradient is more than 1e280 times as long as the shortest one, and float64 "
+                "does not hold the squares of both. Multiply the losses by constants that bring them closer together. "
+                "Nothing was written."
             )
-        return correction
+
+    def _require_comparable(self, lengths: Scaled) -> None:
+        """The same, once all that multiplies the rows is applied."""
+        exponents = lengths.exponent[lengths.fraction != 0]
+        if len(exponents) and exponents.max() - exponents.min() > _FAR_APART and self._adds_rows:
+            apart = (exponents.max() - exponents.min()) * math.log10(2)
+            raise RuntimeError(
+                f"{self._name}: with `preference`, `normalize` and the weights inside applied, the longest gradient is "
+                f"about 1e{apart:.0f} times as long as the shortest one, and float64 does not hold the squares of "
+                "both. Bring the losses or what multiplies them closer together. Nothing was written."
+            )
 
     def _parts(self, shared: Sequence[Tensor]) -> dict[str, list[int]]:
         """Places of the shared parameters that have a surgery of their own, by a name that lasts."""

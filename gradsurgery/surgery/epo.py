@@ -62,10 +62,13 @@ class EPO(Surgery):
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         self._require_positive(losses, "their shares are compared by logarithms")
         m = len(gram)
-        weighted = self.preferences() * losses
+        # The common factor of the priorities counts in the lower bounds alone, and products are to be numbers.
+        top = float(self.preferences().max())
+        preferences = self.preferences() / top
+        weighted = preferences * (losses / losses.max())
         logs = np.log(m * weighted / weighted.sum())
         imbalance = float(weighted @ logs / weighted.sum())
-        a = self.preferences() * (logs - imbalance)
+        a = preferences * (logs - imbalance)
         norms, cosines = geometry.unit(gram)
         keep = np.flatnonzero(norms)
         if not len(keep):
@@ -77,7 +80,9 @@ class EPO(Surgery):
         wanted = c @ (a[keep] * n)  # (G a)_j / n_j
         if imbalance > self.imbalance:
             self.flag("balance")
-            v = geometry.best_corner(wanted, c, self._floors(wanted, weighted[keep]) / n.min(), share, self.flag)
+            with np.errstate(over="ignore"):  # −inf is no bound
+                floors = top * (self._floors(wanted, weighted[keep]) / n.min())
+            v = geometry.best_corner(wanted, c, floors, share, self.flag)
         else:
             self.flag("descent")
             floor = min(float((n * wanted).max()), 0.0) / n.min()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -82,5 +83,7 @@ class GradDrop(Surgery):
             if leak:
                 kept = kept + leak * g
         # P > U without the division: a coordinate of zeros has no P, and gives 0.
-        drawn = torch.where(ups > self.uniform(like) * (ups + downs), up, down)
+        sizes = ups + downs
+        drawn = torch.where(ups > self.uniform(like) * sizes, up, down)
+        drawn = torch.where(sizes < math.inf, drawn, sizes)  # what overflows has no sign, and is told of later
         return rows_module.combine([drawn + kept], [1.0], like)

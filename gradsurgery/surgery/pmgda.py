@@ -71,8 +71,10 @@ class PMGDA(Surgery):
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m = len(gram)
-        ray = 1 / self.preferences()
+        preferences = self.preferences()
+        ray = preferences.min() / preferences
         ray /= np.linalg.norm(ray)
+        losses = losses / (np.abs(losses).max() or 1.0)  # whose squares are numbers
         off = losses - (losses @ ray) * ray
         distance = float(np.linalg.norm(off))
         if distance > self.h_eps * np.linalg.norm(losses):

@@ -81,7 +81,8 @@ class SDMGrad(DoubleSampling):
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m = len(self.names)
         products, _ = self.cross(gram)
-        preferred = self.preferences() / self.preferences().sum()
+        preferred = self.preferences() / self.preferences().max()
+        preferred /= preferred.sum()
         if self.solver == "exact":
             shares, stationary = self._exact(gram, products, preferred)
             if stationary:

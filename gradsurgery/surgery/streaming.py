@@ -73,6 +73,7 @@ def report(step: Step) -> Report:
         (peak,), flat = rows_module.host([worst, table.products()])
         peaks += float(peak)
         products = table.repaired(flat.reshape(len(table), -1))
+        method._require_squares(table)
         noise, unit = table.noise, table.unit
         del table
         finite[i] = np.nan if not np.isfinite([peak, products[-1, -1]]).all() else 1.0
@@ -81,13 +82,14 @@ def report(step: Step) -> Report:
         norms[i] = unit * np.sqrt(products[-1, -1]) / scale[0]
         if all(g is None for g in fresh):
             continue
-        before, own = 1.0, priorities[i]
+        before, own = 1.0, float(priorities[i])
         if seen.any() and method._run["draft"] is not None:
             least = (4 * noise * size / unit) ** 2
-            before, own = geometry.pcgrad_of_two(products[0, 0], own * products[0, 1], own**2 * products[1, 1], least)
-            own *= priorities[i]
+            first, product, second = products[0, 0].item(), products[0, 1].item(), products[1, 1].item()
+            before, own = geometry.pcgrad_of_two(first, product, second, least, own)
         size = before * size + own * unit * float(np.sqrt(products[-1, -1]))
-        weights[seen] *= before
+        with np.errstate(over="ignore"):  # an infinite weight is told of below
+            weights[seen] *= before
         weights[i], seen[i] = own, True
         fitting = method._fitting(step.share * weights, largest, call.scaler)
         if fitting is None:
