@@ -993,6 +993,7 @@ def _of_one_call() -> dict[str, Any]:
         "residuals": None,
         "rows": None,
         "row_scales": (1.0, 0),
+        "lengths": None,
         "positions": {},
         "pieces": {},
         "part": None,

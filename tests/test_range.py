@@ -206,6 +206,54 @@ def test_methods_with_absolute_numbers_refuse_rows_out_of_range(name, size):
         direction(ABSOLUTE[name], ROWS * size)
 
 
+REFUSING = {
+    "PCD": gradsurgery.PCD,
+    "MConFIG": gradsurgery.MConFIG,
+    "MoCo": gradsurgery.MoCo,
+    "MoDo": gradsurgery.MoDo,
+    "PMGDA": lambda base: gradsurgery.PMGDA(base, scale="paper"),
+}
+
+
+@pytest.mark.parametrize(("size", "shown"), [(1e-100, "1e-100 to 1e-99"), (1e200, "1e200 to 1e200")])
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_refusal_names_the_method_the_lengths_and_the_cure_and_writes_nothing(name, size, shown):
+    w = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer = REFUSING[name](SGD([w], lr=0.1))
+    with pytest.raises(RuntimeError, match=f"{name}: .*here they are about {shown} long.*Divide the losses by a const"):
+        step(optimizer, w, size)
+    assert w.grad is None
+    assert optimizer.state_dict()["gradsurgery"]["memory"] == {"step": 0}
+
+
+def step(optimizer, w, size, turn=0):
+    optimizer.zero_grad()
+    rows = size * ROWS.roll(turn, dims=1)
+    # Losses in a ratio of their own, whatever their gradients are.
+    optimizer.backward([g @ (w - w.detach()) + size * k for k, g in enumerate(rows, 1)])
+    found = w.grad.clone()
+    optimizer.step()
+    return found
+
+
+KEEPING = {
+    "GCond": lambda base: gradsurgery.GCond(base, dominance_window=2),
+    "MetaBalance": gradsurgery.MetaBalance,
+    "ExcessMTL": lambda base: gradsurgery.ExcessMTL(base, eta=0.7),
+}
+
+
+@pytest.mark.parametrize("size", [1e-250, 1e-100, 1e100, 1e250])
+@pytest.mark.parametrize("name", KEEPING)
+def test_methods_that_compare_steps_do_so_at_any_length(name, size):
+    def directions(size):
+        w = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        optimizer = KEEPING[name](SGD([w], lr=0.1 / size))
+        return torch.stack([step(optimizer, w, size * (1 + turn), turn) for turn in range(4)]) / size
+
+    torch.testing.assert_close(directions(size), directions(1.0), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("a", "b"), [(1e-100, 1e100), (1e100, 1e-100), (1e-250, 1e30), (1e-170, 1.0), (1e-30, 1e30)])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_projection_between_rows_far_apart(a, b, streaming):
@@ -263,7 +311,7 @@ def assert_preferred(name, preference, size, expected):
     except RuntimeError as error:
         assert "out of range" in str(error)  # noqa: PT017
         # The weights, not the direction: it falls with the length of the rows less than they do.
-        assert HOMOGENEOUS[name].homogeneous < 1
+        assert HOMOGENEOUS[name].homogeneous < 1 or name.startswith(("MetaBalance", "GCond"))  # they keep lengths
     else:
         atol = float(1e-10 * expected.abs().max())
         if converged:

@@ -400,6 +400,29 @@ class Surgery(MultiLossOptimizer):
         found: np.ndarray = np.ldexp(fraction * self._run["rows"].triangle(), exponent)
         return found
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """The lengths of the rows in ``weights``, for comparison with those of other steps.
+
+        Where products leave float64, the Gram matrix is that of the rows times a power of two, and these are not.
+
+        Returns:
+            (m,), float64.
+
+        Raises:
+            RuntimeError: They leave float64 themselves, through what multiplies the rows.
+        """
+        lengths: Scaled | np.ndarray = self._run["lengths"]
+        if isinstance(lengths, np.ndarray):  # the Gram matrix, where nothing was multiplied
+            return np.asarray(np.sqrt(lengths.diagonal()))
+        values = lengths.values()
+        if not ((values > 0) == (lengths.fraction != 0)).all() or not (values < math.inf).all():
+            raise RuntimeError(
+                f"{self._name}: gradients are out of range: with `preference` and the weights inside applied, their "
+                "lengths, which the method keeps, leave float64. Divide the losses by a constant. Nothing was written."
+            )
+        return values
+
     def primary_row(self, primary: str | None) -> int | None:
         """Find the task that comes first, for the methods that have one.
 
@@ -815,8 +838,9 @@ class Surgery(MultiLossOptimizer):
         scaled = self.preference is not None and self.preference_scales_rows
         self._require_squares(rows)
         plain = rows.unit == 1.0 and gram_module.in_range(gram)  # as almost always
-        if coefficients is None and normalize == "none" and not scaled and (plain or gram_module.central(_lengths(rows, gram)) is None):
-            self._run.update(rows=rows, row_scales=(unscale, 0))
+        plain = plain or gram_module.central(_lengths(rows, gram)) is None
+        if coefficients is None and normalize == "none" and not scaled and plain:
+            self._run.update(rows=rows, row_scales=(unscale, 0), lengths=gram)
             weights = self._settled(self.weights(gram, seen))
             self._run["rows"] = None
             return weights
@@ -841,11 +865,13 @@ class Surgery(MultiLossOptimizer):
             around = around * lengths.inverse()
         if self.preference_scales_rows:
             around = around * spread(self.preferences())
-        central = gram_module.central(around * lengths)
-        correction = self._correction(central)
-        self._require_comparable(around * lengths)
+        seen_lengths = around * lengths
+        central = gram_module.central(seen_lengths)
+        correction = self._correction(central, seen_lengths)
+        self._require_comparable(seen_lengths)
         scales = around * factors * Scaled(1.0, central or 0)
-        self._run.update(rows=rows, row_scales=(scales.fraction[:, None] * unscale, scales.exponent[:, None]))
+        row_scales = (scales.fraction[:, None] * unscale, scales.exponent[:, None])
+        self._run.update(rows=rows, row_scales=row_scales, lengths=seen_lengths)
         scales = scales * Scaled(rows.unit)
         scaled_gram = np.ldexp(gram * np.multiply.outer(scales.fraction, scales.fraction),
                                np.add.outer(scales.exponent, scales.exponent))  # fmt: skip
@@ -858,15 +884,17 @@ class Surgery(MultiLossOptimizer):
         self._require_held(found, lengths.first(count))
         return found.values()
 
-    def _correction(self, central: int | None) -> Scaled:
+    def _correction(self, central: int | None, lengths: Scaled) -> Scaled:
         """What brings weights of rows that were multiplied by a power of two to those of the rows themselves."""
         if central is None:
             return Scaled(1.0)
         if self.degree is None:
+            known = lengths.exponent[lengths.fraction != 0] * math.log10(2)
             raise RuntimeError(
-                f"{self._name}: gradients longer than 1e60 or shorter than 1e-60 are out of range: the method compares "
-                "them with those of other steps or with absolute numbers, and float64 does not hold the products. "
-                "Divide the losses by a constant. Nothing was written."
+                f"{self._name}: gradients longer than 1e60 or shorter than 1e-60 are out of range, and here they are "
+                f"about 1e{known.min():.0f} to 1e{known.max():.0f} long: the method compares them with those of other "
+                "steps or with absolute numbers, and float64 does not hold the products. Divide the losses by a "
+                "constant. Nothing was written."
             )
         rest, whole = math.modf(central * (1.0 - self.degree))
         return Scaled(2.0**rest, int(whole))

@@ -53,7 +53,6 @@ class ExcessMTL(Surgery):
     """
 
     stateful = True
-    degree = None
     observes = True
 
     def __init__(self, optimizer: Optimizer, *, eta: float = 0.01, **switches: Unpack[SurgerySwitches]) -> None:

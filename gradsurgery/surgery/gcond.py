@@ -62,7 +62,6 @@ class GCond(Surgery):
     """
 
     stateful = True
-    degree = None
     observes = True
     rows_repeat_tasks = True
 
@@ -103,7 +102,7 @@ class GCond(Surgery):
         norms, last = np.sqrt(gram.diagonal()[:m]), np.sqrt(gram.diagonal()[m:])
         count = self.recall("count", 0.0) + 1
         usual = self.recall("usual", 0.0)
-        usual = usual + (norms - usual) * ((1 - self.beta) / (1 - self.beta**count))
+        usual = usual + (self.lengths[:m] - usual) * ((1 - self.beta) / (1 - self.beta**count))
         self.keep("count", count)
         self.keep("usual", usual)
         # Of the gradients as they change: what they are made of, and their products with each other and with the last.

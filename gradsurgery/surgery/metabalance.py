@@ -48,7 +48,6 @@ class MetaBalance(Surgery):
     """
 
     stateful = True
-    degree = None
 
     def __init__(
         self,
@@ -66,9 +65,8 @@ class MetaBalance(Surgery):
         self.primary = self._as_primary(primary)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        norms = np.sqrt(gram.diagonal())
         count, usual = self.recall("count", 0.0) + 1, self.recall("usual", 0.0)
-        usual = usual + (norms - usual) * ((1 - self.beta) / (1 - self.beta**count))
+        usual = usual + (self.lengths - usual) * ((1 - self.beta) / (1 - self.beta**count))
         self.keep("count", count)
         self.keep("usual", usual)
         first = self.primary_row(self.primary)
