@@ -804,6 +804,43 @@ def test_independent_batches_take_part_in_preference_and_normalize():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("method", [MoDo, SDMGrad])
+def test_independent_batches_have_logarithms_of_their_own_losses(method, batches):
+    def losses(k, p):
+        return [(k + 1 + i) * ((row @ p - 1).square() + 0.5) for i, row in enumerate(JS[k])]
+
+    start = torch.linspace(-1, 1, JS[0].shape[1], dtype=torch.float64)
+    found, wanted = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    others = range(1, batches + 1)
+    optimizer = method(torch.optim.SGD([found], lr=0.1), log_losses=True)
+    optimizer.backward(losses(0, found), independent=[losses(k, found) for k in others])
+    plain = method(torch.optim.SGD([wanted], lr=0.1))
+    logs = [[x.log() for x in losses(k, wanted)] for k in range(batches + 1)]
+    plain.backward(logs[0], independent=logs[1:])
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-10, atol=1e-12)
+    for key, value in plain.state_dict()["gradsurgery"]["memory"].get("shares", {}).items():
+        assert optimizer.state_dict()["gradsurgery"]["memory"]["shares"][key] == pytest.approx(value, rel=1e-10)
+
+
+def test_a_further_batch_under_log_losses_is_checked():
+    p = nn.Parameter(torch.ones(JS[0].shape[1], dtype=torch.float64))
+    positive = [(row @ p).square() + 1 for row in JS[0]]
+    optimizer = MoDo(torch.optim.SGD([p], lr=0.1), log_losses=True)
+    with pytest.raises(
+        ValueError, match=r"MoDo: every loss must be > 0.* in a batch of `independent` too; got {'1': -"
+    ):
+        optimizer.backward(positive, independent=[[positive[0], positive[1] - 1e6, positive[2]]])
+    assert p.grad is None
+    with pytest.raises(RuntimeError, match=r"the gradient of .* is not finite"):
+        optimizer.backward(positive, independent=[[positive[0], positive[1] * math.nan, positive[2]]])
+    assert p.grad is None
+    with pytest.raises(
+        ValueError, match=r"MoDo.combine: log_losses=True .*Divide the rows of each batch by its losses"
+    ):
+        optimizer.combine(JS[0], losses=[1.0, 2.0, 3.0], independent=[JS[1]])
+
+
 def test_independent_batches_are_checked():
     p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
     optimizer = MoDo(torch.optim.SGD([p], lr=0.1))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -49,8 +50,9 @@ class DoubleSampling(Surgery):
         Args:
             losses: The losses of the batch that the direction is for, as for every method.
             independent: The same losses on further batches, drawn independently: none, one (J₁; J₂ is `losses`), or two
-                (J₁ and J₂). Only the weights read them; they give no gradient to private parameters. Their graphs are
-                not freed by the call itself. Not with micro-batches.
+                (J₁ and J₂). Only the weights read them; they give no gradient to private parameters. Under `log_losses`
+                each gradient is divided by the loss of its own batch. Their graphs are not freed by the call itself.
+                Not with micro-batches.
             **options: The other arguments of :meth:`gradsurgery.optimizer.MultiLossOptimizer.backward`.
 
         Returns:
@@ -87,14 +89,22 @@ class DoubleSampling(Surgery):
             rows: Gradients of m losses, (m, n).
             losses: Their values, (m,).
             update: Commit what the method learns, as a step would.
-            independent: Gradients of the same losses on up to two further batches, each (m, n).
+            independent: Gradients of the same losses on up to two further batches, each (m, n). Not with `log_losses`,
+                which would need their losses.
 
         Returns:
             The direction, (n,).
 
         Raises:
-            ValueError: `independent` has more than two entries, or one of another shape than `rows`.
+            ValueError: `independent` has more than two entries, or one of another shape than `rows`, or comes with
+                `log_losses`.
         """
+        if len(independent) and self.log_losses:
+            raise ValueError(
+                f"{self._name}.combine: log_losses=True divides each gradient by its loss, and the losses of the "
+                "batches in `independent` are not known here. Divide the rows of each batch by its losses, and leave "
+                "out log_losses."
+            )
         if any(batch.shape != rows.shape for batch in independent):
             raise ValueError(f"{self._name}.combine: `independent` must hold matrices of the shape of `rows`.")
         self._run["batches"] = self._checked(list(independent))
@@ -122,14 +132,29 @@ class DoubleSampling(Surgery):
             call: Call = self._run["call"]
             if call.sharded or call.graph.hidden:
                 raise RuntimeError(f"{self._name}.backward: `independent` does not work with sharded parameters.")
-            for name, seed in zip(self.names, call.seeds, strict=True):
-                i = batch.present.index(name)
+            places = [batch.present.index(name) for name in self.names]
+            factors = np.ones(len(places)) if self._run["factors"] is None else self._run["factors"]
+            if self.log_losses:
+                factors = self._logarithmic_of(call, [batch.tensors[i] for i in places])
+            for i, seed, factor in zip(places, call.seeds, factors.tolist(), strict=True):
                 row = rows_module.gradient(batch.roots[i], params, seed.to(batch.tensors[i]), retain_graph=True)
                 row = row if call.world is None else call.world_total(row, params)
-                factor = 1.0 if self._run["factors"] is None else float(self._run["factors"][self.names.index(name)])
                 self._unscale(row, None if call.scaler is None else call.loss_scale, factor)
                 rows.append(row)
         return rows
+
+    def _logarithmic_of(self, call: Call, tensors: Sequence[Tensor]) -> np.ndarray:
+        """What the gradients of a further batch are multiplied by under `log_losses`: the reciprocals of its losses."""
+        device = call.values.device
+        found = losses_module.values(tensors, device)
+        if call.world is not None:
+            shares = torch.stack([seed.to(device, torch.float64) for seed in call.seeds]) / call.loss_scale.to(device)
+            found = call.world.total((shares * found).to(call.world.device(device)))
+        values = found.cpu().numpy()
+        # What is not finite makes rows that are not, of which `nonfinite` decides.
+        known = np.where(np.isfinite(values), values, 1.0)
+        self._require_positive(known, "log_losses=True takes its logarithm, in a batch of `independent` too")
+        return np.asarray(1.0 / values)
 
     def cross(self, gram: np.ndarray) -> tuple[np.ndarray, float]:
         """The products of the two batches, taken from the inner products of all rows.
