@@ -928,6 +928,17 @@ class MultiLossOptimizer(Optimizer):
             raise ValueError(f"{self._name}: `{name}` must be an integer >= {least}{bound}, got {value!r}.")
         return value
 
+    def _warn_of_doubt(self, names: Sequence[str]) -> None:
+        """Say once that it is not known which parameters a loss reaches."""
+        if not self._run["warned_of_doubt"]:
+            self._run["warned_of_doubt"] = True
+            warn(
+                f"{self._name}.backward: the graph does not tell which parameters the losses reach (they are joined in "
+                "a compiled region or in a Python function), and the gradients of "
+                f"{', '.join(map(repr, names))} are zero so far. They count as reaching all parameters until one is "
+                "not zero. To say which parameters are shared, pass `shared_params`, such as model.trunk.parameters()."
+            )
+
     def _require_positive(self, losses: np.ndarray, why: str) -> None:
         bad = {name: float(value) for name, value in zip(self.names, losses, strict=True) if not value > 0}
         if bad:

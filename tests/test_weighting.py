@@ -1473,3 +1473,99 @@ def test_a_loss_of_zero_can_be_passed_over_as_the_error_says(build):
         optimizer.zero_grad()
         optimizer.backward({"a": None if a is None else a * p.sum(), "b": 2 * p.sum()})
         optimizer.step()
+
+
+# -------------------------------------------------------------------------------- what two losses share, as measured
+
+
+class Unread(torch.autograd.Function):
+    """Torch knows nothing of what it does: every input has a gradient, of zeros where it has no part in the loss."""
+
+    @staticmethod
+    def forward(ctx, *xs):
+        return tuple(x.clone() for x in xs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+class Silent(Unread):
+    """Likewise, but what has no part gets None."""
+
+    @staticmethod
+    def forward(ctx, *xs):
+        ctx.set_materialize_grads(False)
+        return tuple(x.clone() for x in xs)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("join", [Unread, Silent])
+@pytest.mark.parametrize(
+    "build",
+    [
+        NormalizedGradientWeighter,
+        lambda base: NormalizedGradientWeighter(base, alpha=1.0),
+        gradsurgery.LRAnnealingWeighter,
+        lambda base: gradsurgery.LRAnnealingWeighter(base, statistic="norm"),
+        lambda base: gradsurgery.PCGrad(NormalizedGradientWeighter(base)),
+    ],
+)
+def test_gradients_of_heads_are_not_measured_however_losses_are_joined(build, join, accumulated):
+    def trained(join):
+        torch.manual_seed(0)
+        net = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 4), *(nn.Linear(4, 1) for _ in range(3))]).double()
+        optimizer = build(torch.optim.SGD(net.parameters(), lr=0.01))
+        weights = []
+        for x in torch.randn(3, 2, 5, 3, dtype=torch.float64):
+            optimizer.zero_grad()
+            for k in (0, 1) if accumulated else (0,):
+                z = net[0](x[k]).tanh()
+                outputs = [net[2](z), net[3](net[1](z)), net[4](net[1](z))]  # the second layer is shared by two
+                losses = [
+                    (10.0**i * y + 1).square().mean() for i, y in enumerate(outputs if join is None else join(*outputs))
+                ]
+                report = optimizer.backward(losses, **({"accumulate": k == 0} if accumulated else {}))
+            weights.append(list(report.weights.values()))
+            optimizer.step()
+        return np.array(weights)
+
+    def join_apply(*outputs):
+        return join.apply(*outputs)
+
+    np.testing.assert_allclose(trained(join_apply), trained(None), rtol=1e-10)
+
+
+def test_a_gate_that_closes_leaves_a_parameter_shared_as_measured():
+    """One gradient that was not zero proves it, in a resumed run too."""
+
+    def started():
+        torch.manual_seed(0)
+        trunk, gated = nn.Linear(3, 4).double(), nn.Linear(4, 4).double()
+        return (
+            trunk,
+            gated,
+            NormalizedGradientWeighter(torch.optim.SGD([*trunk.parameters(), *gated.parameters()], 0.01)),
+        )
+
+    def losses(trunk, gated, gate):
+        z = trunk(torch.ones(1, 3, dtype=torch.float64))
+        a, b = Unread.apply(gated(z), z + gate * gated(z))
+        return {"a": a.square().sum(), "b": 3 * b.square().sum()}
+
+    trunk, gated, optimizer = started()
+    optimizer.backward(losses(trunk, gated, 1.0))
+    optimizer.step()
+    optimizer.zero_grad()
+    resumed = started()
+    resumed[2].load_state_dict(optimizer.state_dict())
+    for ours, theirs in zip((trunk, gated), resumed, strict=False):
+        theirs.load_state_dict(ours.state_dict())
+    named = losses(trunk, gated, 0.0)
+    both = [*trunk.parameters(), *gated.parameters()]
+    norms = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, both, retain_graph=True)]).norm()
+        for loss in named.values()
+    ]
+    for report in (optimizer.backward(named), resumed[2].backward(losses(*resumed[:2], 0.0))):
+        assert report.weights["a"] / report.weights["b"] == pytest.approx(float(norms[1] / norms[0]), rel=1e-10)

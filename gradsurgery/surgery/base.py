@@ -23,7 +23,6 @@ from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
 from gradsurgery.surgery import descent
 from gradsurgery.surgery.step import Step
-from gradsurgery.text import warn
 from gradsurgery.weighting.base import Weighter
 
 if TYPE_CHECKING:
@@ -720,17 +719,6 @@ class Surgery(MultiLossOptimizer):
                 g = rows_module.wide(g)
                 g = g if loss_scale is None else g / loss_scale.to(g.device)
                 row[j] = g if factor == 1.0 else g * factor
-
-    def _warn_of_doubt(self, names: Sequence[str]) -> None:
-        """Say once that it is not known which parameters a loss reaches."""
-        if not self._run["warned_of_doubt"]:
-            self._run["warned_of_doubt"] = True
-            warn(
-                f"{self._name}.backward: the graph does not tell which parameters the losses reach (they are joined in "
-                "a compiled region or in a Python function), and the gradients of "
-                f"{', '.join(map(repr, names))} are zero so far. They count as reaching all parameters until one is "
-                "not zero. To say which parameters are shared, pass `shared_params`, such as model.trunk.parameters()."
-            )
 
     def _undecided(self) -> bool:
         """Whether the method does not know yet which parameters are private."""
