@@ -284,14 +284,56 @@ def accumulation(build, rank, size):
     assert_same(net, wanted)
 
 
-def features(method, rank, size):
+def absent_in_a_micro_batch(build, rank, size):
+    """Processes that lack a loss still measure where the others do."""
+    x = data(size)
+    net, wanted = Net(), Net()
+    optimizer = build(torch.optim.SGD(net.parameters(), lr=0.01), distributed=True)
+    single = build(torch.optim.SGD(wanted.parameters(), lr=0.01))
+    for step in x:
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(net, step[rank], ("a", "c")), accumulate=True)
+        optimizer.backward(losses_of(net, step[rank], NAMES if rank == 0 else ("a", "c")))
+        optimizer.step()
+        single.zero_grad()
+        whole = losses_of(wanted, step.flatten(0, 1))
+        losses = {"a": 2 * whole["a"], "b": losses_of(wanted, step[0])["b"], "c": 2 * whole["c"]}
+        quietly(single, losses)
+        single.step()
+    assert_same(net, wanted)
+
+
+def independent_logarithms(rank, size):
+    """The losses of a further batch are those of all processes."""
+    x, others = data(size), data(size, steps=6)[3:]
+    sizes = [2, 6 * size - 2] if size == 2 else [2, 3, 6 * size - 5]
+    start = sum(sizes[:rank])
+    results = []
+    for distributed in (True, False):
+        net = Net()
+        optimizer = gradsurgery.MoDo(
+            torch.optim.SGD(net.parameters(), lr=0.01), log_losses=True, distributed=distributed
+        )
+        for batches in zip(x, others, strict=True):
+            optimizer.zero_grad()
+            whole = [batch.flatten(0, 1) for batch in batches]
+            mine = [batch[start : start + sizes[rank]] for batch in whole] if distributed else whole
+            first, second = (losses_of(net, batch) for batch in mine)
+            quietly(optimizer, first, independent=[second], batch_size=sizes[rank] if distributed else None)
+            optimizer.step()
+        results.append(net)
+    assert_same(*results)
+
+
+def features(method, shared, rank, size):
     x = data(size)[0].flatten(0, 1)
     sizes = [2, 6 * size - 2] if size == 2 else [2, 3, 6 * size - 5]
     start = sum(sizes[:rank])
     results = []
     for here, distributed in ((x[start : start + sizes[rank]], True), (x, False)):
         net = Net()
-        optimizer = method(torch.optim.SGD(net.parameters(), lr=0.01), distributed=distributed)
+        options = {} if shared is None else {"shared_params": shared(net)}
+        optimizer = method(torch.optim.SGD(net.parameters(), lr=0.01), distributed=distributed, **options)
         z = net.trunk(here)
         losses = {
             name: (head(z) - i - here[:, i : i + 1]).square().mean()
@@ -358,36 +400,39 @@ def mixed_dtypes(rank, size):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
 
 
-def private_after_all(rank, size):
-    """The walk thinks that two losses reach everything; one output of the node passes nothing on."""
+class Silent(torch.autograd.Function):
+    """What has no part in a loss gets no gradient, though the walk thinks that every loss reaches everything."""
 
-    class Both(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, y):
-            ctx.set_materialize_grads(False)
-            return x * 1, y * 1
+    @staticmethod
+    def forward(ctx, *outputs):
+        ctx.set_materialize_grads(False)
+        return tuple(y.clone() for y in outputs)
 
-        @staticmethod
-        def backward(ctx, g, h):
-            return g, h
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
 
-    x = data(size)[0]
+
+def private_after_all(build, join, rank, size):
+    """Heads are private in steps that reuse weights and in those that find them, as they are without the join."""
+    x = data(size, steps=4)
     results = []
-    for here, distributed in ((x[rank], True), (x.flatten(0, 1), False)):
+    for distributed in (True, False):
         net = Net()
-        optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.01), distributed=distributed)
-        z = net.trunk(here)
-        out = Both.apply(net.heads[0](z), net.heads[1](z))
-        losses = [out[0].mean(), -out[1].square().mean()]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*processes run, and nothing is exchanged")
-            report = optimizer.backward(losses)
-        results.append((net, report))
-    torch.testing.assert_close(results[0][1].gram, results[1][1].gram)
-    for p, q in zip(results[0][0].parameters(), results[1][0].parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None)
-        if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad)
+        optimizer = build(torch.optim.SGD(net.parameters(), lr=0.01), distributed=distributed)
+        reports = []
+        for step in x:
+            optimizer.zero_grad()
+            out = [head(net.trunk(step[rank] if distributed else step.flatten(0, 1))) for head in net.heads]
+            out = join.apply(*out) if distributed else out
+            losses = [(2.0**i * y - i).square().mean() + 0.1 for i, y in enumerate(out)]
+            reports.append(quietly(optimizer, losses))
+            optimizer.step()
+        results.append((net, reports))
+    assert_same(*(net for net, _ in results))
+    for ours, theirs in zip(*(reports for _, reports in results), strict=True):
+        assert ours.flags == theirs.flags
+        assert ours.weights == pytest.approx(theirs.weights, rel=1e-7)
 
 
 def different_losses(rank, size):
@@ -689,7 +734,26 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
     for name, build in compositions.items():
         found[name] = lambda build=build: equals_one_process(build, *here)
     for method in (gradsurgery.UPGrad, gradsurgery.IMTLG, gradsurgery.NormalizedGradientWeighter):
-        found[f"features: {method.__name__}"] = lambda method=method: features(method, *here)
+        found[f"features: {method.__name__}"] = lambda method=method: features(method, None, *here)
+    named = {"trunk": lambda net: net.trunk, "one layer": lambda net: net.trunk[0], "heads": lambda net: net.heads}
+    for name, shared in named.items():
+        found[f"features, shared_params: {name}"] = lambda shared=shared: features(gradsurgery.UPGrad, shared, *here)
+    joins = {
+        "PCGrad": gradsurgery.PCGrad,
+        "every=2": compositions["every=2"],
+        "warmup=2": compositions["warmup=2"],
+        "PCGrad(NormalizedGradient)": lambda o, **k: gradsurgery.PCGrad(gradsurgery.NormalizedGradientWeighter(o), **k),
+        "NormalizedGradient": gradsurgery.NormalizedGradientWeighter,
+    }
+    for name, build in joins.items():
+        for join in (Silent, Opaque):
+            found[f"private after all: {name}, {join.__name__}"] = lambda build=build, join=join: private_after_all(
+                build, join, *here
+            )
+    for build in (gradsurgery.NormalizedGradientWeighter, gradsurgery.LRAnnealingWeighter):
+        found[f"absent on one rank: {build.__name__}"] = lambda build=build: absent_on_one_rank(build, *here)
+        found[f"absent in a micro-batch: {build.__name__}"] = lambda build=build: absent_in_a_micro_batch(build, *here)
+    found["independent batches of logarithms"] = lambda: independent_logarithms(*here)
     for case in (
         absent_in_a_reuse_step, inactive_hinge, reentrant_is_refused, frozen_on_one_rank, others_in_one_micro_batch,
         nothing_in_the_last_micro_batch,
@@ -701,7 +765,7 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
     )
     for case in (
         nothing_on_one_rank, bad_gradient_on_one_rank, scaler, residuals, half_precision_rows, mixed_dtypes,
-        private_after_all, zero_redundancy, different_losses, replicas_that_differ, complex_replicas,
+        zero_redundancy, different_losses, replicas_that_differ, complex_replicas,
         a_group_of_its_own, words, under_autocast, a_copy_works_with_the_same_processes,
         nothing_finite_in_the_last_micro_batch, joined,
     ):  # fmt: skip
