@@ -8,7 +8,7 @@ ARGS ?=
 # What the tests need: the library, what it works with, and what it is compared with, as far as that installs.
 TESTED := $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp $(VENV)/peers.stamp
 # The tests whose results are floats.
-NUMERIC := engines geometry gradnorm methods playground precision priority_methods reference row_methods weighting
+NUMERIC := cheap_modes engines geometry gradnorm methods playground precision priority_methods reference row_methods weighting
 # A process for each core. Files stay whole: what is spawned or trained once for a file is then done once.
 PARALLEL ?= -n auto --dist loadfile
 
