@@ -1315,3 +1315,16 @@ def test_each_property_rejects_a_broken_function(
         except AssertionError:
             rejected += 1
     assert rejected > 0
+
+
+def test_an_opposite_pair_is_stationary_without_a_doubt():
+    """The multipliers are large, and so is what rounding of the columns does to the residual."""
+    gram = [
+        [1622.0028245255312, -120.69826421273189, 449.6813046886776, -2.6254936743729846],
+        [-120.69826421273189, 8.981532438593556, -33.462181510514164, 0.19537113277902227],
+        [449.6813046886776, -33.462181510514164, 1261.0961890219485, -11.322838273914728],
+        [-2.6254936743729846, 0.19537113277902227, -11.322838273914728, 0.1030269094017468],
+    ]
+    weights, stationary = geometry.min_norm(gram)  # a flag is an error here
+    assert stationary
+    assert np.sqrt(max(weights @ gram @ weights, 0.0)) <= 1e-6 * weights @ np.sqrt(np.diagonal(gram))
