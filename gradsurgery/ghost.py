@@ -10,7 +10,7 @@ gradient.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from typing import Any
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery import gram as gram_module
 from gradsurgery import graph as graph_module
 from gradsurgery import rows as rows_module
 from gradsurgery.ghost_graph import Reader
-from gradsurgery.ghost_layers import Convolution, Embedding, Layer
+from gradsurgery.ghost_layers import Convolution, Embedding, Layer, Linear
 from gradsurgery.gram import Room, Row, Table
 
 # Rounding of ⟨D, K D⟩ in float32 relative to Σₙ ‖aₙ‖² ‖dₙ‖², and what is allowed of it relative to the squared norm.
@@ -461,8 +461,24 @@ def plan(
     if not nodes:
         return None
     reader = Reader(roots, nodes, shared)
-    layers = [layer for layer in reader.layers() if force or layer.saves(len(roots))]
+    layers = reader.layers()
+    if not force:
+        m = len(roots)
+        several = any(len(layer.edges) > 1 for layer in layers)
+        masks = graph_module.reaching(roots, nodes) if several else {}
+        layers = [
+            layer
+            for layer in layers
+            if (layer.saves(m, _share(layer.edges, masks, m)) if isinstance(layer, Linear) else layer.saves(m))
+        ]
     return Plan(shared, layers, reader) if layers else None
+
+
+def _share(calls: Sequence[GradientEdge], masks: Mapping[Node, int], m: int) -> float:
+    """What part of the calls of a layer a loss reaches, on average."""
+    if len(calls) == 1:
+        return 1.0
+    return sum(masks.get(call.node, 0).bit_count() for call in calls) / (m * len(calls))
 
 
 def _is_single_exact() -> bool:

@@ -53,11 +53,12 @@ class Linear(NamedTuple):
     versions: tuple[int, ...]
     flipped: bool
 
-    def saves(self, m: int) -> bool:
+    def saves(self, m: int, share: float = 1.0) -> bool:
         """Predict whether this is faster than forming the weight gradient of each loss.
 
         Args:
             m: Number of losses.
+            share: What part of the calls a loss reaches.
 
         Returns:
             True if so.
@@ -65,9 +66,9 @@ class Linear(NamedTuple):
         n, width, calls = sum(a.shape[0] for a in self.inputs), self.inputs[0].shape[1], len(self.inputs)
         out = self.params[0].numel() // width
         ghost, rows = _costs(n, width, out, m, self.inputs[0].device)
-        if calls > 1:  # copies here, sums of gradients there
+        if calls > 1:  # copies here, sums of gradients there, and no gradient of what a loss does not reach
             ghost += 2 * _TRAFFIC * n * (m * out + width)
-            rows += 3 * _TRAFFIC * (calls - 1) * m * width * out
+            rows += 3 * _TRAFFIC * (share * calls - 1) * m * width * out - (1 - share) * m * n * width * out
         return ghost < rows
 
     def sample(self) -> list[Tensor]:

@@ -235,6 +235,28 @@ def origins(root: Root | None) -> list[tuple[Node, int]]:
     return [] if node is None or root is None else [(node, root.output_nr)]
 
 
+def reaching(roots: Sequence[Root | None], nodes: Nodes) -> dict[Node, int]:
+    """Find out which losses pass through which nodes.
+
+    Args:
+        roots: Where their differentiation begins, (m,).
+        nodes: All nodes below, each after those below it.
+
+    Returns:
+        A bit mask for each node that is reached.
+    """
+    masks: dict[Node, int] = {}
+    for i, root in enumerate(roots):
+        for node, _ in origins(root):
+            masks[node] = masks.get(node, 0) | 1 << i
+    for node in reversed(nodes):
+        mask = masks.get(node, 0)
+        for child, _ in nodes[node] if mask else ():
+            if child is not None:
+                masks[child] = masks.get(child, 0) | mask
+    return masks
+
+
 def _node(root: Tensor | GradientEdge | None) -> Node | None:
     return root.grad_fn if isinstance(root, Tensor) else None if root is None else root.node
 

@@ -226,7 +226,12 @@ def wide(tasks: int = 4, batch: int = 16) -> tuple[nn.Module, Callable[[], list[
     """A siamese encoder 256 wide, and losses that compare its two outputs."""
     encoder = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(256, 256), nn.Tanh())))
     x = torch.randn(2, batch, 256)
-    return encoder, lambda: [(encoder(x[0]) - (i + 1) * encoder(x[1])).square().mean() for i in range(tasks)]
+
+    def losses() -> list[Tensor]:
+        a, b = encoder(x[0]), encoder(x[1])
+        return [(a - (i + 1) * b).square().mean() for i in range(tasks)]
+
+    return encoder, losses
 
 
 def test_grouping_pays_by_the_number_of_all_samples() -> None:
@@ -286,3 +291,15 @@ def test_products_agree_with_those_of_rows_for_long_unrolled_loops() -> None:
     found = plan.differentiate(values, [torch.ones_like(v) for v in values])
     norms = np.sqrt(want.diagonal())
     assert (np.abs(found.gram() - want) <= 1e-6 * np.outer(norms, norms)).all()
+
+
+@pytest.mark.parametrize(("together", "engine"), [(True, "ghosts"), (False, "rows")])
+def test_calls_that_one_loss_alone_reaches_are_no_work_for_the_others(together: bool, engine: str) -> None:
+    """A small batch a loss: what it costs to form a row is one call, however many losses there are."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(320, 320), nn.Tanh(), nn.Linear(320, 320))
+    losses = [net(torch.randn(8, 320)).square().mean() for _ in range(60)]
+    if together:
+        losses = [sum(losses) * (k + 1) for k in range(60)]
+    optimizer = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    assert optimizer.backward(losses).engine == engine
