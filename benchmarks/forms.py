@@ -472,7 +472,7 @@ def ask(contender: Contender, form: Form) -> dict[str, Any]:
 
 
 def _first_step(contender: Contender, form: Form, dtype: torch.dtype) -> dict[str, float]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     net, batch = problem(dtype)
     right = copy.deepcopy(net).double()
     reference(form, right, Batch(*(part.double() for part in batch)))

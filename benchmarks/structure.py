@@ -39,10 +39,11 @@ APART = {
 }  # fmt: skip
 BASES = {"Surgery", "Weighter", "MultiLossOptimizer"}
 MODES = {
-    "accumulate", "blocks", "communicator", "draft", "due", "early", "engine", "every", "features", "ghosts",
-    "granularity", "hidden", "kept", "log_losses", "masks", "needs_gram_only", "nonfinite", "observes", "row_device",
-    "row_dtype", "scaler", "sharded", "shared_params", "slices", "spread", "streaming", "warmup", "world",
-    "_adds_rows", "_puts_rows_away", "_undecided",
+    "_adds_rows", "_puts_rows_away", "_undecided", "accumulate", "accumulated", "adds_rows", "blocks", "communicator",
+    "draft", "due", "early", "engine", "every", "features", "ghosts", "gram_only", "granularity", "hidden",
+    "is_accumulated", "is_alone", "is_scaled", "is_sharded", "kept", "log_losses", "masks", "needs_gram_only",
+    "nonfinite", "observes", "one_pass", "phase", "puts_away", "puts_rows_away", "row_device", "row_dtype", "scaler",
+    "sharded", "shared_params", "slices", "spread", "streaming", "undecided", "warmup", "world", "writable",
 }  # fmt: skip
 
 # Runs in a process of its own, on the tree that is measured. Prints the calls in order: file, name, first line, and the

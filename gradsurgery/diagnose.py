@@ -20,13 +20,14 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from gradsurgery import losses as losses_module
-from gradsurgery import rows as rows_module
-from gradsurgery.call import parameters
+from gradsurgery.batch import parameters
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.losses import Losses
 from gradsurgery.report import Report
 from gradsurgery.surgery.base import Surgery
 from gradsurgery.surgery.pcgrad import PCGrad
 from gradsurgery.text import grid, number, terminal_width, wrapped
+from gradsurgery.torch_private import buffers, hooks_after, profiler_is_on
 from gradsurgery.weighting.softadapt import SoftAdaptWeighter
 
 #: A pair conflicts if its mean cosine is below −CONFLICT and more than ERRORS standard errors below 0. Gradients that
@@ -292,8 +293,7 @@ def diagnose(
         raise ValueError("diagnose: `optimizer_or_model` has no trainable parameters.")
 
     base = torch.optim.SGD(params, lr=0.0)
-    probe = _Probe(base, shared_params=shared, nonfinite="skip")
-    probe._name = "diagnose"
+    probe = _Probe(base, shared)
     reports: list[Report] = []
     names: dict[str, None] = {}
     first: list[Any] = []
@@ -316,7 +316,16 @@ def diagnose(
 
 
 class _Probe(Surgery):
-    """Looks at the gradients and leaves the sum as it is."""
+    """Looks at the gradients and leaves the sum as it is.
+
+    Args:
+        base: The optimizer whose parameters to look at.
+        shared: Those of them that count as shared; None: what the graph tells.
+    """
+
+    def __init__(self, base: Optimizer, shared: Iterable[Tensor] | None) -> None:
+        super().__init__(base, shared_params=shared, nonfinite="skip")
+        self._name = "diagnose"  # whom errors are said by
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         return np.ones(len(gram))
@@ -348,7 +357,7 @@ def _untouched(params: Sequence[Tensor], model: nn.Module | None) -> Iterator[No
             return
         for part in module.modules():
             if part not in kept:
-                kept[part] = {key: (b, b.detach().clone()) for key, b in part._buffers.items() if b is not None}
+                kept[part] = {key: (b, b.detach().clone()) for key, b in buffers(part).items() if b is not None}
 
     if model is not None:
         keep(model)
@@ -362,9 +371,9 @@ def _untouched(params: Sequence[Tensor], model: nn.Module | None) -> Iterator[No
         hook.remove()
         _set_random_state(streams)
         with torch.no_grad():
-            for module, buffers in kept.items():
-                for key, (buffer, value) in buffers.items():
-                    module._buffers[key] = buffer
+            for module, its in kept.items():
+                for key, (buffer, value) in its.items():
+                    buffers(module)[key] = buffer
                     buffer.copy_(value)
 
 
@@ -480,71 +489,82 @@ def _pairs(names: tuple[str, ...], grams: Grams) -> Iterator[Pair]:
 def _verdict(found: Diagnosis) -> tuple[str, str]:
     if len(found.names) < 2:
         return "sum", "The sum is fine: there is one loss only."
+    few = "" if found.batches - found.skipped >= FEW else " These are few batches; look at more before you rely on it."
+    silent = [repr(name) for name, norm in found.norms.items() if norm == 0]
+    if silent:
+        rest = ": nothing to compare." if not found.pairs else f". Is that meant?{few}"
+        return "unclear", f"The gradient of {_and(silent)} is zero over the shared parameters{rest}"
     if not found.pairs:
-        if any(norm == 0 for norm in found.norms.values()):
-            silent = [repr(name) for name, norm in found.norms.items() if norm == 0]
-            return "unclear", f"The gradient of {_and(silent)} is zero over the shared parameters: nothing to compare."
         return (
             "nothing shared",
             "The sum is fine: no parameter is reached by two losses in one batch, so none can hurt another.",
         )
-    few = "" if found.batches - found.skipped >= FEW else " These are few batches; look at more before you rely on it."
     held = [name for name, share in found.kept.items() if share < KEEPS]
-    silent = [repr(name) for name, norm in found.norms.items() if norm == 0]
-    conflicts = [pair for pair in found.pairs if pair.conflicts]
-    opposed = "; ".join(
-        [f"{pair.first!r} and {pair.second!r}" for pair in conflicts[:3]] + ["…"] * (len(conflicts) > 3)
-    )
-    apart = found.norm_ratio >= IMBALANCE
-    if silent:
-        return "unclear", f"The gradient of {_and(silent)} is zero over the shared parameters. Is that meant?{few}"
-    if not held and not apart:
-        words = (
-            "The sum is fine. No loss loses half of its own descent to the others, and the gradient norms are within "
-            f"a factor of {found.norm_ratio:.1f}."
-        )
-        if conflicts:
-            words += f" Some gradients do oppose each other ({opposed}), but the losses still fall."
-        return "sum", words + " Surgery would change little." + few
-    reasons = []
-    if apart:
-        longest, shortest = (f(found.norms, key=lambda n: found.norms[n]) for f in (max, min))
-        reasons.append(
-            f"The gradient of {longest!r} is {number(found.norm_ratio, 2)} times as long as that of {shortest!r}: the "
-            "sum is nearly the loudest loss alone."
-        )
-    if held:
-        rising = [repr(name) for name in held if found.kept[name] < 0]
-        slow = [f"{name!r} ({found.kept[name]:.0%})" for name in held if found.kept[name] >= 0]
-        if rising:
-            reasons.append(f"In most batches the sum's step makes {_and(rising)} rise.")
-        if slow:
-            reasons.append(f"The sum's step leaves {_and(slow)} less than half of the descent of its own gradient.")
+    if not held and found.norm_ratio < IMBALANCE:
+        return "sum", _why_the_sum(found) + few
+    reasons = " ".join(_reasons(found, held))
     paste = f"weights = {{{', '.join(f'{name!r}: {weight:g}' for name, weight in found.weights.items())}}}"
     constants = f"Constants to start from, which give all gradients one length here:\n\n    {paste}\n"
     held_weighted = [name for name, share in found.kept_weighted.items() if share < KEEPS]
     if not held_weighted:
         return "weights", (
-            f"Weights should do. {' '.join(reasons)} With constant weights no loss is held up any more, so that "
+            f"Weights should do. {reasons} With constant weights no loss is held up any more, so that "
             f"surgery is not needed for a start. {constants}\n"
             "Multiply the losses by them, or FixedWeighter(optimizer, weights=weights). Tune them by factors of 3: "
             f"equal lengths are a start, not an optimum.{few}"
         )
-    if conflicts:
-        kind = "NashMTL, ConFIG or IMTLG, which do not feel lengths" if apart else "PCGrad or UPGrad"
-        still = _and([f"{name!r} ({_share(found.kept_weighted[name])})" for name in held_weighted])
-        price = "".join(
-            f" It costs {cost.times:.1f} times the plain sum here." for cost in found.costs if cost.family == "surgery"
-        )
-        return "surgery", (
-            f"Surgery may help. {' '.join(reasons)} Some gradients oppose each other steadily ({opposed}), and "
-            f"constant weights do not mend it: still held up {'is' if len(held_weighted) == 1 else 'are'} {still}. "
-            f"Try {kind}, against tuned constants as the baseline.{price} {constants}{few}"
-        ).rstrip()
+    if _opposed(found):
+        return "surgery", f"Surgery may help. {reasons} {_why_surgery(found, held_weighted)} {constants}{few}".rstrip()
     return "unclear", (
-        f"Unclear. {' '.join(reasons)} But no two losses oppose each other steadily: this may be the noise of small "
+        f"Unclear. {reasons} But no two losses oppose each other steadily: this may be the noise of small "
         f"batches. Look at more or larger batches. {constants}{few}"
     ).rstrip()
+
+
+def _opposed(found: Diagnosis) -> str:
+    """Who opposes whom; empty if nobody does."""
+    conflicts = [pair for pair in found.pairs if pair.conflicts]
+    return "; ".join([f"{pair.first!r} and {pair.second!r}" for pair in conflicts[:3]] + ["…"] * (len(conflicts) > 3))
+
+
+def _why_the_sum(found: Diagnosis) -> str:
+    words = (
+        "The sum is fine. No loss loses half of its own descent to the others, and the gradient norms are within "
+        f"a factor of {found.norm_ratio:.1f}."
+    )
+    if opposed := _opposed(found):
+        words += f" Some gradients do oppose each other ({opposed}), but the losses still fall."
+    return words + " Surgery would change little."
+
+
+def _reasons(found: Diagnosis, held: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the sum."""
+    if found.norm_ratio >= IMBALANCE:
+        longest, shortest = (f(found.norms, key=lambda n: found.norms[n]) for f in (max, min))
+        yield (
+            f"The gradient of {longest!r} is {number(found.norm_ratio, 2)} times as long as that of {shortest!r}: the "
+            "sum is nearly the loudest loss alone."
+        )
+    rising = [repr(name) for name in held if found.kept[name] < 0]
+    slow = [f"{name!r} ({found.kept[name]:.0%})" for name in held if found.kept[name] >= 0]
+    if rising:
+        yield f"In most batches the sum's step makes {_and(rising)} rise."
+    if slow:
+        yield f"The sum's step leaves {_and(slow)} less than half of the descent of its own gradient."
+
+
+def _why_surgery(found: Diagnosis, held: Sequence[str]) -> str:
+    apart = found.norm_ratio >= IMBALANCE
+    kind = "NashMTL, ConFIG or IMTLG, which do not feel lengths" if apart else "PCGrad or UPGrad"
+    still = _and([f"{name!r} ({_share(found.kept_weighted[name])})" for name in held])
+    price = "".join(
+        f" It costs {cost.times:.1f} times the plain sum here." for cost in found.costs if cost.family == "surgery"
+    )
+    return (
+        f"Some gradients oppose each other steadily ({_opposed(found)}), and "
+        f"constant weights do not mend it: still held up {'is' if len(held) == 1 else 'are'} {still}. "
+        f"Try {kind}, against tuned constants as the baseline.{price}"
+    )
 
 
 def _share(value: float) -> str:
@@ -580,11 +600,37 @@ def _costs(
 ) -> tuple[Cost, ...]:
     params = parameters(base)
     # Such a hook may be an optimizer of its own, which must not run here.
-    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in params):
+    if any(map(hooks_after, params)):
         return ()
+    families = _families(base, shared, loss_fn, batch, features)
+    where = params[0].device
+    shortest = _shortest([run for _, _, run in families], base, where)
+    found = []
+    for (family, method, run), seconds in zip(families, shortest, strict=True):
+        base.zero_grad()
+        peak = peak_bytes(run, where)
+        found.append(
+            Cost(
+                family,
+                method,
+                milliseconds=1e3 * seconds,
+                times=seconds / shortest[0],
+                megabytes=None if peak is None else peak / 1e6,
+            )
+        )
+    return tuple(found)
+
+
+def _families(
+    base: Optimizer,
+    shared: Iterable[Tensor] | None,
+    loss_fn: Callable[[Any], Losses | tuple[Losses, Features]],
+    batch: Any,
+    features: bool,
+) -> list[tuple[str, str, Callable[[], None]]]:
+    """Each family, the method that stands for it, and its forward and backward pass; the plain sum first."""
     surgery = PCGrad(base, shared_params=shared, nonfinite="skip")
     weighter = SoftAdaptWeighter(base, nonfinite="skip")
-    where = params[0].device
 
     def plain() -> None:
         losses, _ = _called(loss_fn, batch, features)
@@ -607,6 +653,11 @@ def _costs(
     ]
     if features:
         families.append(("surgery at features", "PCGrad", at_features))
+    return families
+
+
+def _shortest(runs: Sequence[Callable[[], None]], base: Optimizer, where: torch.device) -> list[float]:
+    """Seconds of each, the shortest of several, measured in turns."""
 
     def once(run: Callable[[], None]) -> float:
         base.zero_grad()
@@ -616,27 +667,13 @@ def _costs(
         wait(where)
         return time.perf_counter() - began
 
-    for _, _, run in families:
+    for run in runs:
         once(run)  # the first run pays for caches and compilers
     times: list[list[float]] = []
     began = time.perf_counter()
     while len(times) < ROUNDS[0] or (len(times) < ROUNDS[1] and time.perf_counter() - began < SECONDS):
-        times.append([once(run) for _, _, run in families])
-    shortest = [min(row[column] for row in times) for column in range(len(families))]
-    found = []
-    for column, (family, method, run) in enumerate(families):
-        base.zero_grad()
-        peak = peak_bytes(run, where)
-        found.append(
-            Cost(
-                family,
-                method,
-                milliseconds=1e3 * shortest[column],
-                times=shortest[column] / shortest[0],
-                megabytes=None if peak is None else peak / 1e6,
-            )
-        )
-    return tuple(found)
+        times.append([once(run) for run in runs])
+    return [min(column) for column in zip(*times, strict=True)]
 
 
 def wait(device: torch.device) -> None:
@@ -666,7 +703,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or torch._C._autograd._profiler_enabled():  # profilers do not nest
+    if device.type != "cpu" or profiler_is_on():  # profilers do not nest
         return None
     with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradsurgery import blocks, ghost, text
 from gradsurgery import losses as losses_module
-from gradsurgery import rows as rows_module
-from gradsurgery.call import parameters
+from gradsurgery import text
+from gradsurgery.batch import parameters
 from gradsurgery.diagnose import wait
-from gradsurgery.gram import gram
-from gradsurgery.graph import Root, walk
+from gradsurgery.gradients import blocks, ghosts
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.gradients.formed import FEW
+from gradsurgery.gradients.gram import gram
+from gradsurgery.graph import Nodes, Root, walk
 from gradsurgery.losses import Losses
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.surgery.base import Surgery
-from gradsurgery.surgery.step import FEW
+from gradsurgery.torch_private import metadata
 
 # Entries of a row on which products and sums are timed; beyond the caches, and small beside a model.
 _SAMPLE = 2**20
@@ -149,34 +151,14 @@ def estimate(optimizer_or_model: Optimizer | nn.Module, losses: Losses) -> Estim
     roots = [root for root in graph.roots if root is not None]
     m = len(roots)
     reached = [p for p in params if p in graph.masks]
-    for i, name in enumerate(tasks.present):
-        if not any(graph.masks[p] >> i & 1 for p in reached):
-            raise RuntimeError(f"estimate: loss {name!r} reaches none of the parameters.")
+    _require_all_reach(tasks.present, [graph.masks[p] for p in reached])
     given = method.shared_params if isinstance(method, Surgery) else None
     shared = [p for p in reached if (graph.masks[p] & (graph.masks[p] - 1) if given is None else p in given)]
     seeds = rows_module.seeds(tasks.tensors, None)
     floor = _floor(roots, seeds, reached)
     free = _free(seeds[0].device)
     entries = sum(p.numel() for p in shared)
-    wants = method.engine if isinstance(method, Surgery) else "auto"
-    if isinstance(method, Surgery) and method.streaming:
-        wants, found = "streaming", {"streaming": _streaming(shared, m)}
-    else:
-        found = {"rows": _rows(shared, m, method if isinstance(method, Surgery) else None)}
-    reason = "the method looks at the rows themselves"
-    if wants != "streaming" and (not isinstance(method, Surgery) or method.needs_gram_only):
-        reason = "by their shapes all layers are cheaper as rows"
-        if entries < FEW and wants == "auto":
-            reason = f"fewer than {FEW} shared entries"
-        elif (plan := ghost.plan(roots, shared, graph.nodes, wants == "ghosts")) is not None:
-            found["ghosts"] = _ghosts(plan, m)
-            reason = f"{len(plan.layers)} layers need no rows"
-        if (cut := blocks.plan(roots, shared, graph.nodes)) is not None:
-            found["blocks"] = _blocks(cut, m, floor)
-    chosen = wants if wants in found else "ghosts" if wants == "auto" and "ghosts" in found else "rows"
-    if wants != "auto":
-        asked = "streaming=True" if wants == "streaming" else f'engine="{wants}"'
-        reason = asked + ("" if chosen == wants else " cannot serve here")
+    found, chosen, reason = _offers(method if isinstance(method, Surgery) else None, roots, shared, graph.nodes, floor)
     engines = tuple(
         EngineCost(
             engine,
@@ -195,6 +177,36 @@ class _More(NamedTuple):
 
     seconds: float
     held: float
+
+
+def _require_all_reach(names: Sequence[str], masks: Sequence[int]) -> None:
+    for i, name in enumerate(names):
+        if not any(mask >> i & 1 for mask in masks):
+            raise RuntimeError(f"estimate: loss {name!r} reaches none of the parameters.")
+
+
+def _offers(
+    method: Surgery | None, roots: Sequence[Root], shared: Sequence[Tensor], nodes: Nodes, floor: float
+) -> tuple[dict[str, _More], str, str]:
+    """What each engine that could serve costs, which one is taken, and why."""
+    m = len(roots)
+    if method is not None and method.streaming:
+        return {"streaming": _streaming(shared, m)}, "streaming", "streaming=True"
+    wants = "auto" if method is None else method.engine
+    found, reason = {"rows": _rows(shared, m, method)}, "the method looks at the rows themselves"
+    if method is None or method.needs_gram_only:
+        reason = "by their shapes all layers are cheaper as rows"
+        if sum(p.numel() for p in shared) < FEW and wants == "auto":
+            reason = f"fewer than {FEW} shared entries"
+        elif (plan := ghosts.plan(roots, shared, nodes, wants == "ghosts")) is not None:
+            found["ghosts"] = _ghosts(plan, m)
+            reason = f"{len(plan.layers)} layers need no rows"
+        if (cut := blocks.plan(roots, shared, nodes)) is not None:
+            found["blocks"] = _blocks(cut, m, floor)
+    if wants == "auto":
+        return found, "ghosts" if "ghosts" in found else "rows", reason
+    chosen = wants if wants in found else "rows"
+    return found, chosen, f'engine="{wants}"' + ("" if chosen == wants else " cannot serve here")
 
 
 def _floor(roots: Sequence[Root], seeds: Sequence[Tensor], params: Sequence[Tensor]) -> float:
@@ -234,7 +246,7 @@ def _products_and_sum(shared: Sequence[Tensor], m: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _ghosts(plan: ghost.Plan, m: int) -> _More:
+def _ghosts(plan: ghosts.Plan, m: int) -> _More:
     """Every layer is timed on gradients of the right shape; layers of one shape only once."""
     direct = [plan.shared[place] for place in plan.direct]
     seconds = sum(_products_and_sum(direct, m))
@@ -255,7 +267,7 @@ def _blocks(plan: blocks.Plan, m: int, floor: float) -> _More:
     def border(block: blocks.Block) -> int:
         if block.edge is None:
             return 0
-        whole = block.edge.node._input_metadata[0]
+        whole = metadata(block.edge.node)[0]
         return math.prod(whole.shape) * whole.dtype.itemsize
 
     largest = 0

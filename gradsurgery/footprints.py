@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+from gradsurgery.torch_private import has_saved, metadata, raw_saved, saved, saved_tensors, unpack_hook
+
 Masks = NDArray[Any]
 Footprint = int | Masks
 #: What a node hands its inputs to: nodes and the number of their output.
@@ -236,7 +238,7 @@ def _by_rule(
 
 
 def _shape(node: Any, output: int) -> tuple[int, ...]:
-    return tuple(node._input_metadata[output].shape)
+    return tuple(metadata(node)[output].shape)
 
 
 def settled(footprint: Footprint) -> Footprint:
@@ -302,8 +304,8 @@ def _assembled(shape: Sequence[int], axis: int, parts: Sequence[tuple[Any, Masks
 
 
 def _select(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
-    axis = _axis(node._saved_dim, len(shape))
-    index = _axis(node._saved_index, shape[axis])
+    axis = _axis(saved(node, "dim"), len(shape))
+    index = _axis(saved(node, "index"), shape[axis])
     if isinstance(outputs[0], int):
         lone: Masks = np.zeros([size if k == axis else 1 for k, size in enumerate(shape)], dtype)
         lone.reshape(-1)[index] = outputs[0]
@@ -313,17 +315,17 @@ def _select(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtyp
 
 
 def _slice(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
-    axis = _axis(node._saved_dim, len(shape))
-    place = slice(_signed(node._saved_start), _signed(node._saved_end), node._saved_step)
+    axis = _axis(saved(node, "dim"), len(shape))
+    place = slice(_signed(saved(node, "start")), _signed(saved(node, "end")), saved(node, "step"))
     return _assembled(shape, axis, [(place, _as_array(outputs[0], len(shape), dtype))], dtype)
 
 
 def _split(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
-    axis = _axis(node._saved_dim, len(shape))
-    if hasattr(node, "_saved_split_sizes"):
-        ends = np.cumsum(node._saved_split_sizes).tolist()
+    axis = _axis(saved(node, "dim"), len(shape))
+    if has_saved(node, "split_sizes"):
+        ends = np.cumsum(saved(node, "split_sizes")).tolist()
     else:
-        size = node._saved_split_size
+        size = saved(node, "split_size")
         ends = [min(start + size, shape[axis]) for start in range(0, shape[axis], size)]
     starts = [0, *ends]
     parts = [(slice(starts[k], ends[k]), _as_array(f, len(shape), dtype)) for k, f in outputs.items()]
@@ -331,13 +333,13 @@ def _split(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype
 
 
 def _unbind(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
-    axis = _axis(node._saved_dim, len(shape))
+    axis = _axis(saved(node, "dim"), len(shape))
     parts = [(slice(k, k + 1), np.expand_dims(_as_array(f, len(shape) - 1, dtype), axis)) for k, f in outputs.items()]
     return _assembled(shape, axis, parts, dtype)
 
 
 def _padded(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
-    result, pads = _as_array(outputs[0], len(shape), dtype), node._saved_pad
+    result, pads = _as_array(outputs[0], len(shape), dtype), saved(node, "pad")
     for k in range(0, len(pads), 2):
         axis = len(shape) - 1 - k // 2
         before, after = _signed(pads[k]), _signed(pads[k + 1])
@@ -367,7 +369,7 @@ _NARROWING: dict[str, Callable[[Any, Sequence[int], dict[int, Footprint], type],
 
 
 def _cat(node: Any, below: Below, footprint: Masks) -> list[Footprint | None] | None:
-    axis = _axis(node._saved_dim, footprint.ndim)
+    axis = _axis(saved(node, "dim"), footprint.ndim)
     if footprint.shape[axis] == 1:
         return [footprint] * len(below)
     if sum(child is None for child, _ in below) > 1:
@@ -380,7 +382,7 @@ def _cat(node: Any, below: Below, footprint: Masks) -> list[Footprint | None] | 
 
 
 def _stack(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
-    axis = _axis(node._saved_dim, footprint.ndim)
+    axis = _axis(saved(node, "dim"), footprint.ndim)
     count = footprint.shape[axis]
     return [np.take(footprint, k if count > 1 else 0, axis) for k in range(len(below))]
 
@@ -419,9 +421,9 @@ def _turned(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]
     operation, dims = name(node.__class__), footprint.ndim
     order = list(range(dims))
     if operation == "Permute":
-        order = np.argsort([_axis(d, dims) for d in node._saved_dims]).tolist()
+        order = np.argsort([_axis(d, dims) for d in saved(node, "dims")]).tolist()
     else:
-        pair = (0, 1) if operation == "T" else (node._saved_dim0, node._saved_dim1)
+        pair = (0, 1) if operation == "T" else (saved(node, "dim0"), saved(node, "dim1"))
         a, b = (_axis(d, dims) for d in pair)
         if dims > 1:
             order[a], order[b] = order[b], order[a]
@@ -436,18 +438,18 @@ def _expanded(node: Any, below: Below, footprint: Masks) -> list[Footprint | Non
 def _reduced(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
     ((child, nr),) = below
     shape = _shape(child, nr)
-    dims = node._saved_dim
+    dims = saved(node, "dim")
     axes = sorted(_axis(d, len(shape)) for d in ((dims,) if isinstance(dims, int) else dims))
     return [footprint if footprint.ndim == len(shape) else np.expand_dims(footprint, tuple(axes))]
 
 
 def _mixed_along(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
-    return [_collapsed(footprint, [_axis(node._saved_dim, footprint.ndim)]) for _ in below]
+    return [_collapsed(footprint, [_axis(saved(node, "dim"), footprint.ndim)]) for _ in below]
 
 
 def _accumulated(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
     """An entry goes into those after it."""
-    axis = _axis(node._saved_dim, footprint.ndim)
+    axis = _axis(saved(node, "dim"), footprint.ndim)
     if footprint.shape[axis] == 1:
         return [footprint] * len(below)
     return [np.flip(np.bitwise_or.accumulate(np.flip(footprint, axis), axis), axis)] * len(below)
@@ -479,7 +481,7 @@ def _batched(kept: Callable[[Any, Masks], int]) -> Callable[[Any, Below, Masks],
 
 def _convolved(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
     """Entries of the batch stay apart in the input, and groups of channels."""
-    ((child, nr), *parameters), groups = below, node._saved_groups
+    ((child, nr), *parameters), groups = below, saved(node, "groups")
     first = _collapsed(footprint, range(2, footprint.ndim))
     if groups == 1 or first.shape[1] == 1:
         first = _collapsed(first, [1])
@@ -520,7 +522,7 @@ _SPREADING: dict[str, Callable[[Any, Below, Masks], list[Footprint | None] | Non
     "Mean": _reduced,
     "Mm": _product,
     "NativeGroupNorm": _LEADING,
-    "NativeLayerNorm": _batched(lambda node, footprint: footprint.ndim - len(node._saved_normalized_shape)),
+    "NativeLayerNorm": _batched(lambda node, footprint: footprint.ndim - len(saved(node, "normalized_shape"))),
     "NllLoss": _nll,
     "NllLoss2D": _nll,
     "Norm": _reduced,
@@ -546,7 +548,7 @@ _SPREADING: dict[str, Callable[[Any, Below, Masks], list[Footprint | None] | Non
 
 def _narrows(node: Any, below: Below) -> bool:
     """Whether an operation may have taken a part of an input only, and not reduced it to one number."""
-    size = sum(int(np.prod(tuple(entry.shape))) for entry in node._input_metadata)
+    size = sum(int(np.prod(tuple(entry.shape))) for entry in metadata(node))
     if size == 1 and type(node).__name__ == name(node.__class__):
         return False
     return any(child is not None and int(np.prod(_shape(child, nr))) > size for child, nr in below)
@@ -554,7 +556,7 @@ def _narrows(node: Any, below: Below) -> bool:
 
 def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losses) -> list[Footprint] | None:
     """Run an operation backward on marked entries, and see where the marks end up."""
-    entries = node._input_metadata
+    entries = metadata(node)
     sizes = [int(np.prod(tuple(entry.shape))) for entry in entries]
     sizes += [int(np.prod(_shape(child, nr))) for child, nr in below if child is not None]
     if max(sizes) > _MOST or _runs_code(node):
@@ -570,7 +572,7 @@ def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Loss
         for k in range(1, len(masks)):
             # Nan passes through every sum and every product, with 0 too.
             marks = np.where(np.arange(len(masks)) == k, np.nan, 0.0)
-            for place, values in enumerate(_run(node, below, outputs, masks, marks, dtype)):
+            for place, values in enumerate(_carried(node, below, outputs, masks, marks, dtype)):
                 if values is not None:
                     marked = _short(np.isnan(values).astype(np.intp))
                     results[place] = both(results[place], _picked(masks[[0, k]], marked))
@@ -598,7 +600,7 @@ def _moved(
     numbers = np.sort(np.float32(1 + np.arange(1, len(masks)) * 0.6180339887498949 % 1)).astype(np.float64)
     marks = np.concatenate([np.zeros(1), numbers])
     results: list[Footprint] = []
-    for values in _run(node, below, outputs, masks, marks, dtype):
+    for values in _carried(node, below, outputs, masks, marks, dtype):
         if values is None:
             results.append(0)
             continue
@@ -622,12 +624,12 @@ def _picked(masks: Masks, places: NDArray[np.intp]) -> Footprint:
     return masks[places] if places.size > 1 else int(masks[places.flat[0]]) if places.size else 0
 
 
-def _run(
+def _carried(
     node: Any, below: Below, outputs: dict[int, Footprint], masks: Masks, marks: NDArray[Any], dtype: torch.dtype
 ) -> list[NDArray[Any] | None]:
     """Run an operation backward with a mark at each entry, by its mask."""
     arguments: list[torch.Tensor | None] = []
-    for k, entry in enumerate(node._input_metadata):
+    for k, entry in enumerate(metadata(node)):
         footprint = outputs.get(k, 0)
         if isinstance(footprint, int) and not footprint:
             arguments.append(None)
@@ -649,14 +651,9 @@ def _run(
 
 def _runs_code(node: Any) -> bool:
     """Whether reading what a node has saved would run code of the user's, such as a second forward pass."""
-    for attribute in _saved_by(node.__class__):
-        saved = getattr(node, attribute)
-        several = saved if isinstance(saved, (tuple, list)) else [saved]
-        if any(getattr(one, "unpack_hook", None) is not None for one in several):
+    for tensor in saved_tensors(node.__class__):
+        packed = raw_saved(node, tensor)
+        several = packed if isinstance(packed, (tuple, list)) else [packed]
+        if any(unpack_hook(one) is not None for one in several):
             return True
     return False
-
-
-@cache
-def _saved_by(kind: type) -> tuple[str, ...]:
-    return tuple(attribute for attribute in dir(kind) if attribute.startswith("_raw_saved_"))

@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery import footprints
 from gradsurgery.footprints import Footprint
+from gradsurgery.torch_private import metadata
 
 # Freeing a graph that Python has walked recurses, and takes about 210 bytes of the C stack per node of depth.
 _BYTES_PER_NODE = 420
@@ -65,7 +66,7 @@ class Stage(NamedTuple):
             for place, g in zip(join.next_functions, found if isinstance(found, tuple) else (found,), strict=True):
                 node, output = place
                 if node is not None and g is not None:
-                    shape = node._input_metadata[output].shape
+                    shape = metadata(node)[output].shape
                     g = g if g.shape == shape else g.sum_to_size(shape)  # what was broadcast
                     at[node, output] = at[node, output] + g if (node, output) in at else g
         return [at.get((edge.node, edge.output_nr)) for edge in self.edges]
@@ -257,6 +258,46 @@ def reaching(roots: Sequence[Root | None], nodes: Nodes) -> dict[Node, int]:
     return masks
 
 
+class Front:
+    """How far down some nodes the ways of the losses go that were met so far.
+
+    Args:
+        order: The nodes, from the losses down.
+
+    Attributes:
+        order: The same.
+        at: The place of each.
+        farthest: That of the lowest one that a way leads to; −1 at first.
+    """
+
+    def __init__(self, order: Sequence[Node]) -> None:
+        self.order = order
+        self.at = {node: k for k, node in enumerate(order)}
+        self.farthest = -1
+        self._outputs: dict[Node, set[int]] = {}
+
+    def reach(self, node: Node, output: int) -> None:
+        """Meet one more edge.
+
+        Args:
+            node: The node that it leads to, one of those in order.
+            output: The number of its output.
+        """
+        self.farthest = max(self.farthest, self.at[node])
+        self._outputs.setdefault(node, set()).add(output)
+
+    def is_narrow(self, node: Node) -> bool:
+        """Whether all ways go through one edge here.
+
+        Args:
+            node: The next node in order; what leads on from all those before it was met.
+
+        Returns:
+            True if they go through its output 0 and nowhere else.
+        """
+        return self.farthest == self.at[node] and self._outputs[node] == {0}
+
+
 def _node(root: Tensor | GradientEdge | None) -> Node | None:
     return root.grad_fn if isinstance(root, Tensor) else None if root is None else root.node
 
@@ -296,13 +337,7 @@ class _Walk:
             )
 
     def go(self) -> None:
-        for i, root in enumerate(self.roots):
-            node = _node(root)
-            if node is not None:
-                assert root is not None
-                self._enter(node, root.output_nr, 1 << i, 1 << i)
-            elif isinstance(root, Tensor):  # the loss is a leaf itself
-                self._leaf(root, 1 << i)
+        self._begin()
         masks = self.masks
         for node in reversed(self.order):
             mask = masks.get(node, 0)
@@ -329,6 +364,15 @@ class _Walk:
             else:
                 self._spread(node, outputs or {0: mask})
             self.hidden = self.hidden or kind.__name__ == "CheckpointFunctionBackward"
+
+    def _begin(self) -> None:
+        for i, root in enumerate(self.roots):
+            node = _node(root)
+            if node is not None:
+                assert root is not None
+                self._enter(node, root.output_nr, 1 << i, 1 << i)
+            elif isinstance(root, Tensor):  # the loss is a leaf itself
+                self._leaf(root, 1 << i)
 
     def _leaf(self, leaf: Tensor, mask: int) -> None:
         self.seen[id(leaf)] = leaf
@@ -574,38 +618,53 @@ def undecided(roots: Sequence[Root | None], nodes: Nodes) -> tuple[dict[Tensor, 
         For each leaf a bit mask of the losses that reach it for certain, and the leaves that are open unless these are
         two.
     """
-    entries: dict[Node, dict[int, _Entry]] = {}
-    certain: dict[Tensor, int] = {}
-    settled: dict[Tensor, bool] = {}
-
-    def enter(node: Node, output: int, new: _Entry) -> None:
-        outputs = entries.setdefault(node, {})
-        old = outputs.get(output, _Entry(0, 0, True))
-        outputs[output] = _Entry(old.mask | new.mask, old.certain | new.certain, old.together and new.together)
-
-    def reach(leaf: Tensor, entry: _Entry) -> None:
-        certain[leaf] = certain.get(leaf, 0) | entry.certain
-        settled[leaf] = settled.get(leaf, True) and entry.together
-
+    came = _Came()
     for i, root in enumerate(roots):
         entry = _Entry(1 << i, 1 << i, False)
         starts = origins(root)
         for start, output in starts:
-            enter(start, output, entry)
+            came.enter(start, output, entry)
         if isinstance(root, Tensor) and not starts:
-            reach(root, entry)
+            came.reach(root, entry)
     for node in reversed(nodes):
-        outputs = entries.pop(node, {})
+        came.pass_on(node, nodes[node])
+    return came.certain, {leaf for leaf in came.certain if not came.settled[leaf]}
+
+
+class _Came:
+    """What has come into nodes from above, and into leaves.
+
+    Attributes:
+        certain: For each leaf, the losses that do reach it.
+        settled: For each leaf, whether it is out of the question that exactly one loss comes.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Node, dict[int, _Entry]] = {}
+        self.certain: dict[Tensor, int] = {}
+        self.settled: dict[Tensor, bool] = {}
+
+    def enter(self, node: Node, output: int, new: _Entry) -> None:
+        outputs = self._entries.setdefault(node, {})
+        old = outputs.get(output, _Entry(0, 0, True))
+        outputs[output] = _Entry(old.mask | new.mask, old.certain | new.certain, old.together and new.together)
+
+    def reach(self, leaf: Tensor, entry: _Entry) -> None:
+        self.certain[leaf] = self.certain.get(leaf, 0) | entry.certain
+        self.settled[leaf] = self.settled.get(leaf, True) and entry.together
+
+    def pass_on(self, node: Node, children: Sequence[tuple[Node | None, int]]) -> None:
+        # All that is above the node has been handed on before.
+        outputs = self._entries.pop(node, {})
         if type(node).__name__ == "AccumulateGrad":
             for entry in outputs.values():
-                reach(node.variable, entry)  # type: ignore[attr-defined]
-            continue
+                self.reach(node.variable, entry)  # type: ignore[attr-defined]
+            return
         below = None if footprints.name(type(node)) in footprints.IDENTITIES else _passed(node, list(outputs.values()))
-        for k, (child, output) in enumerate(nodes[node]):
+        for k, (child, output) in enumerate(children):
             passed = below if below is not None else outputs.get(k)
             if child is not None and passed is not None:
-                enter(child, output, passed)
-    return certain, {leaf for leaf in certain if not settled[leaf]}
+                self.enter(child, output, passed)
 
 
 def _passed(node: Node, outputs: Sequence[_Entry]) -> _Entry:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery.graph import Root
+from gradsurgery.torch_private import without_subclasses
 
 #: A scalar loss, a function that returns one or ``None``, or ``None`` for a task that is absent from this batch.
 Loss = Tensor | Callable[[], Tensor | None] | None
@@ -71,36 +72,53 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False, names: Sequence
         RuntimeError: A loss has no graph.
     """
     where = f"{owner}.backward"
-    if isinstance(losses, Mapping):
-        for name in losses:
-            if not isinstance(name, str):
-                raise TypeError(f"{where}: names of losses must be strings, got {name!r}.")
-        named: list[tuple[str, Loss]] = list(losses.items())
-    elif isinstance(losses, Tensor):
-        if losses.dim() != 1:
-            raise TypeError(
-                f"{where}: `losses` must be a collection of scalar losses, got one tensor of shape "
-                f"{tuple(losses.shape)}. Pass a dict, a list or a 1-d tensor with one entry a task."
-            )
-        if len(losses) and not losses.requires_grad:
-            raise _detached(where, "losses")
-        losses = _bare(losses)
-        with torch.enable_grad():  # around `backward` it may be off
-            named = [(str(i), loss) for i, loss in enumerate(losses.unbind())]
-    elif isinstance(losses, Iterable) and not isinstance(losses, (str, bytes)):
-        entries = list(losses)
-        fields: Sequence[str] = getattr(losses, "_fields", ()) or [str(i) for i in range(len(entries))]
-        named = list(zip(fields, entries, strict=True))
-    else:
-        raise TypeError(
-            f"{where}: `losses` must be a dict, list, tuple or 1-d tensor of scalar losses, "
-            f"got {type(losses).__name__}."
-        )
+    if isinstance(losses, Tensor):
+        losses = _bare(_with_graph(losses, where))
+    named = _entries(losses, where)
     if not named:
         raise ValueError(f"{where}: `losses` is empty. Pass at least one loss.")
     if names is not None:
         named = _renamed(named, losses, names, where)
+    present = _present(named, where)
+    if not present and not may_be_empty:
+        raise ValueError(f"{where}: every loss is None. Skip the step when no task is in the batch.")
+    checked = _checked(present, where)
+    roots = _edges_of_stack(losses, where) if isinstance(losses, Tensor) else checked
+    return Tasks(tuple(n for n, _ in named), tuple(n for n, _ in present), tuple(checked), tuple(roots))
 
+
+def _with_graph(losses: Tensor, where: str) -> Tensor:
+    if losses.dim() != 1:
+        raise TypeError(
+            f"{where}: `losses` must be a collection of scalar losses, got one tensor of shape "
+            f"{tuple(losses.shape)}. Pass a dict, a list or a 1-d tensor with one entry a task."
+        )
+    if len(losses) and not losses.requires_grad:
+        raise _detached(where, "losses")
+    return losses
+
+
+def _entries(losses: Losses, where: str) -> list[tuple[str, Loss]]:
+    """The losses of a collection, each with a name."""
+    if isinstance(losses, Mapping):
+        for name in losses:
+            if not isinstance(name, str):
+                raise TypeError(f"{where}: names of losses must be strings, got {name!r}.")
+        return list(losses.items())
+    if isinstance(losses, Tensor):
+        with torch.enable_grad():  # around `backward` it may be off
+            return [(str(i), loss) for i, loss in enumerate(losses.unbind())]
+    if isinstance(losses, Iterable) and not isinstance(losses, (str, bytes)):
+        entries = list(losses)
+        fields: Sequence[str] = getattr(losses, "_fields", ()) or [str(i) for i in range(len(entries))]
+        return list(zip(fields, entries, strict=True))
+    raise TypeError(
+        f"{where}: `losses` must be a dict, list, tuple or 1-d tensor of scalar losses, got {type(losses).__name__}."
+    )
+
+
+def _present(named: Sequence[tuple[str, Loss]], where: str) -> list[tuple[str, Tensor]]:
+    """The losses that are there; functions are called."""
     present = []
     for name, given in named:
         if isinstance(given, torch.nn.Module):
@@ -111,8 +129,11 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False, names: Sequence
         loss = given if isinstance(given, Tensor) or not callable(given) else given()
         if loss is not None:
             present.append((name, loss))
-    if not present and not may_be_empty:
-        raise ValueError(f"{where}: every loss is None. Skip the step when no task is in the batch.")
+    return present
+
+
+def _checked(present: Sequence[tuple[str, Tensor]], where: str) -> list[Tensor]:
+    """The losses as scalars with a graph, each of which was passed once."""
     first_use: dict[int, str] = {}
     checked = []
     for name, loss in present:
@@ -129,8 +150,7 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False, names: Sequence
             f"{where}: losses on the meta device have no values and no gradients: "
             f"{', '.join(map(repr, unreal))} on meta."
         )
-    roots = _edges_of_stack(losses, where) if isinstance(losses, Tensor) else checked
-    return Tasks(tuple(n for n, _ in named), tuple(n for n, _ in present), tuple(checked), tuple(roots))
+    return checked
 
 
 def _renamed(named: list[tuple[str, Loss]], losses: Losses, names: Sequence[str], where: str) -> list[tuple[str, Loss]]:
@@ -161,7 +181,7 @@ def _bare(loss: Tensor) -> Tensor:
     """A loss as a plain tensor: a subclass may do anything in the arithmetic that follows. DTensors stay."""
     if type(loss) in (Tensor, torch.nn.Parameter) or hasattr(loss, "device_mesh"):
         return loss
-    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch.enable_grad(), without_subclasses():
         return loss.as_subclass(Tensor)
 
 

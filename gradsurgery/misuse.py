@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradsurgery import rows
-from gradsurgery.call import Call, parameters
+from gradsurgery.gradients import rows
+from gradsurgery.gradients.gram import Row
 from gradsurgery.text import warn
+from gradsurgery.torch_private import optimizer_hooks
 
 if TYPE_CHECKING:
-    from gradsurgery.optimizer import MultiLossOptimizer
+    from gradsurgery.protocols import Losses, Wrapper
 
 #: So many plain steps before the first ``backward`` are taken for a warm-up.
 PLAIN_STEPS = 1
@@ -78,7 +79,7 @@ class Loop:
         finally:
             self.stepping = False
 
-    def proposed(self, method: MultiLossOptimizer, scaled: bool) -> None:
+    def proposed(self, method: Wrapper, scaled: bool) -> None:
         """Note what ``backward`` leaves behind for the step.
 
         Args:
@@ -90,86 +91,88 @@ class Loop:
         first = next(grads, None)
         self._written = None if first is None else weakref.ref(first)
 
-    def see_step(self, method: MultiLossOptimizer) -> None:
+    def see_step(self, method: Wrapper) -> None:
         """Look at a step: where do its gradients come from?
 
         Args:
             method: The optimizer.
         """
-        if self.plain_steps is None or all(p.grad is None for p in parameters(method)):
+        if self.plain_steps is None or all(p.grad is None for p in _parameters(method)):
             return
         self.plain_steps += 1
         if self.plain_steps > PLAIN_STEPS:
-            self.plain_steps = None
+            self.plain_steps, name = None, method.display_name
             warn(
-                f"{method._name}.step: backward() of this optimizer was never called, and the gradients come from "
+                f"{name}.step: backward() of this optimizer was never called, and the gradients come from "
                 f"elsewhere: every step is that of {_named(method.base)} alone, and the method does nothing. In place "
                 'of loss.backward(), call optimizer.backward({"name": loss, ...}) with each loss by itself. For a '
                 "plain warm-up ignore this, or pass warmup=."
             )
 
-    def see_base_step(self, method: MultiLossOptimizer) -> None:
+    def see_base_step(self, method: Wrapper) -> None:
         """Look at a step of the wrapped optimizer that the user made: are the gradients those of this one?
 
         Args:
             method: The optimizer.
         """
         written = None if self._written is None else self._written()
-        if written is None or method._run["pending"] is None or "base" in self.said:
+        if written is None or method.transaction.proposed is None or "base" in self.said:
             return
-        if any(p.grad is written for p in parameters(method)):
+        if any(p.grad is written for p in _parameters(method)):
             self.said.add("base")
+            name = method.display_name
             warn(
-                f"{method._name}: step() of the wrapped {_named(method.base)} was called with the gradients that "
-                f"backward() wrote, so that {method._name} does not learn of the step: its memory, `every`, `warmup` "
-                f"and random draws stand still. Call step() of the {method._name} instead, and give it to schedulers, "
+                f"{name}: step() of the wrapped {_named(method.base)} was called with the gradients that "
+                f"backward() wrote, so that {name} does not learn of the step: its memory, `every`, `warmup` "
+                f"and random draws stand still. Call step() of the {name} instead, and give it to schedulers, "
                 "scalers and trainers."
             )
 
-    def see_scaler(self, method: MultiLossOptimizer, caller: FrameType) -> None:
+    def see_scaler(self, method: Wrapper, caller: FrameType) -> None:
         """Look at a step that a gradient scaler is about to make.
 
         Args:
             method: The optimizer.
             caller: Who asks.
         """
-        if self.scaled or method._run["pending"] is None or "scaler" in self.said:
+        if self.scaled or method.transaction.proposed is None or "scaler" in self.said:
             return
         if isinstance(caller.f_locals.get("self"), torch.amp.GradScaler):
             self.said.add("scaler")
+            name = method.display_name
             warn(
-                f"{method._name}: a gradient scaler makes the step, and backward() was not given it. Gradients of "
+                f"{name}: a gradient scaler makes the step, and backward() was not given it. Gradients of "
                 "losses that were not scaled are divided by the scale all the same; scaled losses mislead a method "
                 "that looks at them. Pass the losses as they are, and the scaler: optimizer.backward(losses, "
                 "scaler=scaler)."
             )
 
-    def see_gradients(self, method: MultiLossOptimizer, call: Call) -> None:
+    def see_gradients(self, method: Wrapper, batch: Losses) -> None:
         """Look at the gradients found at the start of the first step: do they hold the sum of the losses already?
 
         It costs one more backward pass, and only where every parameter that the losses reach has a gradient.
 
         Args:
             method: The optimizer.
-            call: The call of ``backward``, before anything is differentiated.
+            batch: The losses of the call, before anything is differentiated.
         """
-        run = method._run
-        started = method._learnt["step"] or run["pending"] is not None or "twice" in self.said
-        elsewhere = call.kept is not None or call.world is not None or call.sharded or call.graph.hidden
-        if started or elsewhere or not call.mine or any(p.grad is None for p in call.mine):
+        transaction = method.transaction
+        started = transaction.learnt["step"] or transaction.proposed is not None or "twice" in self.said
+        elsewhere = batch.is_accumulated or not batch.comm.is_alone or batch.graph.hidden
+        if started or elsewhere or not batch.owned or any(p.grad is None for p in batch.owned):
             return
-        roots = [root for root in call.tasks.roots if root is not None]
-        sums = rows.one_pass(roots, call.seeds, call.mine, retain_graph=True, engine="grad")
-        if _equal([p.grad for p in call.mine], sums):
+        sums = rows.one_pass(batch.roots, batch.seeds, batch.owned, retain_graph=True, engine="grad")
+        if _equal([p.grad for p in batch.owned], sums):
             self.said.add("twice")
+            name = method.display_name
             warn(
-                f"{method._name}.backward: .grad holds the gradient of the sum of these losses already, and what is "
+                f"{name}.backward: .grad holds the gradient of the sum of these losses already, and what is "
                 "added now makes it count twice. Leave out sum(losses).backward(): optimizer.backward(losses) takes "
                 "its place."
             )
 
 
-def watch(method: MultiLossOptimizer) -> None:
+def watch(method: Wrapper) -> None:
     """Hear of the steps of the wrapped optimizer, before any hook of somebody else that may raise.
 
     Args:
@@ -180,12 +183,13 @@ def watch(method: MultiLossOptimizer) -> None:
     def stepped(*_: object) -> None:
         if (alive := me()) is None:
             return
-        if alive._run["loop"].stepping:
-            alive._note_update()
+        transaction = alive.transaction
+        if transaction.loop.stepping:
+            transaction.update()
         else:
-            alive._run["loop"].see_base_step(alive)
+            transaction.loop.see_base_step(alive)
 
-    hooks = getattr(method.base, "_optimizer_step_post_hooks", None)
+    hooks = optimizer_hooks(method.base, "step_post")
     if hooks is not None:
         handle = method.base.register_step_post_hook(stepped)
         hooks.move_to_end(handle.id, last=False)
@@ -193,7 +197,7 @@ def watch(method: MultiLossOptimizer) -> None:
 
 
 @torch.no_grad()
-def _equal(found: list[Tensor | None], sums: rows.Row) -> bool:
+def _equal(found: list[Tensor | None], sums: Row) -> bool:
     """Whether gradients are equal to rounding, and not 0."""
     apart = size = 0.0
     rough = 0.0
@@ -205,6 +209,10 @@ def _equal(found: list[Tensor | None], sums: rows.Row) -> bool:
         size += float(b.abs().double().square().sum())
         rough = max(rough, torch.finfo(b.dtype).eps)
     return apart <= rough * size and size > 0
+
+
+def _parameters(method: Wrapper) -> list[Tensor]:
+    return [p for group in method.param_groups for p in group["params"] if p.requires_grad]
 
 
 def _named(optimizer: torch.optim.Optimizer) -> str:

@@ -149,15 +149,15 @@ class Monitor:
 
     def _after_step(self, *_: object) -> None:
         # The method commits behind this hook, and has noted what.
-        run = self.optimizer._run
-        report: Report | None = run["report"]
+        transaction = self.optimizer.transaction
+        report = transaction.report
         if report is None or report is self._last_report:
             return
         self._last_report = report
-        if not run["stepped"]:
+        if not transaction.stepped:
             self.skipped += 1
             return
-        step = self.optimizer._learnt["step"]
+        step = transaction.learnt["step"]
         self._watch.rest(report)
         if (step - 1) % self.every == 0:
             self._record(step, report)
@@ -259,7 +259,8 @@ class Monitor:
     def __repr__(self) -> str:
         rate = _mean(self.column("conflict_rate"))
         conflict = "" if math.isnan(rate) else f", conflict rate {rate:.2f}"
-        return f"Monitor({self.optimizer._name}, {len(self)} steps of {', '.join(self._names) or 'no task'}{conflict})"
+        tasks = ", ".join(self._names) or "no task"
+        return f"Monitor({self.optimizer.display_name}, {len(self)} steps of {tasks}{conflict})"
 
     def to_csv(self, path: str | Path) -> None:
         """Write all numbers into a file: a line a recorded step, empty cells where there was no number.
@@ -311,7 +312,7 @@ class Monitor:
             title_justify="left",
             caption_justify="left",
         )
-        table.title = f"{self.optimizer._name}: {_counted(len(self), 'recorded step')}"
+        table.title = f"{self.optimizer.display_name}: {_counted(len(self), 'recorded step')}"
         # In a narrow terminal a cell takes several lines; only names are broken within a word.
         for heading in (
             "task",
@@ -401,7 +402,7 @@ class _Watch:
     """
 
     def __init__(self, optimizer: MultiLossOptimizer, advice: list[str]) -> None:
-        self.name = optimizer._name
+        self.name = optimizer.display_name
         # Constant weights are meant to stay as they are, and an epoch may have many steps.
         by_epoch = isinstance(optimizer, DWAWeighter) or getattr(optimizer, "interval", None) == "epoch"
         self.may_rest = by_epoch or isinstance(optimizer, FixedWeighter)

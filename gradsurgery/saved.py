@@ -142,4 +142,5 @@ KINDS = {
     "winners": "list of names",
     "window": "list of numbers by name",
     "fresh": "list of different names",
+    "failed": "list of different names",
 }

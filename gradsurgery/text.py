@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import itertools
 import shutil
-import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 
@@ -95,19 +97,65 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(names)}?" if names else ""
 
 
+def calling_frame(levels: int) -> FrameType:
+    """A frame of Python's stack.
+
+    Args:
+        levels: How far up: 0 for the function that asks, 1 for the one that called it.
+
+    Returns:
+        The frame.
+    """
+    frame = inspect.currentframe()
+    for _ in range(levels + 1):
+        assert frame is not None
+        frame = frame.f_back
+    assert frame is not None
+    return frame
+
+
 def warn(message: str) -> None:
     """Warn at the user's line, however many calls within this library and torch have led from there to here.
 
     Args:
         message: What to say.
     """
-    frame, level = sys._getframe(1), 2
+    frame, level = calling_frame(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
 
 _PASSED_OVER = ("gradsurgery", "torch")
+
+
+def moved(module: str, places: Mapping[str, str], removed_in: str) -> Callable[[str], object]:
+    """Make a ``__getattr__`` for a module whose contents have moved.
+
+    Args:
+        module: The module.
+        places: For each name where it is now, as "module:name".
+        removed_in: The version without the old place.
+
+    Returns:
+        The function. It finds what is asked for, and warns.
+
+    Raises:
+        AttributeError: By the function, for a name that the module never had.
+    """
+
+    def find(name: str) -> object:
+        if name not in places:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, new = places[name].partition(":")
+        warnings.warn(
+            f"{module}.{name} is now {home}.{new}. The old name goes in version {removed_in}.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(home), new)
+
+    return find
 
 
 def terminal_width() -> int:

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsurgery
-from gradsurgery import rows as rows_module
+from gradsurgery.communication import alone
+from gradsurgery.gradients import rows as rows_module
 
 
 class Net(nn.Module):
@@ -379,7 +380,7 @@ def test_an_exception_halfway_changes_nothing(net, x, wrap):
     before, memory, pending = (
         grads(net),
         optimizer.state_dict()["gradsurgery"],
-        copy.deepcopy(optimizer._run["pending"]),
+        copy.deepcopy(optimizer.transaction.proposed),
     )
     bad = net(x)
     bad["t1"] = FailsOnSecond.apply(bad["t1"])
@@ -387,8 +388,8 @@ def test_an_exception_halfway_changes_nothing(net, x, wrap):
         optimizer.backward(bad)
     assert same(grads(net), before)
     assert optimizer.state_dict()["gradsurgery"] == memory
-    assert optimizer._run["pending"] == pending
-    assert optimizer._run["draft"] is None
+    assert optimizer.transaction.proposed == pending
+    assert not optimizer.transaction.is_open
 
 
 def test_an_exception_in_the_method_changes_nothing(net, x):
@@ -403,7 +404,6 @@ def test_an_exception_in_the_method_changes_nothing(net, x):
     assert same(grads(net), [None] * len(grads(net)))
     optimizer.step()
     assert optimizer.state_dict()["gradsurgery"]["memory"] == {"step": 0}
-    assert optimizer._run["rows"] is None
 
 
 def test_the_graph_is_freed_with_the_last_loss(net, x):
@@ -892,8 +892,8 @@ class CountsReads(TorchDispatchMode):
 @pytest.mark.parametrize("scaled", [False, True])
 def test_one_transfer_to_the_host_a_step(net, x, monkeypatch, wrap, scaled):
     transfers = []
-    host = rows_module.host
-    monkeypatch.setattr(rows_module, "host", lambda numbers: transfers.append(1) or host(numbers))
+    host = alone.host
+    monkeypatch.setattr(alone, "host", lambda numbers: transfers.append(1) or host(numbers))
     optimizer = wrap(sgd(net))
     scaler = torch.amp.GradScaler("cpu") if scaled else None
     losses = net(x)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery import blocks
+from gradsurgery.gradients import blocks
 from gradsurgery.graph import walk
 
 DEPTH, WIDTH = 5, 6

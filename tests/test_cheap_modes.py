@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery import PCGrad, geometry, testing
-from gradsurgery import rows as rows_module
+from gradsurgery import PCGrad, geometry, gradients, testing
 from gradsurgery.diagnose import peak_bytes
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.gradients.flat import Flat
 
 CPU = torch.device("cpu")
 FORGETS = [row for row in CATALOGUE if not row.build(any_optimizer()).observes]
@@ -49,6 +51,12 @@ def equal(found, wanted):
     for p, q in zip(found.parameters(), wanted.parameters(), strict=True):
         assert torch.equal(p, q)
         assert p.grad.dtype == p.dtype
+
+
+@pytest.fixture(autouse=True)
+def _one_by_one(monkeypatch):
+    """Rows of small models are not put into one matrix, which is multiplied in another order."""
+    monkeypatch.setattr(gradients, "ENGINES", tuple(engine for engine in gradients.ENGINES if engine != Flat.gather))
 
 
 # ------------------------------------------------------------------------------------------------- rows put away
@@ -331,7 +339,7 @@ def test_parameters_that_are_spread_over_processes_are_refused(options, monkeypa
     """They are found in the call, not by a switch."""
     net = Net()
     optimizer = PCGrad(torch.optim.SGD(net.parameters(), lr=0.1), **options)
-    monkeypatch.setattr(optimizer, "_world", object, raising=True)
+    monkeypatch.setattr(optimizer, "_communicator", lambda: SimpleNamespace(is_alone=False))
     with pytest.raises(ValueError, match=r"PCGrad.*(DTensors|spread over processes)"):
         optimizer.backward(losses_of(net(inputs(0, torch.float64))))
     assert all(p.grad is None for p in net.parameters())

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 import gradsurgery
 from gradsurgery import geometry
-from gradsurgery import gram as gram_module
-from gradsurgery.surgery import descent
+from gradsurgery.gradients import descent
+from gradsurgery.gradients import gram as gram_module
 
 PROMISING = {row.name: row for row in CATALOGUE if row.common_descent}
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
@@ -98,7 +98,7 @@ def direction(row, rows):
     """The direction, and the flags."""
     optimizer = row.build(any_optimizer())
     found = optimizer.combine(rows, losses=np.arange(1.0, len(rows) + 1) if row.needs_losses else None)
-    return found, optimizer._run["flags"]
+    return found, optimizer.transaction.flags
 
 
 @pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import gradsurgery
-from gradsurgery import world
+from gradsurgery.communication import held, processes
+from gradsurgery.gradients import sliced
 from tests.catalogue import CATALOGUE
 from tests.loops import same
 from tests.processes import run_cases, same_everywhere
@@ -594,7 +595,7 @@ def words(rank, size):
     from unittest import mock
 
     sent = {"scatter": 0, "gather": 0, "reduce": 0}
-    scatter, gather, reduce = world._reduce_scatter, world._all_gather, dist.all_reduce
+    scatter, gather, reduce = processes.reduce_scatter, processes.all_gather, dist.all_reduce
 
     def scattered(out, flat, *args, **kwargs):
         sent["scatter"] += flat.numel()
@@ -614,8 +615,8 @@ def words(rank, size):
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.01), distributed=True)
     losses = losses_of(net, data(size)[0, rank])
     with (
-        mock.patch.object(world, "_reduce_scatter", scattered),
-        mock.patch.object(world, "_all_gather", gathered),
+        mock.patch.object(sliced, "reduce_scatter", scattered),
+        mock.patch.object(sliced, "all_gather", gathered),
         mock.patch.object(dist, "all_reduce", reduced),
     ):
         optimizer.backward(losses)
@@ -827,10 +828,10 @@ def test_an_optimizer_holds_the_group_that_it_has_worked_with():
         net = DDP(Net())
         optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.01), distributed=True)
         optimizer.backward(losses_of(net, data(1)[0, 0]))
-        assert optimizer._group is dist.group.WORLD
+        assert held(optimizer) is dist.group.WORLD
     finally:
         dist.destroy_process_group()
-    assert pickle.loads(pickle.dumps(optimizer))._group is None
+    assert held(pickle.loads(pickle.dumps(optimizer))) is None
 
 
 def test_distributed_needs_a_process_group():
@@ -842,10 +843,10 @@ def test_distributed_needs_a_process_group():
 
 def test_a_group_is_let_go_when_the_interpreter_begins_to_end():
     class Owner:
-        _group = None
+        pass
 
     owner = Owner()
-    world.hold(owner, "a group")
-    assert owner._group == "a group"
-    world._let_go()
-    assert owner._group is None
+    processes.hold(owner, "a group")
+    assert held(owner) == "a group"
+    processes._release()
+    assert held(owner) is None

@@ -112,7 +112,7 @@ class Homebody(gradsurgery.MoCo):
 
     def row_state(self, key, name, params):
         kept = self.memory.get(key, {}).get(name, {})
-        return [kept.get(self._run["positions"][p]) for p in params]
+        return [kept.get(self.place(p)) for p in params]
 
 
 def test_the_check_rejects_a_method_that_uses_memory_where_it_is():

@@ -213,7 +213,7 @@ def test_nothing_changes(given):
         optimizer.backward(model(torch.randn(5, 3))[1])
         optimizer.step()
     optimizer.backward(model(torch.randn(5, 3))[1])  # a proposal that no step has committed, and gradients
-    report, pending = optimizer.report, copy.deepcopy(optimizer._run["pending"])
+    report, pending = optimizer.report, copy.deepcopy(optimizer.transaction.proposed)
     batches = [torch.randn(5, 3) for _ in range(3)]
     before = snapshot(model, optimizer)
     result = diagnose(
@@ -222,7 +222,7 @@ def test_nothing_changes(given):
     assert same(before, snapshot(model, optimizer))
     assert model.training
     assert optimizer.report is report
-    assert optimizer._run["pending"] == pending
+    assert optimizer.transaction.proposed == pending
     assert result.batches == 3
     assert not torch.nn.modules.module._global_forward_pre_hooks
 

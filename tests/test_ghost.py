@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery import ghost, ghost_graph, ghost_layers, graph
-from gradsurgery.gram import Room
+from gradsurgery import graph
+from gradsurgery.gradients import ghost_graph, ghost_layers
+from gradsurgery.gradients import ghosts as ghost
+from gradsurgery.gradients.gram import Room
 
 Losses = Callable[[nn.Module], list[Tensor]]
 WEIGHTS = [0.7, -1.3, 2.1, 0.4]
@@ -663,7 +665,7 @@ def test_nothing_is_a_ghost_where_saved_tensors_cannot_be_read(monkeypatch: pyte
         raise AttributeError(name)
 
     model = Net(nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 5)), 5)
-    monkeypatch.setattr(ghost_graph, "_saved", absent)
+    monkeypatch.setattr(ghost_graph, "_saved_tensor", absent)
     assert ghost.plan(model.losses(torch.randint(11, (3,))), list(model.parameters()), force=True) is None
 
 

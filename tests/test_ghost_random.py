@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradsurgery import ghost_layers
-from gradsurgery.surgery import step
+from gradsurgery.gradients import formed, ghost_layers
 from gradsurgery.surgery.base import Surgery
 
 WIDTH = 4
@@ -167,10 +166,10 @@ def found_by(model: Random, engine: str) -> tuple[np.ndarray | None, list[Tensor
 
 @pytest.fixture(autouse=True)
 def _small_models_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "FEW", 0)
+    monkeypatch.setattr(formed, "FEW", 0)
     # Which layers "auto" takes is drawn too, by what they are.
     for kind in (ghost_layers.Linear, ghost_layers.Convolution, ghost_layers.Embedding):
-        monkeypatch.setattr(kind, "saves", lambda layer, m: (layer.places[0] + m) % 3 > 0)
+        monkeypatch.setattr(kind, "saves", lambda layer, m, *_: (layer.places[0] + m) % 3 > 0)
 
 
 @hypothesis.given(SPECS)

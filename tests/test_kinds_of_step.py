@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from gradsurgery import graph as graph_module
-from gradsurgery import rows as rows_module
+from gradsurgery.gradients import rows as rows_module
 
 X = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(5, 4).sin()
 

@@ -293,7 +293,7 @@ def test_what_is_written_is_the_same_with_and_without_the_look():
     result = []
     for steps in (0, 1):
         model, optimizer = wrapped()
-        optimizer._run["committed"]["step"] = steps  # from the second step on nobody looks
+        optimizer.transaction.committed["step"] = steps  # from the second step on nobody looks
         sum(p.square().sum() for p in model.parameters()).backward()
         optimizer.backward(losses(model))
         result.append([p.grad for p in model.parameters()])

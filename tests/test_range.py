@@ -302,7 +302,7 @@ def preferred(name, preference, size=1.0):
     """The direction, and whether it is what the method asks for."""
     row = HOMOGENEOUS[name]
     optimizer = row.build(SGD([torch.zeros(4, dtype=torch.float64)], lr=0.1), preference=preference)
-    return optimizer.combine(ROWS * size, [1.0, 2.0, 3.0]), "not-converged" not in optimizer._run["flags"]
+    return optimizer.combine(ROWS * size, [1.0, 2.0, 3.0]), "not-converged" not in optimizer.transaction.flags
 
 
 def assert_preferred(name, preference, size, expected):

@@ -6,6 +6,7 @@ Every method over every kind of optimizer, all in one file, and one process that
 from __future__ import annotations
 
 import copy
+import gzip
 import io
 import os
 import subprocess
@@ -128,3 +129,25 @@ def test_distributed_checkpoint_with_the_methods_memory(name, tmp_path):
     train(name, reloaded, again, AFTER)
     assert same(loops.weights_of(again), loops.weights_of(net))
     assert same(memory_of(reloaded), memory_of(optimizer))
+
+
+@pytest.fixture(scope="module")
+def older():
+    """Checkpoints of every method after three steps, and the parameters after three more, written by an older version.
+
+    They were made by `train` of loops.py with AdamW, before the core was taken apart.
+    """
+    with gzip.open(HERE / "data" / "checkpoints.pt.gz") as file:
+        return torch.load(io.BytesIO(file.read()), weights_only=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_of_an_older_version_goes_on(name, older):
+    saved = older[name]
+    net, optimizer = start(name, "adamw")
+    net.load_state_dict(saved["net"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert memory_of(optimizer)["memory"]["step"] == 3
+    train(name, optimizer, net, range(3, 6))
+    for p, q in zip(net.parameters(), saved["after"], strict=True):
+        torch.testing.assert_close(p, torch.nn.Parameter(q), rtol=1e-6, atol=1e-9)

@@ -6,11 +6,12 @@ import contextlib
 import copy
 import math
 import pickle
+import threading
 import weakref
 
 import pytest
 import torch
-from loops import METHODS, OPTIMIZERS, Net, end_epoch, inputs, losses_of, memory_of, propose, same, train
+from loops import METHODS, OPTIMIZERS, Net, end_epoch, inputs, losses_of, memory_of, propose, same, train, weights_of
 from torch import nn
 from torch.optim import SGD
 
@@ -410,17 +411,35 @@ class Watched(torch.autograd.Function):
         return new
 
 
+PLACES = {
+    "solve": "gradsurgery.step.solve",
+    "write": "gradsurgery.gradients.rows.write",
+    "stops": "gradsurgery.guard.Guard.stops",
+}
+
+
+def attributes(optimizer):
+    """What an optimizer has for itself, and while a call lasts, and that is not None or empty."""
+    own = {
+        **vars(optimizer),
+        **vars(getattr(optimizer, "_now", optimizer)),
+        **vars(getattr(optimizer, "_found", optimizer)),
+    }
+    kept = {"base", "check", "descends", "settings", "transaction"}  # none holds a tensor
+    return {key for key, value in own.items() if key not in kept and value is not None and value != []}
+
+
 @OVER_METHODS
-@pytest.mark.parametrize("fails", [None, "_solve", "weights", "write", "_stops"])
+@pytest.mark.parametrize("fails", [None, "solve", "weights", "write", "stops"])
 def test_no_row_or_graph_outlives_a_call(name, fails, monkeypatch):
     """The rows of the weight are watched, since they are what `Watched` hands on."""
     Watched.seen.clear()
     net = Net()
     optimizer = METHODS[name](OPTIMIZERS["sgd"](net.parameters()))
-    kept = {key for key, value in optimizer._run.items() if value is None or value == () or value == {}}
+    before = attributes(optimizer)
     train(name, optimizer, net, range(1))
-    if fails == "write":
-        monkeypatch.setattr("gradsurgery.rows.write", stop)
+    if fails in PLACES:
+        monkeypatch.setattr(PLACES[fails], stop)
     elif fails is not None and hasattr(optimizer, fails):
         monkeypatch.setattr(type(optimizer), fails, stop)
     nn.utils.parametrize.register_parametrization(net.trunk, "weight", Through())
@@ -433,9 +452,7 @@ def test_no_row_or_graph_outlives_a_call(name, fails, monkeypatch):
     del residuals, losses
     optimizer.zero_grad()
     assert not [ref for ref in [*alive, *Watched.seen] if ref() is not None]
-    own = {"report", "pending", "committed", "walked", "generator", "flags", "warned", "warned_of_ranks"}
-    left = {key for key in kept - own if optimizer._run[key] not in (None, (), {})}
-    assert not left
+    assert attributes(optimizer) <= before
 
 
 class Through(nn.Module):
@@ -448,7 +465,7 @@ class Through(nn.Module):
 def test_numbers_that_a_method_measured_do_not_outlive_a_call_that_raised(monkeypatch):
     net = Net()
     optimizer = gradsurgery.ExcessMTL(SGD(net.parameters(), lr=0.1))
-    monkeypatch.setattr("gradsurgery.surgery.step.Step._to_the_host", stop)
+    monkeypatch.setattr("gradsurgery.communication.Communicator.fetch", stop)
     made = []
     real = optimizer.measure
     monkeypatch.setattr(optimizer, "measure", lambda numbers: (made.append(weakref.ref(numbers)), real(numbers)))
@@ -616,3 +633,31 @@ def test_the_first_loss_of_the_first_call_stays_the_primary_one():
     optimizer.step()
     with pytest.raises(ValueError, match=r"got 'a' .which None stands for, as the first loss of the first call"):
         optimizer.backward({"x": w[0], "y": w[1] + w[0]})
+
+
+# --------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "UPGrad", "MoCo", "MConFIG", "GradVac", "MoDo", "FAMOWeighter"])
+def test_two_optimizers_in_two_threads_do_not_meet(name):
+    def run():
+        net = Net()
+        optimizer = METHODS[name](OPTIMIZERS["sgd"](net.parameters()))
+        train(name, optimizer, net, range(6))
+        return weights_of(net)
+
+    expected = run()
+    found = [None] * 4
+    start = threading.Barrier(len(found))
+
+    def work(k):
+        start.wait()
+        found[k] = run()
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(found))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for weights in found:
+        torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12)

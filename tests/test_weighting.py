@@ -18,6 +18,7 @@ from torch import nn
 from weighting_catalogue import CATALOGUE, NAMES, any_optimizer, run, tied
 
 import gradsurgery
+from gradsurgery.gradients import rows
 from gradsurgery.weighting.cosmos import COSMOSWeighter
 from gradsurgery.weighting.cov import CoVWeighter
 from gradsurgery.weighting.dwa import DWAWeighter
@@ -1148,9 +1149,7 @@ def test_lr_annealing_leaves_weights_alone_without_information():
 
 def test_measuring_stops_in_steps_that_reuse_weights(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        gradsurgery.rows, "gradient", lambda *args, f=gradsurgery.rows.gradient, **kw: calls.append(1) or f(*args, **kw)
-    )
+    monkeypatch.setattr(rows, "gradient", lambda *args, f=rows.gradient, **kw: calls.append(1) or f(*args, **kw))
     for build in (NormalizedGradientWeighter, LRAnnealingWeighter):
         p, optimizer = setting(build, every=4)
         for values in A:

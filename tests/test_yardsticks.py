@@ -156,6 +156,38 @@ def test_a_tree_whose_step_fails_says_so(small):
         structure.measure(small)
 
 
+# ------------------------------------------------------------------------------------------------ private attributes
+
+
+def names_by_text(tree: ast.Module) -> set[str]:
+    """Private names that are looked up by their text, which the linter does not see."""
+    looks = {"getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller"}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and {"id", "attr"} & vars(node.func).keys():
+            called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            for word in node.args if called in looks else ():
+                text = word.values[0] if isinstance(word, ast.JoinedStr) and word.values else word
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    found |= {part for part in text.value.split(".") if part.startswith("_") and part[:2] != "__"}
+    return found
+
+
+def test_private_names_are_found_in_every_disguise():
+    code = """
+        getattr(a, "_one", None), setattr(a, "_two", 1), hasattr(a, f"_three{b}"), operator.attrgetter("b._four")(a)
+        getattr(a, "five"), getattr(a, "__six__"), getattr(a, seven), a.get("_eight"), f()(9), f"{a}"
+    """
+    assert names_by_text(ast.parse(textwrap.dedent(code))) == {"_one", "_two", "_three", "_four"}
+
+
+def test_one_module_alone_reads_private_attributes():
+    """Ruff forbids ``a._b`` in all others; this is the way around. Of named tuples ``_fields`` is documented."""
+    files = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "gradsurgery").rglob("*.py")}
+    private = {file: names_by_text(ast.parse(path.read_text(encoding="utf-8"))) for file, path in files.items()}
+    assert {file for file, names in private.items() if names - {"_fields"}} == {"gradsurgery/torch_private.py"}
+
+
 # ------------------------------------------------------------------------------------------------------- two trees
 
 

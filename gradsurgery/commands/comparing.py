@@ -131,16 +131,7 @@ def run(args: argparse.Namespace) -> int:
         except ModuleNotFoundError as error:
             return no_pictures(NAME, error)
     problem = setting.build()
-    walks, paths = [], {}
-    for name in dict.fromkeys([catalogue.SUM, *names]):
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{name:<40}")
-        walk, path = walk_from_all(problem, name, setting.base, lr, steps)
-        walks.append(walk)
-        if path:
-            paths[name] = path
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r{'':40}\r")
+    walks, paths = _walked(problem, [catalogue.SUM, *names], setting.base, lr, steps)
     if args.plot is not None:
         try:
             method_pictures.draw_paths(problem, paths, args.plot, dark=args.dark)
@@ -153,6 +144,23 @@ def run(args: argparse.Namespace) -> int:
         if args.plot is not None:
             say(f"The paths are in {args.plot}.\n")
     return 1 if any(walk.error for walk in walks) else 0
+
+
+def _walked(
+    problem: Problem, names: Sequence[str], base: type[Optimizer], lr: float, steps: int
+) -> tuple[list[Walk], dict[str, list[Tensor]]]:
+    """Let each method walk once, and say on a terminal which one does."""
+    walks, paths = [], {}
+    for name in dict.fromkeys(names):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{name:<40}")
+        walk, path = walk_from_all(problem, name, base, lr, steps)
+        walks.append(walk)
+        if path:
+            paths[name] = path
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{'':40}\r")
+    return walks, paths
 
 
 def _named(methods: str) -> list[str]:

@@ -68,22 +68,44 @@ def equal_projection(
         back = np.argsort(order)
         triangle, _, rank, _ = dpstrf(cosines, tol=16 * m * noise)
     if rank == m:
-        y = dpotrs(dpotrf(cosines)[0], np.ones(m))[0]
-        pivot, total = float(triangle[-1, -1]), sum(map(abs, y.tolist()))
-        # An error E of the cosines turns v by |E| |y| / (σ_min |v|), and |v|² = 1ᵀy; y itself errs by |E| |y| / σ_min².
-        steep = total >= AMPLIFICATION * pivot * sqrt(max(sum(y.tolist()), 0.0))
-        sound = factor is None or not (steep or pivot * pivot * AMPLIFICATION < 1)
-        if sound and _small(cosines.dot(y) - 1, total):
+        y, sound = _by_cholesky(cosines, float(triangle[-1, -1]), exact=factor is None)
+        if sound:
             return y[back], m, False
     columns = half(cosines, 16 * m * noise)[0] if factor is None else full_rank(unit_rows(factor)[1], noise)
     if len(columns) == m:
-        y = _foot(columns)
+        return _of_independent(columns, flag)[back], m, False
+    y = _of_dependent(columns, norms / norms.max() if by_length else np.ones(m), flag)
+    v = columns @ y
+    if v @ v <= m * EPS:
+        return np.zeros(m), len(columns), True
+    return y[back], len(columns), False
+
+
+def _by_cholesky(cosines: Array, pivot: float, exact: bool) -> tuple[Array, bool]:
+    """The y with C y = 1, and whether it is as good as the cosines allow; `pivot` is the least of their factor.
+
+    Cosines that are `exact` need not be far from singular.
+    """
+    y = dpotrs(dpotrf(cosines)[0], np.ones(len(cosines)))[0]
+    total = sum(map(abs, y.tolist()))
+    # An error E of the cosines turns v by |E| |y| / (σ_min |v|), and |v|² = 1ᵀy; y itself errs by |E| |y| / σ_min².
+    steep = total >= AMPLIFICATION * pivot * sqrt(max(sum(y.tolist()), 0.0))
+    sound = exact or not (steep or pivot * pivot * AMPLIFICATION < 1)
+    return y, sound and _small(cosines.dot(y) - 1, total)
+
+
+def _of_independent(columns: Array, flag: Flag) -> Array:
+    """The y of ``equal_projection`` for independent unit columns."""
+    y = _foot(columns)
+    if not _small((columns @ y) @ columns - 1, np.abs(y).sum()):
+        y = _by_qr(columns.T, np.ones(columns.shape[1]))
         if not _small((columns @ y) @ columns - 1, np.abs(y).sum()):
-            y = _by_qr(columns.T, np.ones(m))
-            if not _small((columns @ y) @ columns - 1, np.abs(y).sum()):
-                flag(NOT_CONVERGED)
-        return y[back], m, False
-    scale = norms / norms.max() if by_length else np.ones(m)
+            flag(NOT_CONVERGED)
+    return y
+
+
+def _of_dependent(columns: Array, scale: Array, flag: Flag) -> Array:
+    """The y of ``equal_projection`` for more unit columns than their rank, each counted by its scale."""
     rows = (columns * scale).T
     left, sigma, _ = np.linalg.svd(rows, full_matrices=False)
     shares = left @ (scale @ left / sigma**2)
@@ -91,11 +113,7 @@ def equal_projection(
         shares = _by_qr(rows, scale)
         if not _fits(rows, scale, shares):
             flag(NOT_CONVERGED)
-    y = scale * shares
-    v = columns @ y
-    if v @ v <= m * EPS:
-        return np.zeros(m), len(columns), True
-    return y[back], len(columns), False
+    return scale * shares
 
 
 def _small(off: Array, terms: float) -> bool:

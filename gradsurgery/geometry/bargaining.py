@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -86,6 +87,83 @@ def power_fixed_point(
     return v / lengths * top ** (-2 * alpha / (1 + alpha)), True
 
 
+class _Progress:
+    """Whether a number that should fall to zero still falls by half within a few rounds."""
+
+    def __init__(self) -> None:
+        self._best, self._stale = np.inf, 0
+
+    def has_ended(self, size: float) -> bool:
+        self._stale = self._stale + 1 if size >= self._best / 2 else 0
+        self._best = min(self._best, size)
+        return self._stale == _STALE_ROUNDS
+
+
+class _Powers(NamedTuple):
+    """The problem of C v = b v^(−p): the least ½ vᵀCv − Σ b_i φ(v_i), φ' = v^(−p)."""
+
+    cosines: Array
+    b: Array
+    p: float
+
+    def terms(self, v: Array) -> tuple[Array, Array]:
+        # C v, and b v^(1 − p).
+        return self.cosines @ v, self.b if self.p == 1 else self.b * v ** (1 - self.p)
+
+    def worth(self, v: Array, cv: Array) -> float:
+        # What is minimised, but for a constant.
+        b, p = self.b, self.p
+        if p == 1:
+            return float(v @ cv / 2 - b @ np.log(v))
+        return float(v @ cv / 2 - b @ np.expm1((1 - p) * np.log(v)) / (1 - p))
+
+    def stretched(self, v: Array) -> Array:
+        # The best multiple of v, unless it is stationary to rounding.
+        cv, q = self.terms(v)
+        square = float(v @ cv)
+        if square > len(v) * EPS * v.sum() ** 2:
+            v *= (q.sum() / square) ** (1 / (1 + self.p))
+        return v
+
+    def newton(self, v: Array, q: Array, gradient: Array) -> Array | None:
+        # The Newton step in y_i = dv_i / v_i; None if the Hessian is singular to rounding.
+        hessian = self.cosines * v
+        hessian *= v[:, None]
+        hessian.ravel()[:: len(v) + 1] += self.p * q
+        _, y, failed = dposv(hessian, -gradient)
+        return None if failed else y
+
+    def downhill(
+        self, v: Array, cv: Array, q: Array, y: Array, gradient: Array, smallest: float
+    ) -> tuple[Array, Array, Array] | None:
+        # Go along y as far as it is worth it: the new v with its terms; None if it is not. A v with an entry below
+        # `smallest` ends the search, and comes with the old terms.
+        value, slope = self.worth(v, cv), float(y @ gradient)
+        # Terms too small to show in the value must still be free to move.
+        blur = 16 * EPS * (abs(value) + float(np.abs(v * cv).sum() + q.sum()))
+        step = 1.0
+        for _ in range(_HALVINGS):
+            move = step * y
+            # 1 + y, bent to 1 / (1 − y) below zero: weights stay positive and may fall by any factor in one round.
+            trial = v * np.where(move < 0, 1 / (1 - np.minimum(move, 0.0)), 1 + move)
+            if trial.min() < smallest:
+                return trial, cv, q
+            its_cv, its_q = self.terms(trial)
+            if self.worth(trial, its_cv) <= value + 1e-4 * step * slope + blur:
+                return trial, its_cv, its_q
+            step /= 2
+        return None
+
+
+def _begun(cosines: Array, power: Array, lengths: Array, p: float, smallest: float) -> tuple[_Powers, Array] | None:
+    """The problem, and the diagonal's solution stretched; None if an entry of that lies below `smallest`."""
+    if lengths.min() < smallest:
+        return None
+    problem = _Powers(cosines, power * lengths ** (p - 1), p)
+    v = problem.b ** (1 / (1 + p))
+    return None if v.min() < smallest else (problem, problem.stretched(v))
+
+
 def _power_newton(cosines: Array, power: Array, lengths: Array, p: float) -> tuple[Array, float, float]:
     """Solution of C v = b v^(−p), b = power · lengths^(p − 1); ‖Σ v_i u_i‖; and the largest relative residual.
 
@@ -95,72 +173,38 @@ def _power_newton(cosines: Array, power: Array, lengths: Array, p: float) -> tup
     # What is shorter than this part of its terms is rounding: the rows are stationary.
     floor = m * EPS
     smallest = np.exp(-_LOG_RANGE / max(1.0, abs(1 - p)))
-    if lengths.min() < smallest:
+    begun = _begun(cosines, power, lengths, p, smallest)
+    if begun is None:
         return np.ones(m), 0.0, np.inf
-    b = power * lengths ** (p - 1)
-
-    def terms(v: Array) -> tuple[Array, Array]:
-        return cosines @ v, b if p == 1 else b * v ** (1 - p)
-
-    def worth(v: Array, cv: Array) -> float:
-        if p == 1:
-            return float(v @ cv / 2 - b @ np.log(v))
-        return float(v @ cv / 2 - b @ np.expm1((1 - p) * np.log(v)) / (1 - p))
-
-    # The diagonal's solution, stretched to the best multiple unless it is stationary to rounding.
-    v = b ** (1 / (1 + p))
-    if v.min() < smallest:
-        return v, 0.0, np.inf
-    cv, q = terms(v)
-    square = float(v @ cv)
-    if square > m * EPS * v.sum() ** 2:
-        v *= (q.sum() / square) ** (1 / (1 + p))
-    cv, q = terms(v)
+    problem, v = begun
+    cv, q = problem.terms(v)
     kept, least, length = v, np.inf, 0.0
-    stale, best = 0, np.inf
+    progress = _Progress()
     for _ in range(_NEWTON_ROUNDS):
-        vcv = v * cv
-        gradient = vcv - q
+        gradient = v * cv - q
         residual = float(np.abs(gradient / q).max())
         square = float(v @ cv)
         if residual < least:
             kept, least, length = v, residual, sqrt(max(square, 0.0))
         if residual <= 2 * EPS or square <= floor * float(v.sum()) ** 2:
             break
-        hessian = cosines * v
-        hessian *= v[:, None]
-        hessian.ravel()[:: m + 1] += p * q
-        _, y, failed = dposv(hessian, -gradient)
-        if failed:
+        y = problem.newton(v, q, gradient)
+        if y is None:
             break
         longest = float(np.abs(y).max())
-        if longest < 1e-3:
-            stale = stale + 1 if residual >= best / 2 else 0
-            if stale == _STALE_ROUNDS:
-                break
-            best = min(best, residual)
+        if longest < 1e-3 and progress.has_ended(residual):
+            break
         if longest * (1 + p) < 0.2:
             # The curvature changes by less than a quarter on the way: the whole step is a good one.
             v = v * (1 + y)
-            cv, q = terms(v)
+            cv, q = problem.terms(v)
             continue
-        value, slope = worth(v, cv), float(y @ gradient)
-        # Terms too small to show in the value must still be free to move.
-        blur = 16 * EPS * (abs(value) + float(np.abs(vcv).sum() + q.sum()))
-        step = 1.0
-        for _ in range(_HALVINGS):
-            move = step * y
-            # 1 + y, bent to 1 / (1 − y) below zero: weights stay positive and may fall by any factor in one round.
-            trial = v * np.where(move < 0, 1 / (1 - np.minimum(move, 0.0)), 1 + move)
-            if trial.min() < smallest:
-                return kept, length, np.inf
-            cv, q = terms(trial)
-            if worth(trial, cv) <= value + 1e-4 * step * slope + blur:
-                break
-            step /= 2
-        else:
+        found = problem.downhill(v, cv, q, y, gradient, smallest)
+        if found is None:
             break
-        v = trial
+        v, cv, q = found
+        if v.min() < smallest:
+            return kept, length, np.inf
     return kept, length, least
 
 
@@ -196,82 +240,161 @@ def _balanced(columns: Array, log_b: Array, alpha: float, v: Array) -> bool:
     return bool((np.where(v > tiny, np.abs(off), -off) <= 16 * len(v) * EPS * terms).all())
 
 
+def _power(log: Array) -> Array:
+    return np.exp(np.minimum(log, _LOG_RANGE))
+
+
+class _Search:
+    """One of the two problems of ``_power_point``. `x` are its p or its v, `vector` is d.
+
+    Args:
+        columns: The unit columns.
+        log_b: Logarithms of b.
+        alpha: α.
+
+    Attributes:
+        gamma: The power of x that the problem has, α or 1/α.
+        log_factors: Logarithms of the factors of these powers.
+    """
+
+    def __init__(self, columns: Array, log_b: Array, alpha: float) -> None:
+        self.columns, self.log_b, self.alpha = columns, log_b, alpha
+        self.gamma, self.log_factors = self.powers()
+
+    def powers(self) -> tuple[float, Array]:
+        raise NotImplementedError
+
+    def start(self, flag: Flag) -> tuple[Array, Array]:
+        # The first vector and x. Without a solution if x is not positive.
+        raise NotImplementedError
+
+    def stretched(self, vector: Array, x: Array) -> tuple[Array, Array]:
+        # Of all multiples the best.
+        square = float(vector @ vector)
+        logs = self.log_factors + (1 - self.gamma) * np.log(x)
+        total = float(logs.max() + np.log(_power(logs - logs.max()).sum()))
+        stretch = np.exp((total - np.log(square)) / (1 + self.gamma))
+        return vector * stretch, x * stretch
+
+    def squares(self, x: Array, heavy: Array) -> Array:
+        # The matrix of the least squares problem, columns of x-entries below or above the weights `heavy`.
+        raise NotImplementedError
+
+    def effect(self, x: Array, step: Array) -> tuple[Array, Array]:
+        # By how much a step changes x, relative to itself, and the vector.
+        raise NotImplementedError
+
+    def moved(self, vector: Array, x: Array, step: Array) -> tuple[Array, Array]:
+        # The vector and x after a step.
+        raise NotImplementedError
+
+    def weights(self, vector: Array, x: Array) -> Array:
+        # The v that belongs to the solution.
+        raise NotImplementedError
+
+    def step(self, vector: Array, x: Array, q: Array) -> Array:
+        # The Newton step.
+        heavy = np.sqrt(self.gamma * q)
+        stacked = self.squares(x, heavy)
+        sides = np.concatenate((-vector, heavy / self.gamma))
+        order = np.argsort(-np.abs(stacked).max(axis=1))
+        return np.asarray(lstsq(stacked[order], sides[order], cond=0.0, lapack_driver="gelsy")[0])
+
+    def part(self, vector: Array, q: Array, change: Array, move: Array) -> float:
+        # How much of a long step to make.
+        part = 0.95 / max(float(-change.min()), 0.95)
+        slope = float(vector @ move - q @ change)
+        for _ in range(_HALVINGS):
+            # Along a line the slope of a convex function only grows: stop before it has climbed too far.
+            if (vector + part * move) @ move - q * (1 + part * change) ** -self.gamma @ change <= -slope / 2:
+                break
+            part /= 2
+        return part
+
+
+class _ByProducts(_Search):
+    """The least ½ ‖d‖² − Σ b_i^α F(p_i) over d."""
+
+    def powers(self) -> tuple[float, Array]:
+        return self.alpha, self.alpha * self.log_b
+
+    def start(self, flag: Flag) -> tuple[Array, Array]:
+        columns = self.columns
+        vector = shortest(columns, _power(self.log_b - self.log_b.max()), flag)
+        if (vector @ columns).min() <= 0:
+            vector = shortest(columns, np.ones(columns.shape[1]), flag)
+        return vector, vector @ columns
+
+    def squares(self, x: Array, heavy: Array) -> Array:
+        return np.vstack((np.eye(len(self.columns)), (self.columns / x * heavy).T))
+
+    def effect(self, x: Array, step: Array) -> tuple[Array, Array]:
+        return step @ self.columns / x, step
+
+    def moved(self, vector: Array, x: Array, step: Array) -> tuple[Array, Array]:
+        vector = vector + step
+        return vector, vector @ self.columns
+
+    def weights(self, vector: Array, x: Array) -> Array:
+        columns, alpha = self.columns, self.alpha
+        v = _power(self.log_factors - alpha * np.log(x))
+        # The weights whose sum is d, as close to these as can be: their rounding, about α eps ‖d‖ / p_i, may exceed d.
+        coarse = float(x.min() / (alpha * np.sqrt(vector @ vector)))
+        shares = lstsq(columns * v, vector - columns @ v, cond=coarse, lapack_driver="gelsy")[0]
+        return v * (1 + shares) if np.abs(shares).max() < 0.5 else v
+
+
+class _ByWeights(_Search):
+    """The least ½ ‖Σ v_i u_i‖² − Σ b_i φ(v_i) over v."""
+
+    def powers(self) -> tuple[float, Array]:
+        return 1 / self.alpha, self.log_b
+
+    def start(self, flag: Flag) -> tuple[Array, Array]:
+        x = _power(np.maximum(self.alpha * (self.log_b - self.log_b.max()), -_LOG_RANGE / self.gamma))
+        return self.columns @ x, x
+
+    def stretched(self, vector: Array, x: Array) -> tuple[Array, Array]:
+        if float(vector @ vector) > len(x) * EPS * float(x.sum()) ** 2:
+            return super().stretched(vector, x)
+        return vector, x  # stationary to rounding
+
+    def squares(self, x: Array, heavy: Array) -> Array:
+        return np.vstack((self.columns * x, np.diag(heavy)))
+
+    def effect(self, x: Array, step: Array) -> tuple[Array, Array]:
+        return step, self.columns @ (x * step)
+
+    def moved(self, vector: Array, x: Array, step: Array) -> tuple[Array, Array]:
+        x = x * (1 + step)
+        return self.columns @ x, x
+
+    def weights(self, vector: Array, x: Array) -> Array:
+        return x
+
+
 def _power_search(columns: Array, log_b: Array, alpha: float, by_products: bool, flag: Flag) -> tuple[Array, bool]:
     """The v of ``_power_point`` by one of its two problems, and whether one was found.
 
     Newton steps are least squares problems on the columns, with rows sorted by size, so that no condition number is
     squared and all sizes keep their digits.
     """
-    k, m = columns.shape
-    gamma = alpha if by_products else 1 / alpha
-
-    def power(log: Array) -> Array:
-        return np.exp(np.minimum(log, _LOG_RANGE))
-
-    # x are the p or the v, vector is d.
-    if by_products:
-        vector = shortest(columns, power(log_b - log_b.max()), flag)
-        if (vector @ columns).min() <= 0:
-            vector = shortest(columns, np.ones(m), flag)
-        x, log_b = vector @ columns, alpha * log_b
-        if x.min() <= 0:
-            return np.zeros(m), False
-    else:
-        x = power(np.maximum(alpha * (log_b - log_b.max()), -_LOG_RANGE / gamma))
-        vector = columns @ x
-        if x.min() <= 0:
-            return np.zeros(m), False
-    # Of all multiples the best, unless this start is stationary to rounding.
-    square = float(vector @ vector)
-    if by_products or square > m * EPS * float(x.sum()) ** 2:
-        logs = log_b + (1 - gamma) * np.log(x)
-        total = float(logs.max() + np.log(power(logs - logs.max()).sum()))
-        stretch = np.exp((total - np.log(square)) / (1 + gamma))
-        vector, x = vector * stretch, x * stretch
-    stale, best = 0, np.inf
+    nothing = np.zeros(columns.shape[1])
+    problem = (_ByProducts if by_products else _ByWeights)(columns, log_b, alpha)
+    vector, x = problem.start(flag)
+    if x.min() <= 0:
+        return nothing, False
+    vector, x = problem.stretched(vector, x)
+    progress = _Progress()
     for _ in range(_POINT_ROUNDS):
-        q = power(log_b + (1 - gamma) * np.log(x))
-        heavy = np.sqrt(gamma * q)
-        if by_products:
-            stacked = np.vstack((np.eye(k), (columns / x * heavy).T))
-        else:
-            stacked = np.vstack((columns * x, np.diag(heavy)))
-        sides = np.concatenate((-vector, heavy / gamma))
-        order = np.argsort(-np.abs(stacked).max(axis=1))
-        step = lstsq(stacked[order], sides[order], cond=0.0, lapack_driver="gelsy")[0]
-        change = step @ columns / x if by_products else step
-        move = step if by_products else columns @ (x * step)
-        longest = float(np.abs(change).max()) * (1 + gamma)
-        if longest <= 4 * EPS:
+        q = _power(problem.log_factors + (1 - problem.gamma) * np.log(x))
+        step = problem.step(vector, x, q)
+        change, move = problem.effect(x, step)
+        longest = float(np.abs(change).max()) * (1 + problem.gamma)
+        if longest <= 4 * EPS or (longest < 1e-2 and progress.has_ended(longest)):
             break
-        if longest < 1e-2:
-            stale = stale + 1 if longest >= best / 2 else 0
-            if stale == _STALE_ROUNDS:
-                break
-            best = min(best, longest)
-        part = 1.0
-        if longest >= 0.2:
-            part = 0.95 / max(float(-change.min()), 0.95)
-            slope = float(vector @ move - q @ change)
-            for _ in range(_HALVINGS):
-                # Along a line the slope of a convex function only grows: stop before it has climbed too far.
-                if (vector + part * move) @ move - q * (1 + part * change) ** -gamma @ change <= -slope / 2:
-                    break
-                part /= 2
-        if by_products:
-            vector = vector + part * step
-            x = vector @ columns
-        else:
-            x = x * (1 + part * step)
-            vector = columns @ x
+        part = problem.part(vector, q, change, move) if longest >= 0.2 else 1.0
+        vector, x = problem.moved(vector, x, part * step)
         if not x.min() > 0:
-            return np.zeros(m), False
-    if not by_products:
-        return x, True
-    v = power(log_b - alpha * np.log(x))
-    # The weights whose sum is d, as close to these as can be: their rounding, about α eps ‖d‖ / p_i, may exceed d.
-    coarse = float(x.min() / (alpha * np.sqrt(vector @ vector)))
-    shares = lstsq(columns * v, vector - columns @ v, cond=coarse, lapack_driver="gelsy")[0]
-    if np.abs(shares).max() < 0.5:
-        v = v * (1 + shares)
-    return v, True
+            return nothing, False
+    return problem.weights(vector, x), True

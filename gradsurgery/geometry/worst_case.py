@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.linalg.lapack import dtrtrs
 
 from gradsurgery.geometry.cones import least_distance
@@ -103,38 +103,24 @@ def _cagrad_multipliers(
         bounds = tau * a - slopes
         x, e, gap = least_distance(columns, bounds, flag)
         reached = float(np.sqrt(e @ e)) / gap if gap > 0 else np.inf
-        if tau == 0 and reached <= c:
-            v, point, _ = least_distance(columns, a, flag)
-            if np.sqrt(point @ point) <= tolerance * v.sum():
-                return x / gap, e @ columns / gap - bounds, length, True
+        if tau == 0 and reached <= c and _is_stationary(columns, a, tolerance, flag):
+            return x / gap, e @ columns / gap - bounds, length, True
         if reached <= c:
             low, inside = max(low, tau), x / gap
         else:
             high = min(high, tau)
         guess = (low + high) / 2
         support = np.flatnonzero(x > 0)
-        # A support larger than the rank means that no e exists for this τ.
-        if 0 < len(support) <= len(columns):
-            # On the support ⟨u_i, e⟩ = τ a_i − ⟨u_i, g_0⟩, so e = Q (τ α − π), and ‖e‖ = c is a quadratic in τ.
-            q, r = np.linalg.qr(columns[:, support])
-            alpha = dtrtrs(r, a[support], trans=1)[0]
-            pi = q.T @ mean
-            square, cross, rest = float(alpha @ alpha), float(alpha @ pi), c * c - float(pi @ pi)
-            root = cross * cross + square * rest
-            if root >= 0:
-                root = np.sqrt(root)
-                tau = (cross + root) / square if cross >= 0 else rest / (root - cross)
-                steps = tau * alpha - pi
-                e = q @ steps
-                exact = dtrtrs(r, steps)[0]
-                slack = e @ columns - (tau * a - slopes)
-                rounding = 16 * len(a) * EPS
-                if exact.min() >= 0 and slack.min() >= -rounding * max(1.0, abs(tau)):
-                    x = np.zeros(len(a))
-                    x[support] = exact
-                    return x, slack, length, False
-                if low < tau < high:
-                    guess = tau
+        found = _at_radius(columns, support, a, slopes, mean, c)
+        if found is not None:
+            tau, exact, slack = found
+            rounding = 16 * len(a) * EPS
+            if exact.min() >= 0 and slack.min() >= -rounding * max(1.0, abs(tau)):
+                x = np.zeros(len(a))
+                x[support] = exact
+                return x, slack, length, False
+            if low < tau < high:
+                guess = tau
         if high - low <= 2 * EPS * max(abs(low), abs(high)):
             break
         tau = guess
@@ -144,3 +130,33 @@ def _cagrad_multipliers(
     if max(-slack.min(), np.abs(slack[inside > 0]).max(initial=0.0), abs(sqrt(e @ e) - c)) > allowed:
         flag(NOT_CONVERGED)
     return inside, slack, length, False
+
+
+def _is_stationary(columns: Array, a: Array, tolerance: float, flag: Flag) -> bool:
+    """Whether no d has ⟨u_i, d⟩ ≥ a_i for every row: the point closest to zero among the weighted means is zero."""
+    v, point, _ = least_distance(columns, a, flag)
+    return bool(np.sqrt(point @ point) <= tolerance * v.sum())
+
+
+def _at_radius(
+    columns: Array, support: NDArray[np.intp], a: Array, slopes: Array, mean: Array, c: float
+) -> tuple[float, Array, Array] | None:
+    """The τ at which the e of a support has length c, the multipliers on the support, and the slack of all constraints.
+
+    None if there is no such τ. A support larger than the rank means that no e exists.
+    """
+    if not 0 < len(support) <= len(columns):
+        return None
+    # On the support ⟨u_i, e⟩ = τ a_i − ⟨u_i, g_0⟩, so e = Q (τ α − π), and ‖e‖ = c is a quadratic in τ.
+    q, r = np.linalg.qr(columns[:, support])
+    alpha = dtrtrs(r, a[support], trans=1)[0]
+    pi = q.T @ mean
+    square, cross, rest = float(alpha @ alpha), float(alpha @ pi), c * c - float(pi @ pi)
+    root = cross * cross + square * rest
+    if not root >= 0:
+        return None
+    root = np.sqrt(root)
+    tau = (cross + root) / square if cross >= 0 else rest / (root - cross)
+    steps = tau * alpha - pi
+    e = q @ steps
+    return tau, dtrtrs(r, steps)[0], e @ columns - (tau * a - slopes)

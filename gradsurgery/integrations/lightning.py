@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
+from gradsurgery.torch_private import only_accumulates, trainer_of
 
 
 class MultiLossModuleMixin:
@@ -58,7 +59,7 @@ class MultiLossModuleMixin:
         # Lightning reads what `training_step` returns before anything of a module is asked, and refuses a dict
         # without "loss". Hence the step itself is wrapped, wherever it was defined.
         step = getattr(cls, "training_step", None)
-        if step is not None and not hasattr(step, "_takes_losses"):
+        if step is not None and not hasattr(step, "takes_losses"):
             cls.training_step = _taking(step)  # type: ignore[attr-defined]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +79,7 @@ class MultiLossModuleMixin:
             found = module.optimizers(use_pl_optimizer=False)
             for one in found if isinstance(found, list) else [found]:
                 if isinstance(one, MultiLossOptimizer):
-                    one._run["loop"].plain_steps = None  # whoever returns a plain loss here means it
+                    one.transaction.loop.plain_steps = None  # whoever returns a plain loss here means it
             super().backward(loss, *args, **kwargs)  # type: ignore[misc]
             return
         optimizer = module.optimizers(use_pl_optimizer=False)
@@ -92,8 +93,7 @@ class MultiLossModuleMixin:
         report = optimizer.backward(
             {name: loss if loss is None or parts == 1 else loss / parts for name, loss in named.items()},
             scaler=getattr(trainer.precision_plugin, "scaler", None),
-            # Lightning's own question: is this micro-batch followed by a step? The last one of an epoch always is.
-            accumulate=trainer.fit_loop._should_accumulate(),
+            accumulate=only_accumulates(trainer),
         )
         if "accumulating" not in report.flags:
             self.log_report(report)
@@ -117,7 +117,7 @@ class MultiLossModuleMixin:
             self._act_without_losses()
         if not isinstance(output, Mapping) or ("loss" in output and "losses" not in output):
             return output
-        strategy = type(getattr(getattr(self, "_trainer", None), "strategy", None)).__name__
+        strategy = type(getattr(trainer_of(self), "strategy", None)).__name__
         if strategy == "DeepSpeedStrategy":
             raise RuntimeError(
                 f"{type(self).__name__}: {strategy} makes the backward pass its own, and the method never sees the "
@@ -140,12 +140,12 @@ class MultiLossModuleMixin:
     def _act_without_losses(self) -> None:
         """The last batch of a window was skipped, so that no ``backward`` follows: act on what the others have left."""
         module: Any = self
-        if getattr(module, "_trainer", None) is None:  # somebody calls the step by hand
+        if trainer_of(module) is None:  # somebody calls the step by hand
             return
         optimizer = module.optimizers(use_pl_optimizer=False)
         if not isinstance(optimizer, MultiLossOptimizer) or not (names := optimizer.accumulated):
             return
-        if not module.trainer.fit_loop._should_accumulate():
+        if not only_accumulates(module.trainer):
             scaler = getattr(module.trainer.precision_plugin, "scaler", None)
             self.log_report(optimizer.backward(dict.fromkeys(names), scaler=scaler))
 
@@ -163,5 +163,5 @@ def _taking(step: Callable[..., Any]) -> Callable[..., Any]:
             self._inside = False
         return self._take(output)
 
-    training_step._takes_losses = True  # type: ignore[attr-defined]
+    training_step.takes_losses = True  # type: ignore[attr-defined]
     return training_step

@@ -202,7 +202,7 @@ class MultiLossTrainerMixin:
         model.train()
         if callable(getattr(trainer.optimizer, "train", None)):
             trainer.optimizer.train()  # schedule-free optimizers
-        inputs = trainer._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
         with trainer.compute_loss_context_manager():
             total = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         named, self._named = self._named, {}

@@ -52,7 +52,7 @@ class AGEM(Surgery):
         self, optimizer: Optimizer, *, primary: str | None = None, **switches: Unpack[SurgerySwitches]
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.primary = self._as_primary(primary)
+        self.primary = self.check.primary(primary)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m = len(gram)

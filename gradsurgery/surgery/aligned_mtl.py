@@ -51,7 +51,7 @@ class AlignedMTL(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.scale_mode = self._choice("scale_mode", scale_mode, ("min", "median", "rmse"))
+        self.scale_mode = self.check.choice("scale_mode", scale_mode, ("min", "median", "rmse"))
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         balance, rank = geometry.align(gram, self.scale_mode, self.factor, noise=self.noise, flag=self.flag)

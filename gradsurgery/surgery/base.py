@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,26 +13,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import gram as gram_module
-from gradsurgery import rows as rows_module
-from gradsurgery import shards
-from gradsurgery.call import Call, parameters
-from gradsurgery.gram import Scaled, Table
+from gradsurgery import losses as losses_module
+from gradsurgery.batch import Batch, Layout, parameters
+from gradsurgery.communication import shards
+from gradsurgery.gradients import descent
+from gradsurgery.gradients import gram as gram_module
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.gradients.gram import Gram, Row, Table
 from gradsurgery.losses import Tasks
 from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
-from gradsurgery.surgery import descent
-from gradsurgery.surgery.step import Step
+from gradsurgery.settings import Switch
+from gradsurgery.solve import Problem, solve
+from gradsurgery.step import SurgeryStep
 from gradsurgery.weighting.base import Weighter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-# Rows whose lengths differ by more than two to this power have squares that float64 does not hold side by side.
-_FAR_APART = 1000
-# A term that is smaller than another by two to this power is lost when they are added up.
-_NEGLIGIBLE = 60
 
 
 @cache
@@ -47,9 +44,22 @@ def _others(m: int) -> np.ndarray:
     return np.arange(m - 1) + (np.arange(m - 1) >= np.arange(m)[:, None])
 
 
-def _lengths(rows: Table, gram: np.ndarray) -> Scaled:
-    """The lengths of rows with these products."""
-    return Scaled(rows.unit) * Scaled(np.sqrt(gram.diagonal()))
+class Now:
+    """What a method's own functions can ask for while a call lasts.
+
+    It is changed in place, since a framework may run a method on an object of its own that shares its attributes.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the call."""
+        self.problem: Problem | None = None
+        self.batch: Batch | None = None
+        self.layout: Layout | None = None
+        self.early: np.ndarray | None = None  # what the rows were multiplied by
+        self.sent: Tensor | None = None
 
 
 class SurgerySwitches(Switches, total=False):
@@ -79,7 +89,7 @@ class Surgery(MultiLossOptimizer):
     those switches.
 
     Where a method promises that no loss rises to first order, that holds for the direction d as it is written, in its
-    dtype: ⟨gᵢ, d⟩ ≥ −4u Σₖ |gᵢₖ| |dₖ| with its unit roundoff u, 2⁻²⁴ in float32. Where rounding could break it, sums
+    dtype: ``⟨gᵢ, d⟩ ≥ −4u Σₖ |gᵢₖ| |dₖ|`` with unit roundoff u, 2⁻²⁴ in float32. Where rounding could break it, sums
     are taken in double precision, rows are formed whatever the engine, and the direction is corrected by the least that
     is needed; if that fails the report has the flag "loss-may-rise". `weight_momentum`, `min_weight`, `max_weight`,
     `warmup`, steps that reuse weights, and rows at `features` give the promise up.
@@ -137,8 +147,16 @@ class Surgery(MultiLossOptimizer):
     preference_scales_rows = True
     #: Parameters that only absent losses have reached move, too.
     moves_unreached = False
-    # The method adds up gradients as they come, and has no rows; see streaming.py.
+    #: The method adds up gradients as they come, and has no rows.
     streaming = False
+
+    shared_params = Switch()
+    normalize = Switch()
+    log_losses = Switch()
+    granularity = Switch()
+    engine = Switch()
+    row_dtype = Switch()
+    row_device = Switch()
 
     def __init__(
         self,
@@ -160,28 +178,21 @@ class Surgery(MultiLossOptimizer):
                 "Wrap the torch optimizer, or a weighter around it."
             )
         self._require_nothing_unused()
-        self.shared_params: frozenset[Tensor] | None = None
-        if shared_params is not None:
-            self.shared_params = frozenset(self._given_params(shared_params))
-            own = {p for group in self.param_groups for p in group["params"]}
-            if foreign := [p for p in self.shared_params if p not in own]:
-                raise ValueError(
-                    f"{self._name}: `shared_params` has {len(foreign)} of {len(self.shared_params)} parameters that "
-                    f"are not in the optimizer (one has shape {tuple(foreign[0].shape)}), so the surgery could not act "
-                    "on them. Give them to the optimizer first, or name parameters of the model that it trains."
-                )
-        self.normalize = self._choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
-        self.log_losses = bool(log_losses)
+        self.change_settings(
+            shared_params=None if shared_params is None else self._owned(shared_params),
+            normalize=self.check.choice("normalize", normalize, ("none", "l2", "loss", "loss+")),
+            log_losses=bool(log_losses),
+            granularity=self.check.choice("granularity", granularity, ("all", "group", "parameter")),
+            engine=self.check.choice("engine", engine, ("auto", "rows", "ghosts", "blocks")),
+            row_dtype=self._dtype_of_rows(row_dtype),
+            row_device=None if row_device is None else self._home_of_rows(row_device),
+        )
         if self.log_losses and isinstance(optimizer, Weighter):
             raise ValueError(
                 f"{self._name}: log_losses=True excludes a weighter inside ({type(optimizer).__name__}): what "
                 "multiplies a loss drops out of the gradient of its logarithm. Leave out one of the two."
             )
-        self.granularity = self._choice("granularity", granularity, ("all", "group", "parameter"))
-        self.engine = self._choice("engine", engine, ("auto", "rows", "ghosts", "blocks"))
-        self.row_dtype = self._dtype_of_rows(row_dtype)
-        self.row_device = None if row_device is None else self._home_of_rows(row_device)
-        if self._puts_rows_away:
+        if self.settings.puts_rows_away:
             self._require_rows_of_one_batch()
             self.engine = "rows"
         self.needs_losses = self.needs_losses or self.log_losses or self.normalize in ("loss", "loss+")
@@ -190,6 +201,19 @@ class Surgery(MultiLossOptimizer):
                 f'{self._name}: `every` > 1 needs granularity="all": weights of several parts cannot be '
                 "reused in one backward pass."
             )
+        self._now = Now()
+
+    def _owned(self, given: Any) -> frozenset[Tensor]:
+        """The argument `shared_params`, whose parameters this optimizer must have."""
+        named = frozenset(self.check.params(given))
+        own = {p for group in self.param_groups for p in group["params"]}
+        if foreign := [p for p in named if p not in own]:
+            raise ValueError(
+                f"{self._name}: `shared_params` has {len(foreign)} of {len(named)} parameters that "
+                f"are not in the optimizer (one has shape {tuple(foreign[0].shape)}), so the surgery could not act "
+                "on them. Give them to the optimizer first, or name parameters of the model that it trains."
+            )
+        return named
 
     def _require_nothing_unused(self) -> None:
         """Refuse arguments of a weighter inside that only the optimizer outside reads."""
@@ -219,10 +243,6 @@ class Surgery(MultiLossOptimizer):
             raise ValueError(f"{self._name}: `row_device` must hold numbers, and {given!r} holds none.")
         return device
 
-    @property
-    def _puts_rows_away(self) -> bool:
-        return self.row_dtype is not None or self.row_device is not None
-
     def _require_rows_of_one_batch(self) -> None:
         if self.observes:
             raise ValueError(
@@ -237,7 +257,7 @@ class Surgery(MultiLossOptimizer):
             self._require_possible(accumulates=False, exchanges=True)
 
     def _require_possible(self, accumulates: bool, exchanges: bool) -> None:
-        if self._puts_rows_away and (accumulates or exchanges):
+        if self.settings.puts_rows_away and (accumulates or exchanges):
             what = "accumulate=True" if accumulates else "several processes (`distributed`, `process_group`, DTensors)"
             raise ValueError(
                 f"{self._name}: `row_dtype` and `row_device` are not for {what}: there rows are sums, to which each "
@@ -259,9 +279,7 @@ class Surgery(MultiLossOptimizer):
         """
         raise TypeError(f"{self._name} does not define `weights`.")
 
-    def observe(
-        self, rows: list[gram_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]
-    ) -> list[gram_module.Row]:
+    def observe(self, rows: list[Row], losses: Sequence[Tensor], params: Sequence[Tensor]) -> list[Row]:
         """Replace the rows by what the method works on, such as their moving averages. Needs ``observes = True``.
 
         Args:
@@ -281,15 +299,25 @@ class Surgery(MultiLossOptimizer):
         """Send numbers to the host together with the Gram matrix; :attr:`measured` has them in ``weights``.
 
         Args:
-            numbers: (k, P), one column a shared parameter. Columns of parameters that have one surgery are added up.
+            numbers: (k, P), one column per shared parameter. Columns of parameters that have one surgery are added up.
         """
-        self._run["numbers"] = numbers
+        self._now.sent = numbers
+
+    def sent(self) -> Tensor | None:
+        """Take what :meth:`measure` is to send.
+
+        Returns:
+            (k, P); None if there is nothing.
+        """
+        numbers, self._now.sent = self._now.sent, None
+        return numbers
 
     @property
     def measured(self) -> np.ndarray:
         """What :meth:`measure` sent, added up, (k,), float64."""
-        measured: np.ndarray = self._run["measured"]
-        return measured
+        assert self._now.problem is not None
+        assert self._now.problem.measured is not None
+        return self._now.problem.measured
 
     def direct(
         self, column: Sequence[Tensor | None], applied: Sequence[float], like: Tensor, share: float
@@ -314,7 +342,7 @@ class Surgery(MultiLossOptimizer):
             mixing: Row i holds the weights of task i's projected gradient, (m, m).
         """
         made = int(np.count_nonzero(mixing)) - int(np.count_nonzero(mixing.diagonal()))
-        self._run["projections"] = made + (self._run.get("projections") or 0)
+        self.transaction.projections = made + (self.transaction.projections or 0)
 
     def row_state(self, key: str, name: str, params: Sequence[Tensor]) -> list[Tensor | None]:
         """Read a row kept in the memory.
@@ -328,8 +356,8 @@ class Surgery(MultiLossOptimizer):
             One tensor a parameter, ``None`` where nothing is kept yet.
         """
         kept = self.memory.get(key, {}).get(name, {})
-        positions = self._run["positions"]
-        return [None if (g := kept.get(positions[p])) is None else g.to(p.device) for p in params]
+        places = self._layout.places
+        return [None if (g := kept.get(places[p])) is None else g.to(p.device) for p in params]
 
     def keep_row(self, key: str, name: str, row: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
         """Keep a row in the memory.
@@ -340,9 +368,9 @@ class Surgery(MultiLossOptimizer):
             row: One tensor a parameter. They must not be changed in place afterwards.
             params: The shared parameters.
         """
-        positions = self._run["positions"]
         kept = self.memory.get(key, {})
-        new = {positions[p]: g for p, g in zip(params, row, strict=True) if g is not None}
+        places = self._layout.places
+        new = {places[p]: g for p, g in zip(params, row, strict=True) if g is not None}
         self.memory[key] = {**kept, name: {**kept.get(name, {}), **new}}
 
     def recall_shares(self, key: str) -> np.ndarray:
@@ -354,7 +382,7 @@ class Surgery(MultiLossOptimizer):
         Returns:
             (m,), ≥ 0, of sum 1. Equal shares before the first call, or if the present tasks have none.
         """
-        shares = self.recall(key, 1 / len(self._run["tasks"].names))
+        shares = self.recall(key, 1 / len(self.all_names))
         total = shares.sum()
         return shares / total if total > 0 else np.full(len(shares), 1 / len(shares))
 
@@ -365,7 +393,7 @@ class Surgery(MultiLossOptimizer):
             key: Their name in the memory.
             shares: (m,), of sum 1.
         """
-        total = self.recall(key, 1 / len(self._run["tasks"].names)).sum()
+        total = self.recall(key, 1 / len(self.all_names)).sum()
         if total > 0:
             self.keep(key, total * shares)
 
@@ -378,13 +406,24 @@ class Surgery(MultiLossOptimizer):
         Returns:
             Draws from [0, 1), of the shape of the parameter, float32, on its device.
         """
-        step = (self._run["draft"] or self._learnt)["step"]
-        entropy = np.random.SeedSequence([self.seed, step, self._run["positions"][like]])
+        layout = self._layout
+        entropy = np.random.SeedSequence([self.seed, self.transaction.whole["step"], layout.place(like)])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        whole = self._run["pieces"].get(like, like)
+        whole = layout.whole(like)
         whole = whole if hasattr(whole, "device_mesh") else like
         numbers = torch.rand(whole.shape, generator=generator, dtype=torch.float32, device="cpu").to(like.device)
         return shards.drawn(numbers, whole)
+
+    def place(self, p: Tensor) -> int:
+        """The place of a parameter among all of the optimizer, which lasts: what is kept for it is kept under this.
+
+        Args:
+            p: One of the parameters that :meth:`observe` or :meth:`direct` was given.
+
+        Returns:
+            Its place.
+        """
+        return self._layout.place(p)
 
     def factor(self) -> np.ndarray:
         """A square root B of the Gram matrix, B Bᵀ = J Jᵀ, as accurate as the rows themselves.
@@ -395,9 +434,8 @@ class Surgery(MultiLossOptimizer):
         Returns:
             B, (m, k), k ≤ m, float64.
         """
-        fraction, exponent = self._run["row_scales"]
-        found: np.ndarray = np.ldexp(fraction * self._run["rows"].triangle(), exponent)
-        return found
+        assert self._now.problem is not None
+        return self._now.problem.gram.root()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -411,9 +449,10 @@ class Surgery(MultiLossOptimizer):
         Raises:
             RuntimeError: They leave float64 themselves, through what multiplies the rows.
         """
-        lengths: Scaled | np.ndarray = self._run["lengths"]
-        if isinstance(lengths, np.ndarray):  # the Gram matrix, where nothing was multiplied
-            return np.asarray(np.sqrt(lengths.diagonal()))
+        assert self._now.problem is not None
+        if self._now.problem.lengths is None:  # nothing was multiplied
+            return np.asarray(np.sqrt(self._now.problem.gram.values.diagonal()))
+        lengths = self._now.problem.lengths
         values = lengths.values()
         if not ((values > 0) == (lengths.fraction != 0)).all() or not (values < math.inf).all():
             raise RuntimeError(
@@ -434,14 +473,25 @@ class Surgery(MultiLossOptimizer):
         Raises:
             ValueError: No loss of the call has this name.
         """
-        wanted = self._primary_name(primary)
+        wanted = self.primary_name(primary)
         if wanted not in self.names:
             self.flag("primary-absent")
             return None
         return self.names.index(wanted)
 
-    def _primary_name(self, primary: str | None) -> str:
-        names = self._run["tasks"].names
+    def primary_name(self, primary: str | None) -> str:
+        """The name of the task that comes first, present or not.
+
+        Args:
+            primary: Its name; ``None`` stands for the first loss of the first call.
+
+        Returns:
+            Its name.
+
+        Raises:
+            ValueError: No loss of the call has this name.
+        """
+        names = self.all_names
         wanted = self.order[0] if primary is None else primary
         if wanted not in names:
             stands = " (which None stands for, as the first loss of the first call)" if primary is None else ""
@@ -451,19 +501,11 @@ class Surgery(MultiLossOptimizer):
             )
         return wanted
 
-    def _as_primary(self, primary: str | None) -> str | None:
-        """Check the argument `primary`."""
-        if primary is None:
-            self._goes_by_order = True
-        elif not isinstance(primary, str):
-            raise TypeError(f"{self._name}: `primary` must be the name of a loss or None, got {primary!r}.")
-        return primary
-
     @property
     def noise(self) -> float:
         """How far entries of the Gram matrix may be off, relative to the lengths of the two rows."""
-        noise: float = self._run["rows"].noise
-        return noise
+        assert self._now.problem is not None
+        return self._now.problem.gram.noise
 
     def visiting_orders(self, shuffle: bool) -> np.ndarray:
         """In which order each task meets the others, for the methods that go pair by pair.
@@ -510,52 +552,58 @@ class Surgery(MultiLossOptimizer):
             raise ValueError(f"{where}: `losses` must have shape ({m},), one value a row, got {values.shape}.")
         rows = rows.detach()
         names = self._names_of_rows(rows)
-        share = 1.0 / m if self.reduction == "mean" else 1.0
-        pending, self._run["pending"] = self._run["pending"], None
-        try:
-            with self._proposal(Tasks(names, names, (), ())):
-                coefficients = self._logarithmic(values) if self.log_losses else None
-                seen = self._seen(values, coefficients)
-                if self.needs_gram_only:
-                    table, gram = Table(rows), gram_module.gram_of_matrix(rows)
-                    if not gram_module.in_range(gram):
-                        self._require_finite(rows)
-                        gram = table.repaired(gram)
-                    weights = self._solve(table, gram, seen, coefficients)
-                    if coefficients is not None:
-                        weights = weights * coefficients
-                    applied = weights if share == 1.0 else share * weights
-                    held = self._held(table, gram, applied, [rows])
-                    total = sum(map(abs, applied.tolist()))
-                    # No entry of the direction is larger than this product.
-                    bound = max(total, total * table.unit * math.sqrt(max(gram.diagonal().tolist())))
-                    doubtful = rows_module.may_overflow(bound, [rows])
-                    if doubtful and held is None:
-                        self._require_fitting(applied, rows)
-                    out: Tensor | None = rows_module.mixed(rows, applied) if held is None else held.split([rows[0]])[0]
-                    if doubtful:
-                        self._require_in_range(out)
-                else:
-                    out = self._combined(rows, seen, coefficients, share)
+        with self.transaction.aside():
+            with self.proposing(names, names):
+                factors = self._logarithmic(values) if self.log_losses else None
+                seen = self.seen(values, factors)
+                out = (
+                    self._added_up(rows, seen, factors) if self.needs_gram_only else self._combined(rows, seen, factors)
+                )
             if update:
-                self._note_update()
-                self._commit()
-                pending = None
-        finally:
-            self._run["pending"] = pending
-        assert out is not None
+                self.transaction.update()
+                self.transaction.commit()
+        if update:
+            self.transaction.proposed = None
+        return out
+
+    def _added_up(self, rows: Tensor, seen: np.ndarray, factors: np.ndarray | None) -> Tensor:
+        """``combine`` for methods that need inner products only."""
+        table, products = Table(rows), gram_module.gram_of_matrix(rows)
+        if not gram_module.in_range(products):
+            self._require_finite(rows)
+            products = table.repaired(products)
+        weights = solve(self, Problem(self.names, Gram.of(table, products)), seen, factors)
+        if factors is not None:
+            weights = weights * factors
+        share = self.settings.share(len(rows))
+        applied = weights if share == 1.0 else share * weights
+        held = self._held(table, products, applied, rows)
+        total = sum(map(abs, applied.tolist()))
+        # No entry of the direction is larger than this product.
+        bound = max(total, total * table.unit * math.sqrt(max(products.diagonal().tolist())))
+        doubtful = rows_module.may_overflow(bound, [rows])
+        if held is not None:
+            out = held.split([rows[0]])[0]
+            assert out is not None
+        else:
+            if doubtful:
+                self._require_fitting(applied, rows)
+            out = rows_module.mixed(rows, applied)
+        if doubtful:
+            self._require_in_range(out)
         return out
 
     def _names_of_rows(self, rows: Tensor) -> tuple[str, ...]:
         """Rows stand for the losses that the method knows, in their order; otherwise for "0", "1" and so on."""
         m, size = rows.shape
         first = self.param_groups[0]["params"][0]
-        if any(j or first.numel() != size for j in self._reached_ever()):  # `combine` has all in place 0
+        reached = {j for places in self.memory.get("reached", {}).values() for j in places}
+        if any(j or first.numel() != size for j in reached):  # `combine` has all in place 0
             raise RuntimeError(
                 f"{self._name}.combine: the method keeps rows of the parameters that it trains, and cannot go on with "
                 "others. Make another one for `combine`."
             )
-        known = tuple(self._learnt.get("tasks", ()))
+        known = tuple(self.transaction.learnt.get("tasks", ()))
         if self.stateful and known and len(known) != m:
             raise ValueError(
                 f"{self._name}.combine: the method keeps something for each of {list(known)}, so `rows` must have a "
@@ -563,30 +611,33 @@ class Surgery(MultiLossOptimizer):
             )
         return known if self.stateful and known else _numbers(m)
 
-    def _combined(self, rows: Tensor, seen: np.ndarray, coefficients: np.ndarray | None, share: float) -> Tensor | None:
+    def _combined(self, rows: Tensor, seen: np.ndarray, factors: np.ndarray | None) -> Tensor:
         """``combine`` for methods that keep rows or work coordinate by coordinate."""
         self._require_finite(rows)
-        m, like = len(rows), rows[0]
-        self._run["positions"] = {like: 0}
-        table: list[gram_module.Row] = [[row] for row in rows]
-        if self.observes:
-            factors = [1.0] * m if coefficients is None else coefficients.tolist()
-            table = [[rows_module.wide(row) * c] for row, c in zip(rows, factors, strict=True)]
-            table = self.observe(table, list(torch.from_numpy(seen)), [like])
-            coefficients = None
-            if (numbers := self._run.pop("numbers", None)) is not None:
-                self._run["measured"] = numbers.sum(dim=1).double().cpu().numpy()
-        whole = Table(table)
-        gram = whole.repaired(whole.products().cpu().numpy())
-        weights = self._solve(whole, gram, seen, coefficients)
-        if coefficients is not None and len(weights) == m:
-            weights = weights * coefficients
-        applied = share * weights
-        if (held := self._held(whole, gram, applied, [like])) is None:
-            self._require_fitting(applied, like)
-            out = self.direct([row for (row,) in table[: len(applied)]], applied.tolist(), like, share)
-        else:
-            (out,) = held.split([like])
+        m, like, late = len(rows), rows[0], factors
+        table: list[Row] = [[row] for row in rows]
+        with self._acting(None, Layout([[like]])):
+            if self.observes:
+                by = [1.0] * m if factors is None else factors.tolist()
+                table = [[rows_module.wide(row) * c] for row, c in zip(rows, by, strict=True)]
+                table = self.observe(table, list(torch.from_numpy(seen)), [like])
+                late = None
+            sent = self.sent()
+            measured = None if sent is None else sent.sum(dim=1).double().cpu().numpy()
+            whole = Table(table)
+            products = whole.repaired(whole.products().cpu().numpy())
+            weights = solve(self, Problem(self.names, Gram.of(whole, products), measured), seen, late)
+            if late is not None and len(weights) == m:
+                weights = weights * late
+            share = self.settings.share(m)
+            applied = share * weights
+            held = self._held(whole, products, applied, like)
+            if held is not None:
+                (out,) = held.split([like])
+            else:
+                self._require_fitting(applied, like)
+                out = self.direct([row for (row,) in table[: len(applied)]], applied.tolist(), like, share)
+        assert out is not None
         self._require_in_range(out)
         return out
 
@@ -605,25 +656,26 @@ class Surgery(MultiLossOptimizer):
                 "Divide the rows by a constant, or pass them in a wider dtype."
             )
 
-    def _held(
-        self, table: Table, gram: np.ndarray, applied: np.ndarray, params: Sequence[Tensor], **spread: Any
-    ) -> descent.Direction | None:
+    def _held(self, table: Table, products: np.ndarray, applied: np.ndarray, like: Tensor) -> descent.Direction | None:
         """The direction, where its rounding could break what the method promises; see :mod:`descent`."""
-        finite = all(map(math.isfinite, applied.tolist()))  # or a scaler will skip this step
-        if not (finite and self._promises(len(gram))):
+        finite = all(map(math.isfinite, applied.tolist()))
+        if not (finite and self.promises(len(products))):
             return None
-        found = descent.held(table, gram, applied, params, **spread)
+        found = descent.held(table, products, applied, [like])
         if found is not None and not found.descends:
             self.flag("loss-may-rise")
         return found
 
-    def _promises(self, count: int) -> bool:
-        """Whether no loss may rise along the weighted sum of so many rows."""
-        return count == len(self.names) <= self.descends and not self.weight_momentum and not self._bounded
+    def promises(self, count: int) -> bool:
+        """Whether no loss may rise along a weighted sum of rows.
 
-    @property
-    def _bounded(self) -> bool:
-        return self.min_weight > -math.inf or self.max_weight < math.inf
+        Args:
+            count: Number of rows.
+
+        Returns:
+            True if that is so by the method and its switches.
+        """
+        return count == len(self.names) <= self.descends and not self.weight_momentum and not self.settings.is_bounded
 
     def _require_finite(self, rows: Tensor) -> None:
         if not torch.isfinite(rows).all():
@@ -631,40 +683,71 @@ class Surgery(MultiLossOptimizer):
 
     # ------------------------------------------------------------------------------------------- one step
 
-    def _act(self, call: Call) -> Report:
-        if call.features and (self.observes or not self.has_weights):
+    def _act(self, batch: Batch) -> Report:
+        self._require_meaning(batch)
+        inner, layout = self.inner, Layout([group["params"] for group in self.param_groups])
+        proposing = nullcontext() if inner is None else inner.proposing(batch.tasks.names, batch.names)
+        with proposing, self._acting(batch, layout):
+            report = SurgeryStep(self, batch, layout).take()
+            if inner is not None and self.transaction.rejected:
+                inner.transaction.reject()
+        return report
+
+    def _require_meaning(self, batch: Batch) -> None:
+        """Refuse what this method has no use for."""
+        if batch.features and (self.observes or not self.has_weights):
             raise ValueError(
-                f"{self._name}.backward: `features` needs a method that finds one weight a loss from this batch alone. "
-                "This one works on the gradients of the parameters."
+                f"{self._name}.backward: `features` needs a method that finds one weight a loss from this batch "
+                "alone. This one works on the gradients of the parameters."
             )
-        if call.features and (self.granularity != "all" or self._puts_rows_away):
+        if batch.features and (self.granularity != "all" or self.settings.puts_rows_away):
             which = f'granularity="{self.granularity}"' if self.granularity != "all" else "`row_dtype` and `row_device`"
             raise ValueError(
                 f"{self._name}.backward: `features` excludes {which}: the rows are those at the features, and there is "
                 "one weight a loss. Leave out one of the two."
             )
-        inner = self.base if isinstance(self.base, Weighter) else None
-        if self._run["residuals"] is not None and (inner is None or not inner.uses_residuals):
+        if batch.residuals is not None and (self.inner is None or not self.inner.uses_residuals):
             raise ValueError(f"{self._name}.backward: `residuals` has no effect here: NTKWeighter alone reads them.")
-        # Positions count frozen parameters too, so that freezing one does not exchange the rows of the others.
-        everything = dict.fromkeys(p for group in self.param_groups for p in group["params"])
-        self._run["positions"] = {p: j for j, p in enumerate(everything)}
-        with nullcontext() if inner is None else inner._proposal(call.tasks):
-            if inner is not None:
-                inner._run.update(features=call.features, residuals=self._run["residuals"])
-            report = Step(self, call).report()
-            if inner is not None and self._run["draft"] is None:
-                inner._run["draft"] = None
-        return report
+
+    # ------------------------------------------------------------------------------- what the step asks
+
+    @property
+    def inner(self) -> Weighter | None:
+        """The weighter inside, or None."""
+        return self.base if isinstance(self.base, Weighter) else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the losses that take part, (m,)."""
+        return self.transaction.present if self._now.problem is None else self._now.problem.names
 
     @property
     def needs_gram_only(self) -> bool:
         """The method sees nothing of the rows but their inner products."""
-        return self._adds_rows and not self.observes and self.granularity == "all"
+        return self.adds_rows and not self.observes and self.granularity == "all"
 
     @property
-    def _adds_rows(self) -> bool:
+    def adds_rows(self) -> bool:
+        """The direction is a weighted sum of the rows."""
         return type(self).direct is Surgery.direct
+
+    def visiting_order(self) -> list[int]:
+        """In which order the losses come, for a method without rows.
+
+        Returns:
+            A permutation of the present losses.
+        """
+        return list(range(len(self.names)))
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the method does not know yet which parameters are private: until then none is."""
+        return False
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one loss alone is present, so that there is nothing to balance. `combine` takes rows as they are."""
+        return self._now.batch is not None and len(self.names) == 1
 
     def parameters(self) -> list[Tensor]:
         """The trainable parameters of the optimizer, in the order of its groups.
@@ -674,273 +757,166 @@ class Surgery(MultiLossOptimizer):
         """
         return parameters(self)
 
-    def _shared(self, mine: list[Tensor], masks: dict[Tensor, int] | None) -> list[Tensor]:
-        """The parameters that the surgery acts on: given by the user, or reached by two losses or more."""
-        if self.shared_params is not None:
-            return [p for p in mine if p in self.shared_params]
-        if masks is None:  # what is private shows when the gradients are there
-            return list(mine)
-        if self.observes:
-            reached = self._reached_ever()
-            here = {p: {n for i, n in enumerate(self.names) if masks.get(p, 0) >> i & 1} for p in mine}
-            return [p for p in mine if len(here[p] | reached.get(self._run["positions"][p], set())) > 1]
-        return [p for p in mine if masks[p] & (masks[p] - 1)]
-
-    def _reached_ever(self) -> dict[int, set[str]]:
-        """Which losses have reached each parameter, by its position: a task may be absent, its trunk stays shared."""
-        reached: dict[int, set[str]] = {}
-        for name, positions in self.memory.get("reached", {}).items():
-            for j in positions:
-                reached.setdefault(j, set()).add(name)
-        return reached
-
-    def _remember_reached(self, marks: Sequence[Sequence[int]], shared: Sequence[Tensor]) -> None:
-        if self._run["draft"] is None:
-            return
-        known, ever = self.memory.get("reached", {}), self._reached_ever()
-        places = [self._run["positions"][p] for p in shared]
-        # What one loss alone has reached so far is private, and stays so if another one comes in its place.
-        reached = [
-            {n for n, mark in zip(self.names, column, strict=True) if mark} for column in zip(*marks, strict=True)
-        ]
-        lasting = [
-            self.moves_unreached or len(now | ever.get(j, set())) > 1 for j, now in zip(places, reached, strict=True)
-        ]
-        for name, row in zip(self.names, marks, strict=True):
-            now = {j for j, mark, kept in zip(places, row, lasting, strict=True) if mark and kept}
-            if not now <= set(known.get(name, ())):
-                known = {**known, name: sorted(now.union(known.get(name, ())))}
-        self.memory["reached"] = known
-
-    def _unscale(self, row: gram_module.Row, loss_scale: Tensor | None, factor: float = 1.0) -> None:
-        """Take the loss scale out of a row, in single precision or better, and multiply it."""
-        for j, g in enumerate(row):
-            if g is not None:
-                g = rows_module.wide(g)
-                g = g if loss_scale is None else g / loss_scale.to(g.device)
-                row[j] = g if factor == 1.0 else g * factor
-
-    def _undecided(self) -> bool:
-        """Whether the method does not know yet which parameters are private."""
-        return False
-
     def preferences(self) -> np.ndarray:
-        """The user's priorities of the present tasks. A task that is alone has none.
+        """The user's priorities of the present losses. A loss that is alone has none.
 
         Returns:
             (m,); ones if there are none.
 
         Raises:
-            ValueError: A present task has none.
+            ValueError: A present loss has none.
         """
-        return np.ones(1) if self._alone else super().preferences()
+        return np.ones(1) if self.is_alone else super().preferences()
 
-    def _settled(self, weights: np.ndarray) -> np.ndarray:
-        return weights if self._alone else super()._settled(weights)
+    def smoothed(self, weights: np.ndarray) -> np.ndarray:
+        return weights if self.is_alone else super().smoothed(weights)
 
-    @property
-    def _alone(self) -> bool:
-        """Whether one task alone is present, so that there is nothing to balance. `combine` takes rows as they are."""
-        return self._run["call"] is not None and len(self.names) == 1
-
-    def _coefficients(self, values: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
-        """What each loss is multiplied by before the surgery: by a weighter inside, and by the logarithm."""
-        if not isinstance(self.base, Weighter):
-            return self._logarithmic(values)
-        return self.base.coefficients(values, measured) * self._logarithmic(values)
-
-    def _early_coefficients(self, found: Tensor, measured: Tensor | None) -> np.ndarray:
-        """The same before the rows are looked at, at the price of one more transfer to the host."""
-        values, *more = rows_module.host([found] if measured is None else [found, measured])
-        if not np.isfinite(values).all():
-            return np.where(np.isfinite(values), 1.0, np.nan)
-        return self._coefficients(values, *more)
-
-    def _logarithmic(self, values: np.ndarray) -> np.ndarray:
-        if not self.log_losses:
-            return np.ones(len(values))
-        self._require_positive(values, "log_losses=True takes its logarithm")
-        return 1.0 / values
-
-    def _seen(self, values: np.ndarray, coefficients: np.ndarray | None) -> np.ndarray:
-        """The values of the losses as the method sees them: multiplied by a weighter inside, or their logarithms."""
-        if self.log_losses:
-            self._require_positive(values, "log_losses=True takes its logarithm")
-            return np.log(values)
-        return values if coefficients is None else coefficients * values
-
-    def _solve_where_reached(
-        self,
-        rows: Table,
-        gram: np.ndarray,
-        seen: np.ndarray,
-        coefficients: np.ndarray | None,
-        unscale: np.ndarray | float,
-        reaching: Sequence[bool] | None,
-    ) -> np.ndarray:
-        """``_solve`` without the tasks that reach none of these parameters: they take no part, and have no zero row."""
-        m = len(seen)
-        if reaching is None and not isinstance(rows.rows, Tensor):
-            reaching = [any(g is not None for g in row) for row in rows.rows[:m]]
-        keep = [i for i in range(m) if reaching is None or reaching[i]]
-        if len(keep) == m or (len(rows) != m and not self.rows_repeat_tasks):
-            return self._solve(rows, gram, seen, coefficients, unscale)
-        weights = np.ones(m)
-        if len(keep) > 1:
-            tasks, measured = self._run["tasks"], self._run.get("measured")
-            self._run["tasks"] = tasks.only(keep)
-            self._run["measured"] = None if measured is None else measured[keep]
-            every = [start + i for start in range(0, len(rows), m) for i in keep]
-            try:
-                part = gram[np.ix_(every, every)]
-                factors = None if coefficients is None else coefficients[keep]
-                weights[keep] = self._solve(rows.part(every), part, seen[keep], factors, unscale)
-            finally:
-                self._run["tasks"] = tasks
-        return weights
-
-    def _solve(
-        self,
-        rows: Table,
-        gram: np.ndarray,
-        seen: np.ndarray,
-        coefficients: np.ndarray | None,
-        unscale: np.ndarray | float = 1.0,
-    ) -> np.ndarray:
-        """Weights of the multiplied rows, with `normalize` and `preference` around the method.
+    @contextmanager
+    def asked(self, problem: Problem) -> Iterator[None]:
+        """Let the method's own functions see a problem.
 
         Args:
-            rows: The raw rows, still multiplied by the loss scale.
-            gram: Their inner products without it, (m, m).
-            seen: Values of the losses as the method sees them, (m,).
-            coefficients: What still multiplies each row, (m,). None: 1.
-            unscale: Reciprocal of the loss scale.
+            problem: The problem.
+
+        Yields:
+            Nothing.
+        """
+        self._now.problem = problem
+        try:
+            yield
+        finally:
+            self._now.problem = None
+
+    @contextmanager
+    def _acting(self, batch: Batch | None, layout: Layout) -> Iterator[None]:
+        """Let the method's own functions see the batch and the places of the parameters."""
+        now = self._now
+        now.batch, now.layout = batch, layout
+        try:
+            yield
+        finally:
+            now.clear()
+
+    @contextmanager
+    def observing(self, early: np.ndarray | None) -> Iterator[None]:
+        """Let :meth:`observe` see what the rows were multiplied by.
+
+        Args:
+            early: One factor per loss, (m,), or None.
+
+        Yields:
+            Nothing.
+        """
+        self._now.early = early
+        yield
+
+    @property
+    def _layout(self) -> Layout:
+        assert self._now.layout is not None
+        return self._now.layout
+
+    def further_rows(self, losses: Tasks, params: Sequence[Tensor]) -> list[Row]:
+        """Differentiate the same losses on another batch, for :meth:`observe`.
+
+        Args:
+            losses: The losses, one for each that is present here.
+            params: What :meth:`observe` was given.
+
+        Returns:
+            One row per present loss, of the kind that :meth:`observe` gets. The graph is kept.
+
+        Raises:
+            RuntimeError: Gradients at some parameters only cannot be found.
+        """
+        batch = self._now.batch
+        assert batch is not None
+        if batch.comm.is_sharded or batch.graph.hidden:
+            raise RuntimeError(f"{self._name}.backward: `independent` does not work with sharded parameters.")
+        places = [losses.present.index(name) for name in self.names]
+        factors = np.ones(len(places)) if self._now.early is None else self._now.early
+        if self.log_losses:
+            factors = self._further_logarithmic(batch, [losses.tensors[i] for i in places])
+        scale = None if batch.scaler is None else batch.loss_scale
+        rows = []
+        for i, seed, factor in zip(places, batch.seeds, factors.tolist(), strict=True):
+            root = losses.roots[i]
+            assert root is not None
+            row = rows_module.gradient(root, params, seed.to(losses.tensors[i]), retain_graph=True)
+            row = batch.comm.totals(row, params)
+            rows_module.unscale(row, scale, factor)
+            rows.append(row)
+        return rows
+
+    def _further_logarithmic(self, batch: Batch, tensors: Sequence[Tensor]) -> np.ndarray:
+        """What the gradients of a further batch are multiplied by under `log_losses`: the reciprocals of its losses."""
+        device = batch.values.device
+        shares = torch.stack([seed.to(device, torch.float64) for seed in batch.seeds]) / batch.loss_scale.to(device)
+        values = batch.comm.total(shares * losses_module.values(tensors, device)).cpu().numpy()
+        # What is not finite makes rows that are not, of which `nonfinite` decides.
+        known = np.where(np.isfinite(values), values, 1.0)
+        self.require_positive(known, "log_losses=True takes its logarithm, in a batch of `independent` too")
+        return np.asarray(1.0 / values)
+
+    def factors(self, values: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
+        """What each loss is multiplied by before the surgery: by a weighter inside, and by the logarithm.
+
+        Args:
+            values: Values of the losses, (m,).
+            measured: What the weighter has measured.
 
         Returns:
             (m,).
         """
-        m = len(seen)
-        if self._alone and not self.observes:
-            return np.ones(1)
-        normalize = "none" if self._alone else self.normalize
-        scaled = self.preference is not None and self.preference_scales_rows
-        self._require_squares(rows)
-        plain = rows.unit == 1.0 and gram_module.in_range(gram)  # as almost always
-        plain = plain or gram_module.central(_lengths(rows, gram)) is None
-        if coefficients is None and normalize == "none" and not scaled and plain:
-            self._run.update(rows=rows, row_scales=(unscale, 0), lengths=gram)
-            weights = self._settled(self.weights(gram, seen))
-            self._run["rows"] = None
-            return weights
-        coefficients = np.ones(m) if coefficients is None else coefficients
-        if not np.isfinite(coefficients).all():  # what is multiplied by them is told of later
-            return np.ones(m)
+        logarithmic = self._logarithmic(values)
+        return logarithmic if self.inner is None else self.inner.coefficients(values, measured) * logarithmic
 
-        # A method may have added rows of its own behind those of the tasks, or have rows of absent tasks.
-        def spread(per_task: np.ndarray) -> Scaled:
-            if self.rows_repeat_tasks:
-                return Scaled(np.resize(per_task, len(gram)))
-            return Scaled(np.append(per_task, np.ones(max(0, len(gram) - m)))[: len(gram)])
+    def _logarithmic(self, values: np.ndarray) -> np.ndarray:
+        if not self.log_losses:
+            return np.ones(len(values))
+        self.require_positive(values, "log_losses=True takes its logarithm")
+        return 1.0 / values
 
-        # Any of these, and their products, may leave float64 where what comes of them does not.
-        factors = spread(coefficients)
-        lengths = _lengths(rows, gram) * factors
-        around = Scaled(np.ones(len(gram)))
-        if normalize in ("loss", "loss+"):
-            self._require_positive(seen, f'normalize="{normalize}" divides by it')
-            around = around * spread(seen).inverse()
-        if normalize in ("l2", "loss+"):
-            around = around * lengths.inverse()
-        if self.preference_scales_rows:
-            around = around * spread(self.preferences())
-        seen_lengths = around * lengths
-        central = gram_module.central(seen_lengths)
-        correction = self._correction(central, seen_lengths)
-        self._require_comparable(seen_lengths)
-        scales = around * factors * Scaled(1.0, central or 0)
-        row_scales = (scales.fraction[:, None] * unscale, scales.exponent[:, None])
-        self._run.update(rows=rows, row_scales=row_scales, lengths=seen_lengths)
-        scales = scales * Scaled(rows.unit)
-        scaled_gram = np.ldexp(gram * np.multiply.outer(scales.fraction, scales.fraction),
-                               np.add.outer(scales.exponent, scales.exponent))  # fmt: skip
-        found = correction * Scaled(self.weights(scaled_gram, seen))
-        self._run["rows"] = None
-        if self.weight_momentum or self._bounded:
-            found = Scaled(self._settled(found.values()))
-        count = len(found.fraction)
-        found = found * around.first(count)
-        self._require_held(found, lengths.first(count))
-        return found.values()
+    def seen(self, values: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
+        """The values of the losses as the method sees them: multiplied by a weighter inside, or their logarithms.
 
-    def _correction(self, central: int | None, lengths: Scaled) -> Scaled:
-        """What brings weights of rows that were multiplied by a power of two to those of the rows themselves."""
-        if central is None:
-            return Scaled(1.0)
-        if self.degree is None:
-            known = lengths.exponent[lengths.fraction != 0] * math.log10(2)
-            raise RuntimeError(
-                f"{self._name}: gradients longer than 1e60 or shorter than 1e-60 are out of range, and here they are "
-                f"about 1e{known.min():.0f} to 1e{known.max():.0f} long: the method compares them with those of other "
-                "steps or with absolute numbers, and float64 does not hold the products. Divide the losses by a "
-                "constant. Nothing was written."
-            )
-        rest, whole = math.modf(central * (1.0 - self.degree))
-        return Scaled(2.0**rest, int(whole))
+        Args:
+            values: The values, (m,).
+            factors: What the losses are multiplied by; None: 1.
 
-    def _require_held(self, weights: Scaled, lengths: Scaled) -> None:
-        """Refuse weights that float64 rounds to zero, or nearly so, where what they multiply counts in the sum."""
-        with np.errstate(invalid="ignore"):
-            lost = (weights.fraction != 0) & (np.abs(weights.values()) < np.finfo(np.float64).tiny)
-        if lost.any():
-            terms = weights * lengths
-            exponents = np.where(terms.fraction != 0, terms.exponent, -np.inf)
-            if (exponents[lost] > exponents.max() - _NEGLIGIBLE).any():
-                raise RuntimeError(
-                    f"{self._name}: the weights of gradients this long or short are out of range: some are below "
-                    "1e-308. Divide the losses by a constant. Nothing was written."
-                )
+        Returns:
+            (m,).
+        """
+        if self.log_losses:
+            self.require_positive(values, "log_losses=True takes its logarithm")
+            return np.log(values)
+        return values if factors is None else factors * values
 
-    def _require_squares(self, rows: Table) -> None:
-        """Refuse rows so far apart that no power of two brings the squares of all into float64."""
-        if rows.far_apart and self._adds_rows:
-            raise RuntimeError(
-                f"{self._name}: the longest gradient is more than 1e280 times as long as the shortest one, and float64 "
-                "does not hold the squares of both. Multiply the losses by constants that bring them closer together. "
-                "Nothing was written."
-            )
+    def parts(self, shared: Sequence[Tensor], layout: Layout) -> dict[str, list[int]]:
+        """Places of the shared parameters that have a surgery of their own, by a name that lasts.
 
-    def _require_comparable(self, lengths: Scaled) -> None:
-        """The same, once all that multiplies the rows is applied."""
-        exponents = lengths.exponent[lengths.fraction != 0]
-        if len(exponents) and exponents.max() - exponents.min() > _FAR_APART and self._adds_rows:
-            apart = (exponents.max() - exponents.min()) * math.log10(2)
-            raise RuntimeError(
-                f"{self._name}: with `preference`, `normalize` and the weights inside applied, the longest gradient is "
-                f"about 1e{apart:.0f} times as long as the shortest one, and float64 does not hold the squares of "
-                "both. Bring the losses or what multiplies them closer together. Nothing was written."
-            )
+        Args:
+            shared: The shared parameters.
+            layout: The places of all parameters.
 
-    def _parts(self, shared: Sequence[Tensor]) -> dict[str, list[int]]:
-        """Places of the shared parameters that have a surgery of their own, by a name that lasts."""
+        Returns:
+            Indices into `shared`.
+        """
         if self.granularity == "all":
             return {"all": list(range(len(shared)))} if shared else {}
         if self.granularity == "parameter":
-            return {f"parameter {self._run['positions'][p]}": [j] for j, p in enumerate(shared)}
-        group = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
+            return {f"parameter {layout.place(p)}": [j] for j, p in enumerate(shared)}
         by_group: dict[str, list[int]] = {}
         for j, p in enumerate(shared):
-            by_group.setdefault(f"group {group[p]}", []).append(j)
+            by_group.setdefault(f"group {layout.groups[p]}", []).append(j)
         return by_group
 
-    @contextmanager
-    def _part(self, name: str) -> Iterator[None]:
-        """Give one part of the parameters a memory of its own while the method looks at it."""
-        if self.granularity == "all":
-            yield
-            return
-        self._run["draft"][name] = dict(self._run["draft"].get(name, {}))
-        self._run["part"] = name
-        try:
-            yield
-        finally:
-            self._run["part"] = None
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Give one group of the parameters a memory of its own while the method looks at it.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            A context.
+        """
+        return nullcontext() if self.granularity == "all" else self.transaction.part(name)

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.surgery.base import Surgery, SurgerySwitches
 
 if TYPE_CHECKING:
@@ -62,14 +62,14 @@ class Bloop(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.primary = self._as_primary(primary)
-        self.strength = self._number("strength", strength, least=0.0)
-        self.beta = self._number("beta", beta, above=0.0, most=1.0)
+        self.primary = self.check.primary(primary)
+        self.strength = self.check.number("strength", strength, least=0.0)
+        self.beta = self.check.number("beta", beta, above=0.0, most=1.0)
 
     def observe(
         self, rows: list[rows_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]
     ) -> list[rows_module.Row]:
-        primary = self._primary_name(self.primary)
+        primary = self.primary_name(self.primary)
         average = self.row_state("average", "main", params)
         if primary in self.names:
             for j, (e, g) in enumerate(zip(average, rows[self.names.index(primary)], strict=True)):
@@ -81,7 +81,7 @@ class Bloop(Surgery):
         return [*rows, average]
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        primary = self._primary_name(self.primary)
+        primary = self.primary_name(self.primary)
         weights = np.array([1.0 if name == primary else self.strength for name in self.names] + [0.0])
         auxiliary = np.array([name != primary for name in self.names] + [False])
         if gram[-1, -1] > 0:

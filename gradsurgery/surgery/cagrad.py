@@ -53,8 +53,8 @@ class CAGrad(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.c = self._number("c", c, least=0.0, below=1.0)
-        self.rescale = self._choice("rescale", rescale, (0, 1, 2))
+        self.c = self.check.number("c", c, least=0.0, below=1.0)
+        self.rescale = self.check.choice("rescale", rescale, (0, 1, 2))
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         weights, degenerate = geometry.cagrad(gram, self.c, self.factor, noise=self.noise, flag=self.flag)

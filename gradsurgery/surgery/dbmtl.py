@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.surgery.base import Surgery, SurgerySwitches
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class DBMTL(Surgery):
         self, optimizer: Optimizer, *, beta: float = 0.9, sigma: float = 0.0, **switches: Unpack[SurgerySwitches]
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.beta = self._number("beta", beta, least=0.0, below=1.0)
-        self.sigma = self._number("sigma", sigma, least=0.0)
+        self.beta = self.check.number("beta", beta, least=0.0, below=1.0)
+        self.sigma = self.check.number("sigma", sigma, least=0.0)
         if self.normalize != "none":
             raise ValueError(f"{self._name}: `normalize` has no effect here, since the method does it itself.")
 
@@ -87,6 +87,6 @@ class DBMTL(Surgery):
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         if not self.log_losses:
-            self._require_positive(losses, "the method takes its logarithm")
+            self.require_positive(losses, "the method takes its logarithm")
         lengths = np.sqrt(gram.diagonal())
         return lengths.max() * np.divide(self.preferences(), lengths, out=np.zeros_like(lengths), where=lengths > 0)

@@ -60,9 +60,9 @@ class DCGD(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.variant = self._choice("variant", variant, ("center", "projection", "average"))
+        self.variant = self.check.choice("variant", variant, ("center", "projection", "average"))
         self.first_group = (first_group,) if isinstance(first_group, str) else first_group
-        self._goes_by_order = self._goes_by_order or first_group is None
+        self.check.by_order = self.check.by_order or first_group is None
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m = len(gram)
@@ -96,7 +96,7 @@ class DCGD(Surgery):
         return np.asarray(both @ groups)
 
     def _in_first(self) -> np.ndarray:
-        names = self._run["tasks"].names
+        names = self.all_names
         group = self.order[:1] if self.first_group is None else self.first_group
         unknown = [name for name in group if name not in names]
         if unknown:

@@ -57,10 +57,10 @@ class EPO(Surgery):
 
     def __init__(self, optimizer: Optimizer, *, imbalance: float = 1e-4, **switches: Unpack[SurgerySwitches]) -> None:
         super().__init__(optimizer, **switches)
-        self.imbalance = self._number("imbalance", imbalance, least=0.0)
+        self.imbalance = self.check.number("imbalance", imbalance, least=0.0)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        self._require_positive(losses, "their shares are compared by logarithms")
+        self.require_positive(losses, "their shares are compared by logarithms")
         m = len(gram)
         # The common factor of the priorities counts in the lower bounds alone, and products are to be numbers.
         top = float(self.preferences().max())

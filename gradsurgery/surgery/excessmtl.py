@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.surgery.base import Surgery, SurgerySwitches
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ExcessMTL(Surgery):
 
     def __init__(self, optimizer: Optimizer, *, eta: float = 0.01, **switches: Unpack[SurgerySwitches]) -> None:
         super().__init__(optimizer, **switches)
-        self.eta = self._number("eta", eta, least=0.0)
+        self.eta = self.check.number("eta", eta, least=0.0)
 
     def observe(
         self, rows: list[rows_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]

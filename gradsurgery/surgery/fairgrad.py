@@ -55,8 +55,8 @@ class FairGrad(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.alpha = self._number("alpha", alpha, above=0.0)
-        self.scale = self._choice("scale", scale, ("sum", "paper"))
+        self.alpha = self.check.number("alpha", alpha, above=0.0)
+        self.scale = self.check.choice("scale", scale, ("sum", "paper"))
         self.degree = 1.0 if self.scale == "sum" else (1 - self.alpha) / (1 + self.alpha)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.surgery.base import Surgery, SurgerySwitches
 
 if TYPE_CHECKING:
@@ -78,16 +78,16 @@ class GCond(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.thresholds = [self._number("thresholds", c, least=-1.0, most=1.0) for c in thresholds]
+        self.thresholds = [self.check.number("thresholds", c, least=-1.0, most=1.0) for c in thresholds]
         if len(self.thresholds) != 3 or sorted(self.thresholds) != self.thresholds:
             raise ValueError(f"{self._name}: `thresholds` must be three cosines in increasing order, got {thresholds}.")
-        self.power = self._number("power", power, above=0.0)
-        self.beta = self._number("beta", beta, least=0.0, below=1.0)
-        self.scores = [self._number("scores", w, least=0.0) for w in scores]
+        self.power = self.check.number("power", power, above=0.0)
+        self.beta = self.check.number("beta", beta, least=0.0, below=1.0)
+        self.scores = [self.check.number("scores", w, least=0.0) for w in scores]
         if len(self.scores) != 2:
             raise ValueError(f"{self._name}: `scores` must be two numbers, got {scores}.")
-        self.rounds = self._count("rounds", rounds, least=1)
-        self.dominance_window = self._count("dominance_window", dominance_window, least=0)
+        self.rounds = self.check.count("rounds", rounds, least=1)
+        self.dominance_window = self.check.count("dominance_window", dominance_window, least=0)
 
     def observe(
         self, rows: list[rows_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]

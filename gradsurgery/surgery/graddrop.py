@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.surgery.base import Surgery, SurgerySwitches
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ class GradDrop(Surgery):
     ) -> None:
         super().__init__(optimizer, **switches)
         self.leak: float | dict[str, float] = (
-            self._numbers("leak", leak, least=0.0, most=1.0)
+            self.check.numbers("leak", leak, least=0.0, most=1.0)
             if isinstance(leak, Mapping)
-            else self._number("leak", leak, least=0.0, most=1.0)
+            else self.check.number("leak", leak, least=0.0, most=1.0)
         )
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:

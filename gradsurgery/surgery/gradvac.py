@@ -51,7 +51,7 @@ class GradVac(Surgery):
         self, optimizer: Optimizer, *, beta: float = 0.01, shuffle: bool = True, **switches: Unpack[SurgerySwitches]
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.beta = self._number("beta", beta, least=0.0, most=1.0)
+        self.beta = self.check.number("beta", beta, least=0.0, most=1.0)
         self.shuffle = bool(shuffle)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:

@@ -43,8 +43,8 @@ class Krum(Surgery):
         self, optimizer: Optimizer, *, n_byzantine: int, n_selected: int = 1, **switches: Unpack[SurgerySwitches]
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.n_byzantine = self._count("n_byzantine", n_byzantine, least=0)
-        self.n_selected = self._count("n_selected", n_selected, least=1)
+        self.n_byzantine = self.check.count("n_byzantine", n_byzantine, least=0)
+        self.n_selected = self.check.count("n_selected", n_selected, least=1)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m = len(gram)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
-from gradsurgery.call import parameters
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.surgery.config import ConFIG
 
 if TYPE_CHECKING:
@@ -81,26 +80,21 @@ class MConFIG(ConFIG):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.beta_1 = self._number("beta_1", beta_1, least=0.0, below=1.0)
-        self.beta_2 = self._number("beta_2", beta_2, least=0.0, below=1.0)
-        self.eps = self._number("eps", eps, least=0.0)
+        self.beta_1 = self.check.number("beta_1", beta_1, least=0.0, below=1.0)
+        self.beta_2 = self.check.number("beta_2", beta_2, least=0.0, below=1.0)
+        self.eps = self.check.number("eps", eps, least=0.0)
         if self.normalize != "none":
             raise ValueError(f"{self._name}: `normalize` has no effect here: the method works on directions.")
 
-    def _undecided(self) -> bool:
-        seen = {*self.memory.get("count", ()), *self.names}
-        return not seen.issuperset(self._run["tasks"].names)
-
-    def _shared(self, mine: list[Tensor], masks: dict[Tensor, int] | None) -> list[Tensor]:
-        # The momenta of absent losses move parameters that no present loss reaches.
-        if not self._undecided():
-            return super()._shared(parameters(self), masks)
-        return list(mine) if self.shared_params is None else super()._shared(mine, masks)
+    @property
+    def undecided(self) -> bool:
+        """Whether some loss has not been seen yet: then it may still reach any parameter."""
+        return not {*self.memory.get("count", ()), *self.names}.issuperset(self.all_names)
 
     def observe(
         self, rows: list[rows_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]
     ) -> list[rows_module.Row]:
-        complete = self._run["complete"] = not self._undecided()
+        complete = not self.undecided
         self.keep("count", self.recall("count", 0.0) + 1)
         counts = self.memory["count"]
         for name, row in zip(self.names, rows, strict=True):
@@ -114,7 +108,7 @@ class MConFIG(ConFIG):
             self.keep_row("momentum", name, row, params)
         if complete:
             if "updates" not in self.memory:  # what turned out to be private needs no momentum any more
-                places = {self._run["positions"][p] for p in params}
+                places = set(map(self.place, params))
                 self.memory["momentum"] = {
                     name: {j: m for j, m in kept.items() if j in places}
                     for name, kept in self.memory["momentum"].items()
@@ -133,7 +127,7 @@ class MConFIG(ConFIG):
         ]
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        if not self._run["complete"]:
+        if self.undecided:
             self.flag("incomplete")
             return np.zeros(len(gram))
         return super().weights(gram, losses)
@@ -149,7 +143,7 @@ class MConFIG(ConFIG):
         assert isinstance(g, Tensor)
         if t == 0:
             return rows_module.combine([g], [1.0], like)
-        place, b1, b2 = self._run["positions"][like], self.beta_1, self.beta_2
+        place, b1, b2 = self.place(like), self.beta_1, self.beta_2
         pseudo, second = self.memory["pseudo"], self.memory["second"]
         moment = g * (1 - b1**t)
         fake = moment / (1 - b1)

@@ -60,9 +60,9 @@ class MetaBalance(Surgery):
     ) -> None:
         switches.setdefault("granularity", "parameter")
         super().__init__(optimizer, **switches)
-        self.relax = self._number("relax", relax, least=0.0, most=1.0)
-        self.beta = self._number("beta", beta, least=0.0, below=1.0)
-        self.primary = self._as_primary(primary)
+        self.relax = self.check.number("relax", relax, least=0.0, most=1.0)
+        self.beta = self.check.number("beta", beta, least=0.0, below=1.0)
+        self.primary = self.check.primary(primary)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         count, usual = self.recall("count", 0.0) + 1, self.recall("usual", 0.0)

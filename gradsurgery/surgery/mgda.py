@@ -56,10 +56,10 @@ class MGDA(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.solver = self._choice("solver", solver, ("exact", "frank-wolfe"))
+        self.solver = self.check.choice("solver", solver, ("exact", "frank-wolfe"))
         self.descends = sys.maxsize if solver == "exact" else 0
-        self.max_iterations = self._count("max_iterations", max_iterations, least=1)
-        self.tolerance = self._number("tolerance", tolerance, above=0.0)
+        self.max_iterations = self.check.count("max_iterations", max_iterations, least=1)
+        self.tolerance = self.check.number("tolerance", tolerance, above=0.0)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m = len(gram)

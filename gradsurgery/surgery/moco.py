@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery import geometry
-from gradsurgery import rows as rows_module
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.surgery.base import Surgery, SurgerySwitches
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ class MoCo(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.beta = self._number("beta", beta, above=0.0, most=1.0)
-        self.beta_sigma = self._number("beta_sigma", beta_sigma, least=0.0)
-        self.gamma = self._number("gamma", gamma, least=0.0)
-        self.gamma_sigma = self._number("gamma_sigma", gamma_sigma, least=0.0)
-        self.rho = self._number("rho", rho, least=0.0)
+        self.beta = self.check.number("beta", beta, above=0.0, most=1.0)
+        self.beta_sigma = self.check.number("beta_sigma", beta_sigma, least=0.0)
+        self.gamma = self.check.number("gamma", gamma, least=0.0)
+        self.gamma_sigma = self.check.number("gamma_sigma", gamma_sigma, least=0.0)
+        self.rho = self.check.number("rho", rho, least=0.0)
         self.relative = bool(relative)
         self.degree = 1.0 if self.relative else None
 

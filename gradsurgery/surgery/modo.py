@@ -6,14 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradsurgery import geometry
 from gradsurgery import losses as losses_module
-from gradsurgery import rows as rows_module
-from gradsurgery.call import Call
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.losses import Losses
 from gradsurgery.optimizer import told
 from gradsurgery.report import Report
@@ -41,7 +39,7 @@ class DoubleSampling(Surgery):
 
     def __init__(self, optimizer: Optimizer, **switches: Unpack[SurgerySwitches]) -> None:
         super().__init__(optimizer, **switches)
-        self._run["batches"] = []
+        self._batches: list[Any] = []  # changed in place, as all that lasts for a call
 
     @told
     def backward(self, losses: Losses, *, independent: Iterable[Losses] = (), **options: Any) -> Report:
@@ -63,18 +61,18 @@ class DoubleSampling(Surgery):
                 accumulated.
         """
         batches = self._checked([losses_module.read(batch, self._name) for batch in independent])
-        if batches and (options.get("accumulate") or self._run["kept"] is not None):
+        if batches and (options.get("accumulate") or self.accumulated):
             raise ValueError(
                 f"{self._name}.backward: `independent` has no meaning for gradients that are accumulated over "
                 "micro-batches."
             )
         if batches:  # they may be parts of one forward pass: the graph is needed until the last of them
             options["retain_graph"] = True
-        self._run["batches"] = batches
+        self._batches[:] = batches
         try:
             return super().backward(losses, **options)
         finally:
-            self._run["batches"] = []
+            self._batches.clear()
 
     def combine(
         self,
@@ -107,11 +105,11 @@ class DoubleSampling(Surgery):
             )
         if any(batch.shape != rows.shape for batch in independent):
             raise ValueError(f"{self._name}.combine: `independent` must hold matrices of the shape of `rows`.")
-        self._run["batches"] = self._checked(list(independent))
+        self._batches[:] = self._checked(list(independent))
         try:
             return super().combine(rows, losses, update)
         finally:
-            self._run["batches"] = []
+            self._batches.clear()
 
     def _checked(self, batches: list[Any]) -> list[Any]:
         if len(batches) > 2:
@@ -122,39 +120,15 @@ class DoubleSampling(Surgery):
         self, rows: list[rows_module.Row], losses: Sequence[Tensor], params: Sequence[Tensor]
     ) -> list[rows_module.Row]:
         rows = list(rows)
-        for batch in self._run["batches"]:
+        for batch in self._batches:
             if isinstance(batch, Tensor):
                 rows += [[rows_module.wide(row.detach())] for row in batch]
                 continue
             missing = [name for name in self.names if name not in batch.present]
             if missing:
                 raise ValueError(f"{self._name}.backward: a batch in `independent` lacks the losses {missing}.")
-            call: Call = self._run["call"]
-            if call.sharded or call.graph.hidden:
-                raise RuntimeError(f"{self._name}.backward: `independent` does not work with sharded parameters.")
-            places = [batch.present.index(name) for name in self.names]
-            factors = np.ones(len(places)) if self._run["factors"] is None else self._run["factors"]
-            if self.log_losses:
-                factors = self._logarithmic_of(call, [batch.tensors[i] for i in places])
-            for i, seed, factor in zip(places, call.seeds, factors.tolist(), strict=True):
-                row = rows_module.gradient(batch.roots[i], params, seed.to(batch.tensors[i]), retain_graph=True)
-                row = row if call.world is None else call.world_total(row, params)
-                self._unscale(row, None if call.scaler is None else call.loss_scale, factor)
-                rows.append(row)
+            rows += self.further_rows(batch, params)
         return rows
-
-    def _logarithmic_of(self, call: Call, tensors: Sequence[Tensor]) -> np.ndarray:
-        """What the gradients of a further batch are multiplied by under `log_losses`: the reciprocals of its losses."""
-        device = call.values.device
-        found = losses_module.values(tensors, device)
-        if call.world is not None:
-            shares = torch.stack([seed.to(device, torch.float64) for seed in call.seeds]) / call.loss_scale.to(device)
-            found = call.world.total((shares * found).to(call.world.device(device)))
-        values = found.cpu().numpy()
-        # What is not finite makes rows that are not, of which `nonfinite` decides.
-        known = np.where(np.isfinite(values), values, 1.0)
-        self._require_positive(known, "log_losses=True takes its logarithm, in a batch of `independent` too")
-        return np.asarray(1.0 / values)
 
     def cross(self, gram: np.ndarray) -> tuple[np.ndarray, float]:
         """The products of the two batches, taken from the inner products of all rows.
@@ -215,8 +189,8 @@ class MoDo(DoubleSampling):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.gamma = self._number("gamma", gamma, least=0.0)
-        self.rho = self._number("rho", rho, least=0.0)
+        self.gamma = self.check.number("gamma", gamma, least=0.0)
+        self.rho = self.check.number("rho", rho, least=0.0)
         self.relative = bool(relative)
         self.degree = 1.0 if self.relative else None
 

@@ -52,7 +52,7 @@ class NashMTL(Surgery):
         self, optimizer: Optimizer, *, scale: Literal["sum", "paper"] = "sum", **switches: Unpack[SurgerySwitches]
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.scale = self._choice("scale", scale, ("sum", "paper"))
+        self.scale = self.check.choice("scale", scale, ("sum", "paper"))
         self.degree = 1.0 if self.scale == "sum" else 0.0
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:

@@ -73,14 +73,14 @@ class PCD(Surgery):
     ) -> None:
         super().__init__(optimizer, **switches)
         self.tau: float | dict[str, float] = (
-            self._numbers("tau", tau, least=0.0, most=1.0)
+            self.check.numbers("tau", tau, least=0.0, most=1.0)
             if isinstance(tau, Mapping)
-            else self._number("tau", tau, least=0.0, most=1.0)
+            else self.check.number("tau", tau, least=0.0, most=1.0)
         )
-        self.beta = self._number("beta", beta, least=0.0, below=1.0)
-        self.eps = self._number("eps", eps, least=0.0)
+        self.beta = self.check.number("beta", beta, least=0.0, below=1.0)
+        self.eps = self.check.number("eps", eps, least=0.0)
         self.protect_primary = bool(protect_primary)
-        self.primary = self._as_primary(primary)
+        self.primary = self.check.primary(primary)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m, norms = len(gram), np.sqrt(gram.diagonal())
@@ -118,5 +118,5 @@ class PCD(Surgery):
         missing = [name for i, name in enumerate(self.names) if i != first and name not in self.tau]
         if missing:
             raise ValueError(f"{self._name}: `tau` must name every secondary loss, {missing} is missing.")
-        self._look_for_strangers("tau", self.tau)
+        self.require_known("tau", self.tau)
         return np.array([self.tau.get(name, 0.0) for name in self.names])

@@ -64,9 +64,9 @@ class PMGDA(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.h_eps = self._number("h_eps", h_eps, above=0.0, most=1.0)
-        self.sigma = self._number("sigma", sigma, least=0.0, most=1.0)
-        self.scale = self._choice("scale", scale, ("sum", "paper"))
+        self.h_eps = self.check.number("h_eps", h_eps, above=0.0, most=1.0)
+        self.sigma = self.check.number("sigma", sigma, least=0.0, most=1.0)
+        self.scale = self.check.choice("scale", scale, ("sum", "paper"))
         self.degree = 1.0 if self.scale == "sum" else None
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:

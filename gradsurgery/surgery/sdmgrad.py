@@ -71,12 +71,12 @@ class SDMGrad(DoubleSampling):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.strength = self._number("strength", strength, least=0.0)
-        self.solver = self._choice("solver", solver, ("sgd", "exact"))
+        self.strength = self.check.number("strength", strength, least=0.0)
+        self.solver = self.check.choice("solver", solver, ("sgd", "exact"))
         self.descends = sys.maxsize if solver == "exact" and strength == 0 else 0
-        self.lr = self._number("lr", lr, above=0.0)
-        self.momentum = self._number("momentum", momentum, least=0.0, below=1.0)
-        self.iterations = self._count("iterations", iterations, least=1)
+        self.lr = self.check.number("lr", lr, above=0.0)
+        self.momentum = self.check.number("momentum", momentum, least=0.0, below=1.0)
+        self.iterations = self.check.count("iterations", iterations, least=1)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         m = len(self.names)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
+from gradsurgery.gradients import rows as rows_module
 from gradsurgery.surgery.base import Surgery, SurgerySwitches
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class TrimmedMean(Surgery):
 
     def __init__(self, optimizer: Optimizer, *, trim_number: int = 1, **switches: Unpack[SurgerySwitches]) -> None:
         super().__init__(optimizer, **switches)
-        self.trim_number = self._count("trim_number", trim_number, least=0)
+        self.trim_number = self.check.count("trim_number", trim_number, least=0)
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         return np.ones(len(gram))

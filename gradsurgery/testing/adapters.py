@@ -146,7 +146,7 @@ class _Weights:
             if hasattr(self.optimizer, "epoch_end"):
                 self.optimizer.epoch_end()
         self._backward(history[-1])
-        self.optimizer._run["pending"] = None
+        self.optimizer.transaction.proposed = None
         assert self.p.grad is not None
         return self.p.grad.numpy().copy()
 

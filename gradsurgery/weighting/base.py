@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
-from gradsurgery import shards
-from gradsurgery.call import Call, parameters, require_reached
+from gradsurgery.batch import Batch, parameters, require_reached
+from gradsurgery.communication import shards
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.guard import Guard
 from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
+from gradsurgery.torch_private import hooks_after
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,6 +45,12 @@ def _to_one(sizes: np.ndarray) -> np.ndarray:
 
 def _small(sizes: np.ndarray) -> np.ndarray:
     return sizes < COLLAPSED * sizes.mean()
+
+
+class Found:
+    """What a method has measured in this call, changed in place: a framework may run it on an object of its own."""
+
+    measured: np.ndarray | None = None
 
 
 class Weighter(MultiLossOptimizer):
@@ -74,6 +83,7 @@ class Weighter(MultiLossOptimizer):
                 f"{self._name}: `optimizer` must be a torch optimizer, got {type(optimizer).__name__}. A "
                 "weighter goes inside, surgery outside: PCGrad(UncertaintyWeighter(AdamW(...)))."
             )
+        self._found = Found()
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         """The method: weights of the losses.
@@ -103,11 +113,11 @@ class Weighter(MultiLossOptimizer):
         """
         raise TypeError(f"{self._name} defines neither `weights` nor `scalarize`.")
 
-    def measure(self, call: Call) -> Tensor | None:
+    def measure(self, batch: Batch) -> Tensor | None:
         """More numbers that the method needs, found before the backward pass and while the graph is whole.
 
         Args:
-            call: The call of ``backward``.
+            batch: The losses of the call.
 
         Returns:
             (m, …), one entry or row a task. It travels to the host together with the loss values. None by default.
@@ -117,11 +127,22 @@ class Weighter(MultiLossOptimizer):
     @property
     def measured(self) -> np.ndarray:
         """What :meth:`measure` returned, on the host, flat, float64."""
-        measured: np.ndarray = self._run["measured"]
-        return measured
+        assert self._found.measured is not None
+        return self._found.measured
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether :meth:`measure` returned something in this call."""
+        return self._found.measured is not None
 
     def descend(
-        self, key: str, values: np.ndarray, gradient: np.ndarray, lr: float, rule: Literal["adam", "sgd"]
+        self,
+        key: str,
+        values: np.ndarray,
+        gradient: np.ndarray,
+        lr: float,
+        rule: Literal["adam", "sgd"],
+        names: Sequence[str] | None = None,
     ) -> np.ndarray:
         """One step of a small optimizer of the method's own, on one learnt number a task.
 
@@ -135,17 +156,18 @@ class Weighter(MultiLossOptimizer):
             gradient: Their gradient, (m,).
             lr: Step size.
             rule: "adam" or "sgd".
+            names: Whose numbers they are; by default those of the present losses.
 
         Returns:
             The numbers after the step, (m,); keeping them is left to the caller.
         """
         if rule == "sgd":
             return values - lr * gradient
-        count = self.recall(f"{key}.count", 0.0) + 1
-        first = 0.9 * self.recall(f"{key}.first", 0.0) + 0.1 * gradient
-        second = 0.999 * self.recall(f"{key}.second", 0.0) + 0.001 * gradient**2
+        count = self.recall(f"{key}.count", 0.0, names) + 1
+        first = 0.9 * self.recall(f"{key}.first", 0.0, names) + 0.1 * gradient
+        second = 0.999 * self.recall(f"{key}.second", 0.0, names) + 0.001 * gradient**2
         for name, value in (("count", count), ("first", first), ("second", second)):
-            self.keep(f"{key}.{name}", value)
+            self.keep(f"{key}.{name}", value, names)
         size = np.sqrt(second / (1 - 0.999**count))
         return values - lr * np.divide(first / (1 - 0.9**count), size, out=np.zeros_like(size), where=size > 0)
 
@@ -184,18 +206,21 @@ class Weighter(MultiLossOptimizer):
         Returns:
             Weights, (m,).
         """
-        self._run["measured"] = measured
-        due = self._due()
-        if due == "warmup":
+        phase = self.phase
+        if phase == "warmup":
             self.flag("warmup")
             return np.ones(len(losses))
-        if due == "reuse":
+        if phase == "reuse":
             self.flag("reused")
             return np.array([self.memory["last_weights"][name] for name in self.names])
-        weights = self.weights(losses)
+        self._found.measured = measured
+        try:
+            weights = self.weights(losses)
+        finally:
+            self._found.measured = None
         if self.if_collapsed:
             self._look_for_collapse(weights, losses)
-        weights = self._settled(weights if self.preference is None else weights * self.preferences())
+        weights = self.smoothed(weights if self.preference is None else weights * self.preferences())
         if self.every > 1:
             self.memory["last_weights"] = dict(zip(self.names, map(float, weights), strict=True))
         return weights
@@ -210,71 +235,71 @@ class Weighter(MultiLossOptimizer):
         apart = np.maximum(sizes, leader) > LOSSES_APART * np.minimum(sizes, leader)
         gone = apart & _small(shares) & _small(shares * sizes)
         names = [name for name, yes in zip(self.names, gone, strict=True) if yes]
-        if self._run["loop"].lasts("collapsed", bool(names) and len(weights) > 1, COLLAPSED_STEPS):
-            self._run["loop"].say(
+        if self.transaction.loop.lasts("collapsed", bool(names) and len(weights) > 1, COLLAPSED_STEPS):
+            self.warn_once(
                 "collapsed",
                 f"{self._name}: for {COLLAPSED_STEPS} steps hardly any weight has been left for {names}: the weights "
                 f"are {dict(zip(self.names, weights.tolist(), strict=True))} for losses of "
                 f"{dict(zip(self.names, losses.tolist(), strict=True))}. {self.if_collapsed}",
             )
 
-    def _act(self, call: Call) -> Report:
-        if call.features and not self.uses_features:
+    def _act(self, batch: Batch) -> Report:
+        self._require_meaning(batch)
+        names, m, transaction = batch.names, len(batch.names), self.transaction
+        guard = Guard(batch, self.settings, transaction)
+        extra = self.measure(batch)
+        (values, *more), _ = batch.comm.fetch([batch.values, *([] if extra is None else [extra])], [])
+        stopped = guard.stops(np.isfinite(values), "the value")
+        if stopped or (more and guard.stops(np.isfinite(more[0]).reshape(m, -1).all(axis=1), "the gradient")):
+            return Report(names, values, flags=transaction.flags)
+
+        share = self.settings.share(m)
+        weights = self.coefficients(values, *more) if transaction.writable else np.ones(m)
+        weights = batch.comm.broadcast(weights, batch.values.device)
+        applied = guard.fitting(share * weights, batch.largest_weights)
+        if applied is None:
+            return Report(names, values, flags=transaction.flags)
+        targets = [*batch.owned, *batch.foreign]
+        found = self._combined(batch, applied, share)
+        if not guard.spoiled(found, doubtful=False, unseen=True):
+            rows_module.write(targets, found)
+        engine = "rows" if batch.is_accumulated else "one pass"
+        return Report(names, values, applied, flags=transaction.flags, engine=engine)
+
+    def _require_meaning(self, batch: Batch) -> None:
+        """Refuse what this method has no use for."""
+        if batch.features and not self.uses_features:
             raise ValueError(
                 f"{self._name}.backward: `features` has no effect here: the method reads loss values only."
             )
-        if self._run["residuals"] is not None and not self.uses_residuals:
+        if batch.residuals is not None and not self.uses_residuals:
             raise ValueError(f"{self._name}.backward: `residuals` has no effect here: NTKWeighter alone reads them.")
-        names, scaler, m = call.tasks.present, call.scaler, len(call.tasks.present)
-        self._run["features"] = call.features
-        extra = self.measure(call)
-        values, *more = rows_module.host([call.values] if extra is None else [call.values, extra])
-        finite = np.isfinite(more[0]).reshape(m, -1).all(axis=1) if more else None
-        if self._stops(np.isfinite(values), "the value", scaler) or (
-            finite is not None and self._stops(finite, "the gradient", scaler)
-        ):
-            return Report(names, values, flags=self._run["flags"])
 
-        share = 1.0 / m if self.reduction == "mean" else 1.0
-        weights = np.ones(m) if self._run["draft"] is None else self.coefficients(values, *more)
-        if call.world is not None:
-            weights = call.world.first(weights, call.values.device)
-        applied = self._fitting(share * weights, call.largest_weights, scaler, call.world)
-        if applied is None:
-            return Report(names, values, flags=self._run["flags"])
-        targets = [*call.mine, *call.theirs]
-        if call.kept is not None:
-            targets, found = self._combined(call, applied, share)
-        else:
-            found = call.one_pass(applied, call.mine, last=not call.theirs)
-            if call.theirs:
-                found += call.one_pass(np.full(m, share), call.theirs, last=True)
-            # A hook behind the accumulation may have taken the gradients, as those do that make the step themselves.
-            taken = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in call.mine)
-            if all(g is None for g in found) and call.world is None and not taken:
-                require_reached(self, [False] * m)
-        if not self._spoiled(found, scaler, call.world):
-            rows_module.write(targets, found)
-        engine = "one pass" if call.kept is None else "rows"
-        return Report(names, values, applied, flags=self._run["flags"], engine=engine)
+    def _combined(self, batch: Batch, weights: np.ndarray, share: float) -> list[Tensor | None]:
+        """Σ wᵢ gᵢ by parameter; other optimizers get the plain sum."""
+        plain = np.full(len(weights), share)
+        if batch.accumulated is not None:
+            return self._of_rows(batch, weights, plain)
+        found = batch.one_pass(weights, batch.owned, last=not batch.foreign)
+        if batch.foreign:
+            found += batch.one_pass(plain, batch.foreign, last=True)
+        # A hook behind the accumulation may have taken the gradients, as those do that make the step themselves.
+        taken = any(map(hooks_after, batch.owned))
+        if batch.comm.is_alone and not taken and all(g is None for g in found):
+            require_reached(self._name, parameters(self), dict.fromkeys(batch.names, False))
+        return found
 
-    def _combined(self, call: Call, weights: np.ndarray, share: float) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Σ wᵢ gᵢ of gradients that were kept, by parameter; other optimizers get the plain sum."""
-        assert call.kept is not None
-        mine = parameters(self)
-        masks = {p: 1 for row in call.kept.rows for p in row}
-        if call.world is not None:
-            masks = call.world.united(masks, [*mine, *call.theirs], 1)
-        targets = [p for p in (*mine, *call.theirs) if p in masks]
-        own = set(mine)
-        sums: list[Tensor | None] = []
-        for p in targets:
+    def _of_rows(self, batch: Batch, weights: np.ndarray, plain: np.ndarray) -> list[Tensor | None]:
+        """The same of gradients that were accumulated."""
+        targets = [*batch.owned, *batch.foreign]
+        rows = [row for _, row in batch.rows(targets)]
+        sums = []
+        for j, p in enumerate(targets):
+            factors = weights if j < len(batch.owned) else plain
             terms = [
-                (float(w) if p in own else share, shards.local(shards.placed(g, p)))
-                for w, row in zip(weights, call.kept.rows, strict=True)
-                if (g := row.get(p)) is not None
+                (float(w), batch.comm.local(g, p))
+                for w, row in zip(factors, rows, strict=True)
+                if (g := row[j]) is not None
             ]
             sums.append(rows_module.plain(terms, shards.empty(p)))
-        if call.world is not None and not call.sharded:
-            sums = call.world_total(sums, targets)
-        return targets, [shards.like(g, p) for p, g in zip(targets, sums, strict=True)]
+        return [batch.comm.like(g, p) for p, g in zip(targets, batch.comm.totals(sums, targets), strict=True)]

@@ -53,7 +53,7 @@ class COSMOSWeighter(PreferenceWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, reference=reference, **switches)
-        self.penalty = self._number("penalty", penalty, least=0.0)
+        self.penalty = self.check.number("penalty", penalty, least=0.0)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         vector, above = self.vector(), self.above(losses)

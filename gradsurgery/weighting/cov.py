@@ -49,7 +49,7 @@ class CoVWeighter(RecordingWeighter):
 
     def __init__(self, optimizer: Optimizer, *, decay: float | None = None, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
-        self.decay = None if decay is None else self._number("decay", decay, above=0.0, below=1.0)
+        self.decay = None if decay is None else self.check.number("decay", decay, above=0.0, below=1.0)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         count = self.recall("count", 0.0)
@@ -61,7 +61,7 @@ class CoVWeighter(RecordingWeighter):
         return weights
 
     def observe(self, losses: np.ndarray) -> None:
-        self._require_positive(losses, "it is divided by its mean")
+        self.require_positive(losses, "it is divided by its mean")
         count = self.recall("count", 0.0)
         mean_loss, mean_ratio = self.recall("mean_loss", losses), self.recall("mean_ratio", 0.0)
         now = np.minimum(ratio(losses, mean_loss), 1e100)  # its square is to be a number, too

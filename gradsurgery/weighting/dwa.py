@@ -47,7 +47,7 @@ class DWAWeighter(RecordingWeighter):
 
     def __init__(self, optimizer: Optimizer, *, temperature: float = 2.0, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
-        self.temperature = self._number("temperature", temperature, above=0.0)
+        self.temperature = self.check.number("temperature", temperature, above=0.0)
 
     def epoch_end(self) -> None:
         """End an epoch: the mean of each loss over it enters the ratios.

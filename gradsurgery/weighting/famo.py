@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery.losses import Tasks
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.recording import RecordingWeighter, picked, softmax
 
@@ -67,9 +66,9 @@ class FAMOWeighter(RecordingWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.lr = self._number("lr", lr, above=0.0)
-        self.decay = self._number("decay", decay, least=0.0)
-        self.min_losses = self._one_or_each("min_losses", min_losses)
+        self.lr = self.check.number("lr", lr, above=0.0)
+        self.decay = self.check.number("decay", decay, least=0.0)
+        self.min_losses = self.check.one_or_each("min_losses", min_losses)
 
     def update(self, losses: Mapping[str, Any] | Iterable[Any] | Tensor) -> None:
         """Learn from the losses after the step, on the batch of the last ``backward``.
@@ -86,8 +85,8 @@ class FAMOWeighter(RecordingWeighter):
             ValueError: A name is unknown, or a loss is not a number above its bound. Nothing changes then.
         """
         where = f"{self._name}.update"
-        learnt = self._learnt
-        if not self._run["stepped"]:
+        learnt = self.transaction.learnt
+        if not self.transaction.stepped:
             return
         if not learnt.get("before"):
             raise RuntimeError(f"{where}: there is no step to learn from. Call backward(), step(), then update() once.")
@@ -96,13 +95,9 @@ class FAMOWeighter(RecordingWeighter):
         known = learnt["tasks"]
         if not set(after) <= set(known):
             raise ValueError(f"{where}: `losses` must have the names of the losses, {known}; got {list(after)}.")
-        draft = dict(learnt)
-        self._run.update(draft=draft, tasks=Tasks(tuple(known), tuple(after), (), ()))
-        try:
+        with self.transaction.revising(tuple(known), tuple(after)):
             self._learn(self._logs(np.array(list(after.values()))))
-            self._run.update(committed={**draft, "before": {}}, updated=None)
-        finally:
-            self._forget()
+            self.memory["before"] = {}
 
     def coefficients(self, losses: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
         self._learn(self._logs(losses))
@@ -132,16 +127,13 @@ class FAMOWeighter(RecordingWeighter):
         pairs = [(name, log) for name, log in zip(self.names, logs, strict=True) if name in before]
         if not pairs:
             return
-        tasks = self._run["tasks"]
-        self._run["tasks"] = tasks._replace(present=tuple(name for name, _ in pairs))
-        try:
-            old, new = self.recall("before", 0.0), np.array([log for _, log in pairs])
-            logits = self.recall("logits", 0.0)
-            z = softmax(logits) / len(logits)
-            surplus = old - new - z @ (old - new)
-            # Adam has no epsilon here, so what is nothing but rounding must not move the logits.
-            noise = 8 * np.finfo(np.float64).eps * (np.abs(old) + np.abs(new) + 1).max()
-            surplus[np.abs(surplus) <= noise] = 0.0
-            self.keep("logits", self.descend("logits", logits, z * surplus + self.decay * logits, self.lr, "adam"))
-        finally:
-            self._run["tasks"] = tasks
+        names = [name for name, _ in pairs]
+        old, new = self.recall("before", 0.0, names), np.array([log for _, log in pairs])
+        logits = self.recall("logits", 0.0, names)
+        z = softmax(logits) / len(logits)
+        surplus = old - new - z @ (old - new)
+        # Adam has no epsilon here, so what is nothing but rounding must not move the logits.
+        noise = 8 * np.finfo(np.float64).eps * (np.abs(old) + np.abs(new) + 1).max()
+        surplus[np.abs(surplus) <= noise] = 0.0
+        moved = self.descend("logits", logits, z * surplus + self.decay * logits, self.lr, "adam", names)
+        self.keep("logits", moved, names)

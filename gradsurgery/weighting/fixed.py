@@ -48,7 +48,7 @@ class FixedWeighter(Weighter):
         super().__init__(optimizer, **switches)
         self.fixed: dict[str, float] | None = None
         if weights is not None:
-            self.fixed = self._numbers("weights", weights, least=0.0)
+            self.fixed = self.check.numbers("weights", weights, least=0.0)
             if not any(self.fixed.values()):
                 raise ValueError(f"{self._name}: `weights` must not all be 0, got {weights!r}.")
 
@@ -57,5 +57,5 @@ class FixedWeighter(Weighter):
             return np.ones(len(losses))
         weights = np.array(picked(self, "weights", self.fixed))
         known = self.by_name("weights", self.fixed)
-        usual = [known[name] for name in self._run["tasks"].names if name in known]
+        usual = [known[name] for name in self.all_names if name in known]
         return weights if len(usual) == len(weights) else shared_out(weights, len(weights) * float(np.mean(usual)))

@@ -35,6 +35,6 @@ class GeometricMeanWeighter(Weighter):
     scale = "paper"
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
-        self._require_positive(losses, "a geometric mean has no gradient at 0")
+        self.require_positive(losses, "a geometric mean has no gradient at 0")
         logs = np.log(losses)
         return np.exp(np.minimum(logs.mean() - logs, 709.0)) / len(losses)

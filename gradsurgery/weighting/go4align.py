@@ -57,14 +57,14 @@ class GO4AlignWeighter(RecordingWeighter):
         self, optimizer: Optimizer, *, groups: int = 2, eta: float = 1e-4, **switches: Unpack[Switches]
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.groups = self._count("groups", groups, least=1)
-        self.eta = self._number("eta", eta, least=0.0)
+        self.groups = self.check.count("groups", groups, least=1)
+        self.eta = self.check.number("eta", eta, least=0.0)
 
     def _risks(self, losses: np.ndarray) -> np.ndarray:
         return np.minimum(self.recall("risks", 0.0) + losses, 1e300)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
-        self._require_positive(losses, "it is divided by its value")
+        self.require_positive(losses, "it is divided by its value")
         probabilities = softmax(-self.eta * self._risks(losses)) / len(losses)
         # Indicators over their upper bound Σ l / min l: losses of all sizes stay within the range of numbers.
         shares = probabilities * (losses.min() / losses)

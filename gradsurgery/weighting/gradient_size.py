@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
-from gradsurgery.call import Call, parameters
-from gradsurgery.gram import Row
+from gradsurgery.batch import Batch, Layout, parameters
+from gradsurgery.gradients.gram import Row
 from gradsurgery.optimizer import Switches
+from gradsurgery.sharing import Habits, Sharing
 from gradsurgery.weighting.base import Weighter
 from gradsurgery.weighting.recording import RecordingWeighter, picked, ratio, require_nonnegative
 
@@ -47,74 +47,39 @@ class GradientSizeWeighter(RecordingWeighter):
         super().__init__(optimizer, **switches)
         self.shared_params: list[Tensor] | None = None
         if shared_params is not None:
-            self.shared_params = self._given_params(shared_params)
+            self.shared_params = self.check.params(shared_params)
 
-    def _where(self, call: Call) -> list[Tensor]:
-        if call.features:
-            return list(call.features)
+    def _where(self, batch: Batch) -> list[Tensor]:
+        if batch.features:
+            return list(batch.features)
         if self.shared_params is not None:
             return self.shared_params
-        masks = call.graph.masks
-        if call.kept is not None:
-            masks = call.kept.masks()
-            if call.world is not None:
-                masks = call.world.united(masks, [*parameters(self), *call.theirs], len(call.tasks.present))
+        masks = batch.masks
         mine = [p for p in parameters(self) if masks is None or p in masks]
         return [p for p in mine if masks is not None and masks[p] & (masks[p] - 1)] or mine
 
-    def _open(self, call: Call, where: list[Tensor]) -> bool:
-        """Whether the graph leaves open that only one loss reaches some of the parameters."""
-        if call.features or self.shared_params is not None or len(call.tasks.present) < 2:
-            return False
-        return any(p in call.suspects for p in where) or (call.kept is None and bool(call.undecided(where)))
+    def _rows(self, batch: Batch) -> Iterable[Row]:
+        """The gradient of each loss where it is to be measured."""
+        where = self._where(batch)
+        rows = batch.rows_at(where)
+        if batch.features or self.shared_params is not None or len(batch.names) < 2:
+            return rows
+        layout = Layout([group["params"] for group in self.param_groups])
+        habits = Habits(keeps_rows=False, moves_unreached=False, undecided=False)
+        sharing = Sharing(batch, layout, self.settings, self.transaction, habits, parameters(self), self.phase)
+        is_open = sharing.doubtful(where) or (not batch.is_accumulated and batch.undecided(where))
+        return sharing.really_shared(where, list(rows)) if is_open else rows
 
-    def _really_shared(self, call: Call, where: list[Tensor], rows: list[Row]) -> list[Row]:
-        """The rows over the parameters that two losses really reach; over all if there are none.
-
-        Below a join that cannot be read every loss has a gradient, of zeros where it does not reach the parameter. One
-        that is not zero proves that it does, now and later. A loss that never had one may reach everything.
-        """
-        names = call.tasks.present
-        doubtful = [j for j, p in enumerate(where) if p in call.suspects]
-        reached = np.array([[g is not None for g in row] for row in rows])
-        if doubtful:
-            everything = dict.fromkeys(p for group in self.param_groups for p in group["params"])
-            positions = {p: j for j, p in enumerate(everything)}
-            places = [positions[where[j]] for j in doubtful]
-            proofs: dict[str, list[int]] = self.memory.get("nonzero", {})
-            peaks = [
-                torch.stack([rows_module.peak([] if g is None else [g], call.values.device) for g in row])
-                for row in rows
-            ]
-            there = (torch.stack(peaks) != 0).cpu().numpy()
-            seen = there[:, doubtful] | np.array([[j in proofs.get(name, ()) for j in places] for name in names])
-            alive = there.any(axis=1) | np.array([name in proofs for name in names])
-            if self._run["draft"] is not None:
-                fresh = {
-                    name: sorted({*proofs.get(name, ()), *(j for j, mark in zip(places, row, strict=True) if mark)})
-                    for name, row, lives in zip(names, seen.tolist(), alive.tolist(), strict=True)
-                    if lives
-                }
-                self.memory["nonzero"] = {**proofs, **fresh}
-            if not alive.all():
-                self._warn_of_doubt([name for name, lives in zip(names, alive.tolist(), strict=True) if not lives])
-            reached[:, doubtful] &= seen | ~alive[:, None] | ~seen.any(axis=0)
-        kept = [j for j, n in enumerate(reached.sum(axis=0).tolist()) if n > 1] or list(range(len(where)))
-        return [[row[j] if marks[j] else None for j in kept] for row, marks in zip(rows, reached.tolist(), strict=True)]
-
-    def _sizes(self, call: Call, measure: Callable[[Row, torch.device], Tensor]) -> Tensor | None:
+    def _sizes(self, batch: Batch, measure: Callable[[Row, torch.device], Tensor]) -> Tensor | None:
         """Apply a function, homogeneous of degree 1, to the gradient of each loss; None in steps that reuse weights."""
-        if self._due() != "act":
+        if self.phase != "solve":
             return None
-        sizes, where = [], self._where(call)
-        rows: Iterable[Row] = call.rows_at(where)
-        if self._open(call, where):
-            rows = self._really_shared(call, where, list(rows))
-        for name, row in zip(call.tasks.present, rows, strict=True):
-            if call.features and all(g is None for g in row):
+        sizes = []
+        for name, row in zip(batch.names, self._rows(batch), strict=True):
+            if batch.features and all(g is None for g in row):
                 raise RuntimeError(f"{self._name}.backward: loss {name!r} does not reach `features`.")
-            sizes.append(measure(row, call.values.device))
-        return torch.stack(sizes) / call.loss_scale.to(call.values.device, torch.float64)
+            sizes.append(measure(row, batch.values.device))
+        return torch.stack(sizes) / batch.loss_scale.to(batch.values.device, torch.float64)
 
 
 def training_rates(
@@ -138,9 +103,9 @@ def training_rates(
         bad = {name: float(x) for name, x in zip(owner.names, first, strict=True) if not x > 0}
         if bad:
             raise ValueError(
-                f"{owner._name}: every loss must be > 0 the first time, since later values are compared with it; got "
-                f"{bad}. Nothing was written. `initial_losses` takes values from theory instead; or pass None for it "
-                "in that batch."
+                f"{owner.display_name}: every loss must be > 0 the first time, since later values are compared with "
+                f"it; got {bad}. Nothing was written. `initial_losses` takes values from theory instead; or pass None "
+                "for it in that batch."
             )
     else:
         first = np.array(picked(owner, "initial_losses", given))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery.call import Call
-from gradsurgery.gram import length
+from gradsurgery.batch import Batch
+from gradsurgery.gradients.gram import length
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.base import Weighter
 from gradsurgery.weighting.gradient_size import training_rates
@@ -89,22 +89,22 @@ class GradNormWeighter(Weighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.shared_params = self._given_params(shared_params)
-        self.alpha = self._number("alpha", alpha, least=0.0)
-        self.lr = self._number("lr", lr, above=0.0)
-        self.weight_optimizer = self._choice("weight_optimizer", weight_optimizer, ("adam", "sgd"))
+        self.shared_params = self.check.params(shared_params)
+        self.alpha = self.check.number("alpha", alpha, least=0.0)
+        self.lr = self.check.number("lr", lr, above=0.0)
+        self.weight_optimizer = self.check.choice("weight_optimizer", weight_optimizer, ("adam", "sgd"))
         self.schedule = schedule
-        self.start = self._choice("start", start, ("ones", "losses", "norms"))
+        self.start = self.check.choice("start", start, ("ones", "losses", "norms"))
         first = initial_losses is None or (isinstance(initial_losses, str) and initial_losses == "first")
         given: Any = initial_losses
-        self.initial_losses = None if first else self._numbers("initial_losses", given, above=0.0)
+        self.initial_losses = None if first else self.check.numbers("initial_losses", given, above=0.0)
 
-    def measure(self, call: Call) -> Tensor | None:
+    def measure(self, batch: Batch) -> Tensor | None:
         # Gradient norms at `shared_params`, (m,).
-        if self._due() != "act":
+        if self.phase != "solve":
             return None
-        device, scale = call.values.device, call.loss_scale.to(torch.float64)
-        return torch.stack([length(row, device) for row in call.rows_at(self.shared_params)]) / scale
+        device, scale = batch.values.device, batch.loss_scale.to(torch.float64)
+        return torch.stack([length(row, device) for row in batch.rows_at(self.shared_params)]) / scale
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         weights = self.recall("weights", 1.0)

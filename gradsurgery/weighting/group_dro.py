@@ -54,7 +54,7 @@ class GroupDROWeighter(Weighter):
 
     def __init__(self, optimizer: Optimizer, *, eta: float = 0.01, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
-        self.eta = self._number("eta", eta, above=0.0)
+        self.eta = self.check.number("eta", eta, above=0.0)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         logs = self.recall("log_weights", 0.0)

@@ -62,8 +62,8 @@ class IMTLLWeighter(Weighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.lr = None if lr is None else self._number("lr", lr, above=0.0)
-        self.weight_optimizer = self._choice("weight_optimizer", weight_optimizer, ("adam", "sgd"))
+        self.lr = None if lr is None else self.check.number("lr", lr, above=0.0)
+        self.weight_optimizer = self.check.choice("weight_optimizer", weight_optimizer, ("adam", "sgd"))
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         require_nonnegative(self, losses, "the objective has no lower bound otherwise")

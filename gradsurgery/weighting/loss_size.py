@@ -57,10 +57,10 @@ class InitialLossWeighter(RecordingWeighter):
     ) -> None:
         super().__init__(optimizer, **switches)
         self.initial_losses = (
-            None if initial_losses is None else self._numbers("initial_losses", initial_losses, above=0.0)
+            None if initial_losses is None else self.check.numbers("initial_losses", initial_losses, above=0.0)
         )
         self.stateful = initial_losses is None
-        self.batches = self._count("batches", batches, least=1)
+        self.batches = self.check.count("batches", batches, least=1)
         self.normalize = bool(normalize)
         if self.normalize:
             self.scale = "sum"
@@ -130,7 +130,7 @@ class PriorLossWeighter(Weighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.priors = self._numbers("priors", priors, above=0.0)
+        self.priors = self.check.numbers("priors", priors, above=0.0)
         self.normalize = bool(normalize)
         if self.normalize:
             self.scale = "sum"
@@ -164,7 +164,7 @@ class RealTimeWeighter(Weighter):
     scale = "paper"
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
-        self._require_positive(losses, "it is divided by its value")
+        self.require_positive(losses, "it is divided by its value")
         return ratio(1.0, losses)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
-from gradsurgery.call import Call
-from gradsurgery.gram import Row, length
+from gradsurgery.batch import Batch
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.gradients.gram import Row, length
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.gradient_size import GradientSizeWeighter
 from gradsurgery.weighting.recording import ratio
@@ -73,14 +73,14 @@ class LRAnnealingWeighter(GradientSizeWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, shared_params=shared_params, **switches)
-        self.statistic = self._choice("statistic", statistic, ("max-mean", "norm"))
+        self.statistic = self.check.choice("statistic", statistic, ("max-mean", "norm"))
         self.reference = reference
-        self.rate = self._number("rate", rate, above=0.0, most=1.0)
+        self.rate = self.check.number("rate", rate, above=0.0, most=1.0)
         if reference is not None and self.statistic == "norm":
             raise ValueError(f'{self._name}: `reference` has no meaning with statistic="norm".')
 
-    def measure(self, call: Call) -> Tensor | None:
-        return self._sizes(call, length if self.statistic == "norm" else _peak_and_mean)
+    def measure(self, batch: Batch) -> Tensor | None:
+        return self._sizes(batch, length if self.statistic == "norm" else _peak_and_mean)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         weights = self.recall("weights", 1.0)

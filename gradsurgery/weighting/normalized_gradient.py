@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery.call import Call
-from gradsurgery.gram import length
+from gradsurgery.batch import Batch
+from gradsurgery.gradients.gram import length
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.gradient_size import GradientSizeWeighter, training_rates
 from gradsurgery.weighting.recording import ratio
@@ -69,18 +69,18 @@ class NormalizedGradientWeighter(GradientSizeWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, shared_params=shared_params, **switches)
-        self.alpha = self._number("alpha", alpha, least=0.0)
-        self.length = self._choice("length", length, ("mean", "max", "min", "geometric", "unit"))
-        self.decay = self._number("decay", decay, least=0.0, below=1.0)
+        self.alpha = self.check.number("alpha", alpha, least=0.0)
+        self.length = self.check.choice("length", length, ("mean", "max", "min", "geometric", "unit"))
+        self.decay = self.check.number("decay", decay, least=0.0, below=1.0)
         self.initial_losses = (
-            None if initial_losses is None else self._numbers("initial_losses", initial_losses, above=0.0)
+            None if initial_losses is None else self.check.numbers("initial_losses", initial_losses, above=0.0)
         )
         self.stateful = self.decay > 0 or (self.alpha > 0 and self.initial_losses is None)
         if self.length == "unit":
             self.scale = "paper"
 
-    def measure(self, call: Call) -> Tensor | None:
-        return self._sizes(call, length)
+    def measure(self, batch: Batch) -> Tensor | None:
+        return self._sizes(batch, length)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         norms = self.measured

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import rows as rows_module
-from gradsurgery.call import Call, parameters
-from gradsurgery.gram import length
+from gradsurgery.batch import Batch, parameters
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.gradients.gram import length
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.recording import RecordingWeighter, ratio
 
@@ -67,34 +67,34 @@ class NTKWeighter(RecordingWeighter):
         self, optimizer: Optimizer, *, probes: int = 32, decay: float = 0.0, **switches: Unpack[Switches]
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.probes = self._count("probes", probes, least=1)
-        self.decay = self._number("decay", decay, least=0.0, below=1.0)
+        self.probes = self.check.count("probes", probes, least=1)
+        self.decay = self.check.number("decay", decay, least=0.0, below=1.0)
 
-    def measure(self, call: Call) -> Tensor | None:
-        residuals = self._run["residuals"]
-        if residuals is None or self._due() != "act":
+    def measure(self, batch: Batch) -> Tensor | None:
+        residuals = batch.residuals
+        if residuals is None or self.phase != "solve":
             return None
-        if call.graph.hidden or call.sharded:
+        if batch.graph.hidden or batch.comm.is_sharded:
             raise RuntimeError(
                 f"{self._name}.backward: gradients of residuals cannot be found under reentrant activation "
                 "checkpointing, where use_reentrant=False helps, or with sharded parameters."
             )
         named = self._checked(residuals)
-        here = [name for name, root in zip(call.tasks.present, call.tasks.roots, strict=True) if root is not None]
+        here = [name for name, root in zip(batch.names, batch.tasks.roots, strict=True) if root is not None]
         missing = [name for name in here if name not in named]
-        unknown = [name for name in named if name not in call.tasks.names]
+        unknown = [name for name in named if name not in batch.tasks.names]
         if missing or unknown:
             raise ValueError(
                 f"{self._name}.backward: `residuals` must have the names of the losses: {missing} missing, "
                 f"{unknown} unknown."
             )
-        params, device, rng = parameters(self), call.values.device, self.rng()
+        params, device, rng = parameters(self), batch.values.device, self.rng()
         # By sorted names, so that every rank draws the same, whatever the order of its dict.
         traces = {name: self._trace(named[name], params, rng, device) for name in sorted(here)}
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        found = torch.stack([traces.get(name, zero) for name in call.tasks.present])
+        found = torch.stack([traces.get(name, zero) for name in batch.names])
         # The residuals of the whole batch are those of all processes.
-        return found if call.world is None else call.world.total(found.to(call.world.device(device)))
+        return batch.comm.total(found)
 
     def _checked(self, residuals: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
         given = residuals.items() if isinstance(residuals, Mapping) else enumerate(residuals)
@@ -121,14 +121,14 @@ class NTKWeighter(RecordingWeighter):
         return total if exact else total / count
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
-        if self._run["measured"] is not None:
+        if self.has_measured:
             traces, old = self.measured, self.recall("weights", 1.0)
             there = traces > 0
             new = ratio(traces.sum(), np.where(there, traces, 1.0))
             decay = self.decay if "weights" in self.memory else 0.0
             self.keep("weights", np.where(there, decay * old + (1 - decay) * new, old))
         elif "weights" not in self.memory and self.memory["step"] >= WAITING_STEPS:
-            self._run["loop"].say(
+            self.warn_once(
                 "residuals",
                 f"{self._name}: backward() has not been given `residuals` in {WAITING_STEPS} steps, and until it is "
                 "all weights stay 1. Pass them now and then: optimizer.backward(losses, residuals={name: tensor, "

@@ -52,7 +52,7 @@ class PBIWeighter(PreferenceWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, reference=reference, **switches)
-        self.theta = self._number("theta", theta, least=0.0)
+        self.theta = self.check.number("theta", theta, least=0.0)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         vector, above = self.vector(), self.above(losses)

@@ -35,7 +35,7 @@ class PreferenceWeighter(Weighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.reference = self._one_or_each("reference", reference)
+        self.reference = self.check.one_or_each("reference", reference)
 
     def preferences(self) -> np.ndarray:
         # The base class multiplies the weights by these.

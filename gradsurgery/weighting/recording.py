@@ -51,14 +51,7 @@ class RecordingWeighter(Weighter):
         return weights
 
     def _end_epoch(self) -> None:
-        # A backward whose step is still to come has a proposal of its own. It gets the same change, or its commit would
-        # undo this one. All is computed before anything is replaced.
-        rolled = {
-            key: {**memory, **self.roll(memory)}
-            for key in ("committed", "updated", "pending")
-            if (memory := self._run[key]) is not None
-        }
-        self._run.update(rolled)
+        self.transaction.revise(self.roll)
 
     def add_up(self, losses: np.ndarray) -> None:
         """Add the losses to the sums of this epoch.
@@ -76,7 +69,7 @@ class RecordingWeighter(Weighter):
             key: What the memory has once an epoch has ended.
         """
         if key not in self.memory and max(self.memory["epoch.count"].values()) >= EPOCH_STEPS:
-            self._run["loop"].say(
+            self.warn_once(
                 "epoch_end",
                 f"{self._name}: epoch_end() has not been called in {EPOCH_STEPS} steps, and until it is all weights "
                 "stay 1. Call optimizer.epoch_end() after each epoch. If the first epoch is longer than that, ignore "
@@ -193,7 +186,7 @@ def require_nonnegative(owner: Weighter, losses: np.ndarray, why: str) -> None:
     """
     bad = {name: float(loss) for name, loss in zip(owner.names, losses, strict=True) if not loss >= 0}
     if bad:
-        raise ValueError(f"{owner._name}: every loss must be >= 0, since {why}; got {bad}. Nothing was written.")
+        raise ValueError(f"{owner.display_name}: every loss must be >= 0, since {why}; got {bad}. Nothing was written.")
 
 
 def step_size(owner: Weighter, lr: float | None) -> float:

@@ -62,9 +62,9 @@ class ReLoBRaLoWeighter(RecordingWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.alpha = self._number("alpha", alpha, least=0.0, most=1.0)
-        self.rho = self._number("rho", rho, least=0.0, most=1.0)
-        self.temperature = self._number("temperature", temperature, above=0.0)
+        self.alpha = self.check.number("alpha", alpha, least=0.0, most=1.0)
+        self.rho = self.check.number("rho", rho, least=0.0, most=1.0)
+        self.temperature = self.check.number("temperature", temperature, above=0.0)
 
     def _relative(self, losses: np.ndarray, then: np.ndarray) -> np.ndarray:
         return softmax(ratio(ratio(losses, then), np.array(self.temperature)))
@@ -85,5 +85,5 @@ class ReLoBRaLoWeighter(RecordingWeighter):
         self.keep("previous", losses)
 
     def coefficients(self, losses: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
-        self._require_positive(losses, "it is compared with its former values")
+        self.require_positive(losses, "it is compared with its former values")
         return super().coefficients(losses, measured)

@@ -49,8 +49,8 @@ class RunningMaxWeighter(RecordingWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.gamma = None if gamma is None else self._numbers("gamma", gamma, above=0.0)
-        self.decay = self._number("decay", decay, above=0.0, most=1.0)
+        self.gamma = None if gamma is None else self.check.numbers("gamma", gamma, above=0.0)
+        self.decay = self.check.number("decay", decay, above=0.0, most=1.0)
 
     def _largest(self, losses: np.ndarray) -> np.ndarray:
         return np.maximum(self.decay * self.recall("max", 0.0), losses)

@@ -51,7 +51,7 @@ class SLAWWeighter(RecordingWeighter):
 
     def __init__(self, optimizer: Optimizer, *, beta: float = 0.99, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
-        self.beta = self._number("beta", beta, least=0.0, below=1.0)
+        self.beta = self.check.number("beta", beta, least=0.0, below=1.0)
 
     def _moments(self, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count, mean and standard deviation with this step included."""

@@ -81,10 +81,10 @@ class SoftAdaptWeighter(RecordingWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.beta = self._number("beta", beta)
-        self.window = self._count("window", window, least=2)
+        self.beta = self.check.number("beta", beta)
+        self.window = self.check.count("window", window, least=2)
         if accuracy_order is not None:
-            self._count("accuracy_order", accuracy_order, least=1)
+            self.check.count("accuracy_order", accuracy_order, least=1)
         order = self.window - 1 if accuracy_order is None else accuracy_order
         if order >= self.window or order > _MAX_ORDER:
             raise ValueError(
@@ -92,11 +92,11 @@ class SoftAdaptWeighter(RecordingWeighter):
                 f"with a window of {self.window}."
             )
         self.accuracy_order = accuracy_order
-        self.slope = self._choice("slope", slope, ("oldest", "newest"))
+        self.slope = self.check.choice("slope", slope, ("oldest", "newest"))
         if isinstance(interval, str):
-            self._choice("interval", interval, ("epoch",))
+            self.check.choice("interval", interval, ("epoch",))
         elif interval is not None:
-            self._count("interval", interval, least=1)
+            self.check.count("interval", interval, least=1)
         self.interval: int | str = self.window if interval is None else interval
 
     def epoch_end(self) -> None:
@@ -221,7 +221,7 @@ class NormalizedSoftAdaptWeighter(SoftAdaptWeighter):
             interval=interval,
             **switches,
         )
-        self._normalize = self._choice("normalize", normalize, ("sum", "absolute"))
+        self._normalize = self.check.choice("normalize", normalize, ("sum", "absolute"))
 
     @staticmethod
     def get_component_weights(

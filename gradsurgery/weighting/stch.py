@@ -61,7 +61,7 @@ class STCHWeighter(PreferenceWeighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, reference=reference, **switches)
-        self.mu = self._number("mu", mu, above=0.0)
+        self.mu = self.check.number("mu", mu, above=0.0)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         vector = self.vector()

@@ -78,18 +78,18 @@ class UncertaintyWeighter(Weighter):
         **switches: Unpack[Switches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.form = self._choice("form", form, ("log_variance", "log1p"))
+        self.form = self.check.choice("form", form, ("log_variance", "log1p"))
         named: dict[str, Any] = (
-            {"all": kind} if isinstance(kind, str) else self._entries("kind", kind, "names of kinds")
+            {"all": kind} if isinstance(kind, str) else self.check.entries("kind", kind, "names of kinds")
         )
         for name, value in named.items():
-            self._choice("kind" if isinstance(kind, str) else f"kind[{name!r}]", value, KINDS)
+            self.check.choice("kind" if isinstance(kind, str) else f"kind[{name!r}]", value, KINDS)
         if self.form == "log1p" and "classification" in named.values():
             raise ValueError(f'{self._name}: `kind` "classification" has no meaning with form="log1p".')
         self.kind = kind if isinstance(kind, str) else named
-        self.initial = self._number("initial", initial, least=-LOG_LIMIT, most=LOG_LIMIT)
-        self.lr = None if lr is None else self._number("lr", lr, above=0.0)
-        self.weight_optimizer = self._choice("weight_optimizer", weight_optimizer, ("adam", "sgd"))
+        self.initial = self.check.number("initial", initial, least=-LOG_LIMIT, most=LOG_LIMIT)
+        self.lr = None if lr is None else self.check.number("lr", lr, above=0.0)
+        self.weight_optimizer = self.check.choice("weight_optimizer", weight_optimizer, ("adam", "sgd"))
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
         require_nonnegative(self, losses, "the objective has no lower bound otherwise")

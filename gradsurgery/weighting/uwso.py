@@ -49,8 +49,8 @@ class UWSOWeighter(Weighter):
 
     def __init__(self, optimizer: Optimizer, *, temperature: float = 1.0, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
-        self.temperature = self._number("temperature", temperature, above=0.0)
+        self.temperature = self.check.number("temperature", temperature, above=0.0)
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
-        self._require_positive(losses, "it is divided by its value")
+        self.require_positive(losses, "it is divided by its value")
         return softmax(ratio(ratio(1.0, losses), np.array(self.temperature)))

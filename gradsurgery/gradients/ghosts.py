@@ -1,10 +1,9 @@
 """Inner products of weight gradients that are never formed.
 
 Inner products and sums of gradients of linear layers, convolutions and embeddings follow from the inputs and the
-gradients at the outputs (:mod:`gradsurgery.ghost_layers`). Such parameters are *ghosts*; all others are *direct*:
-autograd gives their rows. Which is which is read off the graph of the losses (:mod:`gradsurgery.ghost_graph`). One
-thing cannot be seen: a hook that the user has put on a ``weight.t()`` of his own, in a layer whose inputs need no
-gradient.
+gradients at the outputs (ghost_layers.py). Such parameters are *ghosts*; all others are *direct*: autograd gives their
+rows. Which is which is read off the graph of the losses (ghost_graph.py). One thing cannot be seen: a hook that the
+user has put on a ``weight.t()`` of his own, in a layer whose inputs need no gradient.
 """
 
 from __future__ import annotations
@@ -20,12 +19,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from gradsurgery import gram as gram_module
 from gradsurgery import graph as graph_module
-from gradsurgery import rows as rows_module
-from gradsurgery.ghost_graph import Reader
-from gradsurgery.ghost_layers import Convolution, Embedding, Layer, Linear
-from gradsurgery.gram import Room, Row, Table
+from gradsurgery.gradients import gram as gram_module
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.gradients.base import Request
+from gradsurgery.gradients.formed import Formed, refusal
+from gradsurgery.gradients.ghost_graph import Reader
+from gradsurgery.gradients.ghost_layers import Convolution, Embedding, Layer, Linear
+from gradsurgery.gradients.gram import Room, Row, Table
+from gradsurgery.torch_private import version
 
 # Rounding of ⟨D, K D⟩ in float32 relative to Σₙ ‖aₙ‖² ‖dₙ‖², and what is allowed of it relative to the squared norm.
 # Rounding in float64, and what is allowed of it if all parameters are in it.
@@ -46,8 +48,6 @@ class Found(Table):
         batched: The losses went through the trunk side by side.
     """
 
-    engine = "ghosts"
-
     def __init__(self, plan: Plan) -> None:
         super().__init__([])
         self.rows: list[Row] = []
@@ -55,7 +55,12 @@ class Found(Table):
         self.others: list[Row] = []
         self.batched = False
 
-    def _keep(self, gradients: Sequence[Tensor | None]) -> None:
+    def keep(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add the row of one more loss.
+
+        Args:
+            gradients: At the edges of the plan, and in the direct parameters.
+        """
         plan = self._plan
         kept = [layer.keep(gradients[start:stop]) for layer, (start, stop) in zip(plan.layers, plan.spans, strict=True)]
         self.rows.append([*kept, *gradients[len(plan.edges) :]])
@@ -139,7 +144,7 @@ class Found(Table):
             found: What :meth:`products` gave, on the host, (m, m + 1).
 
         Returns:
-            J Jᵀ, (m, m), float64, of the rows divided by :attr:`~gradsurgery.gram.Table.unit`.
+            J Jᵀ, (m, m), float64, of the rows divided by :attr:`~gradsurgery.gradients.gram.Table.unit`.
         """
         return self._in_range(self._repaired(found))
 
@@ -165,7 +170,7 @@ class Found(Table):
         return self._products(torch.float64, formed=True).cpu().numpy()[:, :-1]
 
     def triangle(self) -> np.ndarray:
-        """A square root of the Gram matrix, for which all rows are formed; see :func:`gradsurgery.gram.triangle`.
+        """A square root of the Gram matrix, for which all rows are formed; see :func:`.gram.triangle`.
 
         Returns:
             (m, k), k ≤ m.
@@ -377,7 +382,7 @@ class Plan:
                         "A tensor in the model keeps its gradient (retain_grad), and several losses were "
                         'differentiated side by side. Pass engine="rows" to the method: one after the other.'
                     ) from error
-                found._keep([seen.get(k, g) for k, g in enumerate(grads[: len(inner)])])
+                found.keep([seen.get(k, g) for k, g in enumerate(grads[: len(inner)])])
                 found.others.append(grads[len(inner) :])
         return found
 
@@ -404,11 +409,11 @@ class Plan:
 
         def down(top: Tensor) -> list[Tensor]:
             # Hooks at the output of the trunk have seen this gradient before, and would act twice.
-            version, untouched = top._version, False
+            before, untouched = version(top), False
 
             def compare(gradients: Sequence[Tensor | None]) -> None:
                 nonlocal untouched
-                untouched = gradients[0] is top and top._version == version
+                untouched = gradients[0] is top and version(top) == before
 
             seen.clear()
             handle = trunk.node.register_prehook(compare)
@@ -434,7 +439,7 @@ class Plan:
         following = iter(range(len(present)))
         for top in tops:
             j = None if top is None else next(following)
-            found._keep([None if g is None or j is None else g[j] for g in merged])
+            found.keep([None if g is None or j is None else g[j] for g in merged])
         found.batched = True
         return True
 
@@ -499,3 +504,30 @@ def _exactly(device: torch.device) -> AbstractContextManager[object]:
     """Without autocast, which would multiply in half precision. Entering it costs as much as a small product."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+def gather(request: Request) -> Formed | str:
+    """Differentiate the losses without the gradients of single losses, where the shapes make that cheaper.
+
+    Args:
+        request: What is wanted.
+
+    Returns:
+        The gradients, or why rows are needed.
+    """
+    if request.engine == "blocks":
+        return ""
+    if reason := refusal(request, "ghosts"):
+        return reason
+    batch = request.batch
+    made = plan(batch.roots, request.shared, batch.graph.nodes, request.engine == "ghosts")
+    if made is None:
+        return "by their shapes all layers are cheaper as rows"
+    spared = sum(made.shared[place].numel() for place in made.ghosts) / sum(p.numel() for p in request.shared)
+    # The last loss goes alone, so that it takes three to have two side by side.
+    batched = request.m > 2 and made.is_mostly_ghosts and "unbatched" not in request.failed and not made.is_watched
+    found = made.differentiate(batch.roots, batch.seeds, batch.retain[-1], request.plain, batched)
+    if batched and made.trunk is not None and not found.batched:
+        request.failed.add("unbatched")
+    reason = f"{len(made.layers)} layers with {spared:.0%} of the shared entries need no rows"
+    return Formed(request, found, "ghosts", reason)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gradsurgery.world import World
+from gradsurgery.communication import ALONE, Communicator
 
 #: The gradient of one loss: one entry a parameter, ``None`` where the loss does not reach it.
 Row = list["Tensor | None"]
@@ -43,7 +42,7 @@ class Table:
 
     Args:
         rows: The rows, or a matrix (m, n). Spread over processes, the part of them that this one has.
-        world: The processes that they are spread over.
+        comm: The processes that they are spread over.
         noise: How far products may be off, if the rows at hand do not tell; see :func:`precision`.
         unit: The rows are the ones whose products :meth:`repaired` gave, times this: a power of two, 1 as long as all
             squares of entries are numbers.
@@ -52,12 +51,12 @@ class Table:
     def __init__(
         self,
         rows: Sequence[Row] | Tensor,
-        world: World | None = None,
+        comm: Communicator = ALONE,
         noise: float | None = None,
         unit: float = 1.0,
     ) -> None:
         self.rows = rows
-        self.world = world
+        self.comm = comm
         self.unit = unit
         #: Some rows are so short beside others that their squares are lost at any unit.
         self.far_apart = False
@@ -76,7 +75,7 @@ class Table:
             The same rows, not copied.
         """
         rows = as_rows(self.rows)
-        part = Table([rows[i] for i in keep], self.world, self.noise, self.unit)
+        part = Table([rows[i] for i in keep], self.comm, self.noise, self.unit)
         part.far_apart = self.far_apart
         return part
 
@@ -86,6 +85,9 @@ class Table:
         Returns:
             (m, m), float64. To be added up over the processes.
         """
+        if isinstance(self.rows, Tensor) and self.is_double:
+            wide = self.rows.double()
+            return wide @ wide.T
         return gram_in(as_rows(self.rows), torch.float64 if self.is_double else torch.float32)
 
     def repaired(self, found: np.ndarray) -> np.ndarray:
@@ -97,7 +99,7 @@ class Table:
         Returns:
             (m, m), of the rows divided by :attr:`unit`.
         """
-        return self._in_range(gram_outside_float32(self.rows, found) if self.world is None else found)
+        return self._in_range(gram_outside_float32(self.rows, found) if self.comm.is_alone else found)
 
     def _in_range(self, found: np.ndarray) -> np.ndarray:
         """Products of the rows divided by a power of two, if float64 does not hold the squares of their entries."""
@@ -106,24 +108,35 @@ class Table:
         if all(low <= square <= high for square in squares) or self.noise > 1e-12:
             return found
         rows = self._formed()
-        largest = torch.stack([_largest(row) for row in rows])
-        if self.world is not None:  # a bound is enough, and the sum is the same everywhere
-            largest = self.world.total(largest.to(self.world.device(largest.device)))
-        peaks = largest.cpu().numpy()
+        # A bound is enough, and the sum is the same everywhere.
+        peaks = self.comm.total(torch.stack([_largest(row) for row in rows])).cpu().numpy()
         lost = [peak > 0 and not low <= square <= high for peak, square in zip(peaks, squares, strict=True)]
         if not any(lost) or not np.isfinite(peaks).all():
             return found
         exponent = min(_TOP - math.frexp(peaks.max())[1], _MOST_EXPONENT)
         self.unit = 2.0**-exponent
-        products = gram_in(rows, torch.float64, 2.0**exponent)
-        if self.world is not None:
-            products = self.world.total(products.to(self.world.device(products.device)))
-        made = products.cpu().numpy()
+        made = self.comm.total(gram_in(rows, torch.float64, 2.0**exponent)).cpu().numpy()
         self.far_apart = bool(((peaks > 0) & (made.diagonal() < low)).any())
         return made
 
     def _formed(self) -> Sequence[Row]:
         return as_rows(self.rows)
+
+    def require_squares(self, owner: str) -> None:
+        """Refuse rows so far apart that no power of two brings the squares of all into float64.
+
+        Args:
+            owner: The class that the error should name.
+
+        Raises:
+            RuntimeError: They are.
+        """
+        if self.far_apart:
+            raise RuntimeError(
+                f"{owner}: the longest gradient is more than 1e280 times as long as the shortest one, and float64 "
+                "does not hold the squares of both. Multiply the losses by constants that bring them closer together. "
+                "Nothing was written."
+            )
 
     def triangle(self) -> np.ndarray:
         """A square root of the Gram matrix; see :func:`triangle`.
@@ -131,18 +144,170 @@ class Table:
         Returns:
             (m, k), k ≤ m.
         """
-        found = triangle(self.rows)
-        return found if self.world is None else self.world.stacked(found)
+        return self.comm.stacked(triangle(self.rows))
 
     @property
     def is_double(self) -> bool:
         """Whether products are made in double precision."""
-        return self.world is not None or few(as_rows(self.rows))
+        return not self.comm.is_alone or few(as_rows(self.rows))
 
     @property
     def noise(self) -> float:
         """How far products may be off, relative to the lengths of the two rows."""
         return precision(self.rows) if self._noise is None else self._noise
+
+
+class Scaled:
+    """Numbers that may leave the range of float64: fractions times powers of two.
+
+    Args:
+        values: The numbers; infinite ones stay so.
+        exponent: What they are multiplied by: powers of two.
+
+    Attributes:
+        fraction: From 1/2 to 1, or 0.
+        exponent: Whole numbers.
+    """
+
+    def __init__(self, values: np.ndarray | float, exponent: np.ndarray | int = 0) -> None:
+        self.fraction, own = np.frexp(values)
+        self.exponent = own + exponent
+
+    def __mul__(self, other: Scaled) -> Scaled:
+        return Scaled(self.fraction * other.fraction, self.exponent + other.exponent)
+
+    def first(self, count: int) -> Scaled:
+        """The first ones of a list.
+
+        Args:
+            count: How many.
+
+        Returns:
+            These numbers.
+        """
+        return Scaled(self.fraction[:count], self.exponent[:count])
+
+    def at(self, places: Sequence[int]) -> Scaled:
+        """Some of a list.
+
+        Args:
+            places: Which.
+
+        Returns:
+            These numbers.
+        """
+        return Scaled(self.fraction[places], self.exponent[places])
+
+    def inverse(self) -> Scaled:
+        """The reciprocals; 0 of 0.
+
+        Returns:
+            New numbers.
+        """
+        there = self.fraction != 0
+        return Scaled(np.divide(1.0, self.fraction, out=np.zeros_like(self.fraction), where=there), -self.exponent)
+
+    def values(self) -> np.ndarray:
+        """The numbers as float64, in whose range they may be 0 or infinite.
+
+        Returns:
+            An array.
+        """
+        with np.errstate(over="ignore", under="ignore"):
+            return np.asarray(np.ldexp(self.fraction, self.exponent))
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Inner products of rows, as a method sees them.
+
+    Attributes:
+        table: The rows, as they are held.
+        values: The inner products of the rows that the method works on, (k, k), float64, divided by the square of the
+            table's unit.
+        scale: What the rows of the table still have to be divided by: the loss scale.
+        by: What they are then multiplied by, (k,); None: 1.
+    """
+
+    table: Table
+    values: np.ndarray
+    scale: float = 1.0
+    by: Scaled | None = None
+
+    @classmethod
+    def of(cls, table: Table, products: np.ndarray, scale: float = 1.0) -> Gram:
+        """Take the loss scale out.
+
+        Args:
+            table: The rows.
+            products: Their inner products, (k, k).
+            scale: The loss scale.
+
+        Returns:
+            The inner products of the rows without it.
+        """
+        return cls(table, products if scale == 1.0 else products / scale**2, scale)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def unit(self) -> float:
+        """What the rows were divided by: a power of two, where float64 does not hold their squares."""
+        return self.table.unit
+
+    @property
+    def noise(self) -> float:
+        """How far products may be off, relative to the lengths of the two rows."""
+        return self.table.noise
+
+    def only(self, keep: Sequence[int]) -> Gram:
+        """Some of the rows.
+
+        Args:
+            keep: Their places.
+
+        Returns:
+            Their inner products.
+        """
+        by = None if self.by is None else self.by.at(keep)
+        return Gram(self.table.part(keep), self.values[np.ix_(keep, keep)], self.scale, by)
+
+    def scaled(self, by: Scaled) -> Gram:
+        """Rows that are multiplied by numbers, which bring them to where products are in range.
+
+        Args:
+            by: One per row, (k,).
+
+        Returns:
+            Their inner products.
+        """
+        inside = by * Scaled(self.unit)
+        fractions = np.multiply.outer(inside.fraction, inside.fraction)
+        values = np.ldexp(self.values * fractions, np.add.outer(inside.exponent, inside.exponent))
+        return Gram(self.table, values, self.scale, by if self.by is None else self.by * by)
+
+    def lengths(self) -> Scaled:
+        """Lengths of the rows as they are held.
+
+        Returns:
+            (k,).
+        """
+        return Scaled(self.unit) * Scaled(np.sqrt(self.values.diagonal()))
+
+    def root(self) -> np.ndarray:
+        """A square root B of the inner products, B Bᵀ = J Jᵀ, as accurate as the rows themselves.
+
+        Inner products square the condition number. This reads all rows once more, in float64: for the rare input that
+        needs it.
+
+        Returns:
+            (k, r), r ≤ k, float64.
+        """
+        triangle = self.table.triangle() / self.scale
+        if self.by is None:
+            return triangle
+        return np.asarray(np.ldexp(self.by.fraction[:, None] * triangle, np.asarray(self.by.exponent)[:, None]))
 
 
 def as_rows(rows: Sequence[Row] | Tensor) -> Sequence[Row]:
@@ -157,16 +322,18 @@ def as_rows(rows: Sequence[Row] | Tensor) -> Sequence[Row]:
     return [[row] for row in rows] if isinstance(rows, Tensor) else rows
 
 
-def few(rows: Sequence[Row]) -> bool:
+def few(rows: Sequence[Row], times: int = 1) -> bool:
     """Whether all rows together have so few entries, on the host, that double precision costs nothing that shows.
 
     Args:
-        rows: m rows.
+        rows: The rows.
+        times: How often each is there.
 
     Returns:
         False on an accelerator.
     """
-    return sum(g.numel() if g.device.type == "cpu" else _FEW for row in rows for g in row if g is not None) <= _FEW
+    entries = sum(g.numel() if g.device.type == "cpu" else _FEW for row in rows for g in row if g is not None)
+    return times * entries <= _FEW
 
 
 def gram(rows: Sequence[Row]) -> Tensor:
@@ -243,55 +410,6 @@ def gram_outside_float32(rows: Sequence[Row] | Tensor, found: np.ndarray) -> np.
     return gram_in(rows, torch.float64).cpu().numpy()
 
 
-class Scaled:
-    """Numbers that may leave the range of float64: fractions times powers of two.
-
-    Args:
-        values: The numbers; infinite ones stay so.
-        exponent: What they are multiplied by: powers of two.
-
-    Attributes:
-        fraction: From 1/2 to 1, or 0.
-        exponent: Whole numbers.
-    """
-
-    def __init__(self, values: np.ndarray | float, exponent: np.ndarray | int = 0) -> None:
-        self.fraction, own = np.frexp(values)
-        self.exponent = own + exponent
-
-    def __mul__(self, other: Scaled) -> Scaled:
-        return Scaled(self.fraction * other.fraction, self.exponent + other.exponent)
-
-    def first(self, count: int) -> Scaled:
-        """The first ones of a list.
-
-        Args:
-            count: How many.
-
-        Returns:
-            These numbers.
-        """
-        return Scaled(self.fraction[:count], self.exponent[:count])
-
-    def inverse(self) -> Scaled:
-        """The reciprocals; 0 of 0.
-
-        Returns:
-            New numbers.
-        """
-        there = self.fraction != 0
-        return Scaled(np.divide(1.0, self.fraction, out=np.zeros_like(self.fraction), where=there), -self.exponent)
-
-    def values(self) -> np.ndarray:
-        """The numbers as float64, in whose range they may be 0 or infinite.
-
-        Returns:
-            An array.
-        """
-        with np.errstate(over="ignore", under="ignore"):
-            return np.asarray(np.ldexp(self.fraction, self.exponent))
-
-
 def central(lengths: Scaled) -> int | None:
     """The power of two that brings the lengths of rows to where their products, and the products of these, are numbers.
 
@@ -329,7 +447,7 @@ def gram_in(rows: Sequence[Row], least: torch.dtype, factor: float = 1.0) -> Ten
     """
     m = len(rows)
     total: Tensor | None = None
-    for bucket in _buckets(rows, least):
+    for bucket in buckets(rows, least):
         with torch.autocast(bucket.device.type, enabled=False):  # it would multiply in half precision
             bucket = bucket if factor == 1.0 else bucket * factor
             part = product(bucket, bucket)
@@ -380,10 +498,17 @@ class Room:
         return self._held[key][:size].view(shape)
 
 
-def _buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
+def buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
     """Cut the rows into matrices (m, k) of bounded width, small parameters together and large ones in slices.
 
     All of one kind lie in the same memory: each is gone when the next one is asked for.
+
+    Args:
+        rows: m rows.
+        least: Half and single precision are multiplied in this one.
+
+    Yields:
+        The matrices, (m, k).
     """
     m = len(rows)
     pieces: list[list[Tensor]] = []  # of one bucket: for each piece the m flat parts
@@ -464,7 +589,7 @@ def triangle(rows: Sequence[Row] | Tensor) -> np.ndarray:
     order = np.argsort([float(length(row, cpu)) for row in rows], kind="stable")
     rows, m = [rows[i] for i in order], len(rows)
     held = np.zeros((0, m))
-    for bucket in _buckets(rows, torch.float64):
+    for bucket in buckets(rows, torch.float64):
         held = np.asarray(np.linalg.qr(np.concatenate([held, bucket.cpu().numpy().T]), mode="r"))
     return np.ascontiguousarray(held.T[np.argsort(order)])
 

@@ -5,7 +5,7 @@ A *row* is the gradient of one loss. It is kept as autograd returns it: one tens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradsurgery.gram import Row as Row
+from gradsurgery.gradients.gram import Row as Row
 from gradsurgery.graph import Root, Start, differentiate
+from gradsurgery.torch_private import foreach_add_, foreach_mul, foreach_norm
+
+#: Adds up the rows of one parameter with weights.
+Add = Callable[[list["Tensor | None"], list[float], Tensor], "Tensor | None"]
 
 # Entries up to which a parameter is small: calls then cost more than what they do.
 _SMALL = 2**14
@@ -280,9 +284,9 @@ def combine_together(rows: Sequence[Sequence[Tensor]], weights: Sequence[float])
     Returns:
         New tensors, one a parameter.
     """
-    total = torch._foreach_mul(list(rows[0]), weights[0])
+    total = foreach_mul(list(rows[0]), weights[0])
     for row, w in zip(rows[1:], weights[1:], strict=True):
-        torch._foreach_add_(total, list(row), alpha=w)
+        foreach_add_(total, list(row), alpha=w)
     return total
 
 
@@ -376,25 +380,36 @@ def wide(g: Tensor) -> Tensor:
     return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
 
 
-def peaks(rows: Sequence[Row], device: torch.device) -> list[Tensor]:
-    """The largest entry of each row, as :func:`peak` finds it, in few calls where the rows are alike.
+def unscale(row: Row, loss_scale: Tensor | None, factor: float = 1.0) -> None:
+    """Take the loss scale out of a row, in single precision or better, and multiply it.
 
     Args:
-        rows: Gradients of each loss.
+        row: The row; its entries are replaced.
+        loss_scale: The loss scale; None: 1.
+        factor: What the row is multiplied by.
+    """
+    for j, g in enumerate(row):
+        if g is not None:
+            g = wide(g)
+            g = g if loss_scale is None else g / loss_scale.to(g.device)
+            row[j] = g if factor == 1.0 else g * factor
+
+
+def largest(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Numbers of which the largest is the largest absolute entry, and not finite if any entry is not.
+
+    Args:
+        tensors: Gradients.
         device: Where to put the results.
 
     Returns:
-        One scalar a loss, float64.
+        Scalars of one dtype, in few calls; none if there are no entries.
     """
-    there = [[g for g in row if g is not None] for row in rows]
-    count = len(there[0]) if there else 0
-    entries = [g for row in there for g in row]
-    if count and all(len(row) == count for row in there):
-        like = entries[0]
-        if all(g.device == device and g.dtype == like.dtype and not g.is_sparse and g.numel() for g in entries):
-            norms = torch.stack(torch._foreach_norm(entries, float("inf")))
-            return list(norms.view(-1, count).amax(1).double().unbind())
-    return [peak(row, device) for row in there]
+    entries = [g.coalesce().values() if g.is_sparse else g for g in tensors]
+    entries = [g for g in entries if g.numel()]
+    if all(g.device == device and g.dtype == entries[0].dtype for g in entries):
+        return list(foreach_norm(entries, float("inf"))) if entries else []
+    return [peak(entries, device)]
 
 
 def peak(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -410,7 +425,7 @@ def peak(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     entries = [g.coalesce().values() if g.is_sparse else g for g in tensors]
     entries = [g for g in entries if g.numel()]
     if len({(g.device, g.dtype) for g in entries}) == 1:
-        peaks = [torch.stack(torch._foreach_norm(entries, float("inf"))).max().to(device, torch.float64)]
+        peaks = [torch.stack(foreach_norm(entries, float("inf"))).max().to(device, torch.float64)]
     else:
         peaks = [torch.linalg.vector_norm(g, float("inf")).to(device, torch.float64) for g in entries]
     return torch.stack(peaks).max() if peaks else torch.zeros((), dtype=torch.float64, device=device)
@@ -432,26 +447,6 @@ def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> lis
         return [next(ones[t.dtype, t.device]) for t in tensors]
     scaled = scaler.scale([torch.ones((), device=t.device) for t in tensors])
     return [s.to(t.dtype) for s, t in zip(scaled, tensors, strict=True)]
-
-
-def host(numbers: Sequence[Tensor]) -> list[np.ndarray]:
-    """Bring small results to the host, in one transfer where they are on one device.
-
-    Args:
-        numbers: Tensors of any shape.
-
-    Returns:
-        Flat float64 arrays.
-    """
-    device = numbers[0].device
-    flat = [x.detach().reshape(-1).to(device, torch.float64) for x in numbers]
-    joined = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu().numpy()
-    parts, start = [], 0
-    for x in flat:
-        stop = start + x.shape[0]
-        parts.append(joined[start:stop])
-        start = stop
-    return parts
 
 
 def write(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

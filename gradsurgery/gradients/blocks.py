@@ -8,7 +8,7 @@ keeping the rows, and the memory of the largest block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from gradsurgery import gram as gram_module
-from gradsurgery import rows as rows_module
-from gradsurgery.gram import Row, Table
-from gradsurgery.graph import Nodes, Root, origins
+from gradsurgery.gradients import gram as gram_module
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.gradients.base import Request
+from gradsurgery.gradients.formed import Formed, refusal
+from gradsurgery.gradients.gram import Row, Table
+from gradsurgery.graph import Front, Nodes, Root, origins
+from gradsurgery.torch_private import version
 
 # Blocks are put together as long as they stay below this share of all parameters, or below the largest of them: each
 # one costs m more calls of autograd.
@@ -56,6 +59,7 @@ class Found(Table):
     Attributes:
         rows: For each loss and shared parameter something if there is a gradient, else None.
         others: Gradients of parameters that are not shared, m lists.
+        gram: The inner products, (m, m), float64; zeros before the sweep that finds them.
     """
 
     engine = "blocks"
@@ -80,7 +84,7 @@ class Found(Table):
         self._single = single
         self._dropped: set[int] = set()
         self._keep = list(range(m))
-        self._gram: Tensor = torch.zeros(m, m, dtype=torch.float64)
+        self.gram: Tensor = torch.zeros(m, m, dtype=torch.float64)
         # The largest entry of each loss in the first block: where it is zero, all below is.
         self._alive: list[Tensor] = []
 
@@ -137,11 +141,11 @@ class Found(Table):
             return rows_module.gradient(self._roots[i], inner, self._seeds[i], True) if inner else []
         if top is None:
             return [None] * len(inner)
-        version, untouched = top._version, True
+        before, untouched = version(top), True
 
         def compare(gradients: Sequence[Tensor | None]) -> None:
             nonlocal untouched
-            untouched = gradients[0] is top and top._version == version
+            untouched = gradients[0] is top and version(top) == before
 
         handle = block.edge.node.register_prehook(compare)
         try:
@@ -215,7 +219,7 @@ class Found(Table):
         Returns:
             (m, m), float64.
         """
-        return self._gram
+        return self.gram
 
     def repaired(self, found: np.ndarray) -> np.ndarray:
         """Replace products that left the range of float32.
@@ -235,7 +239,7 @@ class Found(Table):
         return self.sweep(None, torch.float64).cpu().numpy()
 
     def triangle(self) -> np.ndarray:
-        """A square root of the Gram matrix, from products in double precision; see :func:`gradsurgery.gram.triangle`.
+        """A square root of the Gram matrix, from products in double precision; see :func:`.gram.triangle`.
 
         Returns:
             (m, m).
@@ -329,7 +333,7 @@ class Plan:
             The inner products, and what leads to the direction.
         """
         found = Found(self, roots, seeds, retain_graph, single)
-        found._gram = found.sweep(others, torch.float32)
+        found.gram = found.sweep(others, torch.float32)
         return found
 
 
@@ -346,7 +350,42 @@ def plan(roots: Sequence[Root], shared: Sequence[Tensor], nodes: Nodes, share: f
         The blocks, or None if there are not at least two.
     """
     places = {p: place for place, p in enumerate(shared)}
-    # A node that leads to one parameter and nowhere else belongs to the block that uses it.
+    leading, chains = _ways(nodes, places)
+    front = Front([node for node in reversed(nodes) if node in leading and node not in chains])
+    parts = [_Part(None, _first(roots, front, chains, places))]
+    for node in front.order:
+        if front.is_narrow(node):
+            parts.append(_Part(GradientEdge(node, 0), set()))
+        for child, output in nodes[node]:
+            if child is None:
+                continue
+            if child in front.at:
+                front.reach(child, output)
+            elif child in chains:
+                parts[-1].places.add(chains[child])
+    merged = _merged(parts, [p.numel() for p in shared], share)
+    if len(merged) < 2:
+        return None
+    return Plan(shared, [Block(part.edge, tuple(sorted(part.places))) for part in merged])
+
+
+class _Part(NamedTuple):
+    """What will be a block, or a part of one.
+
+    Attributes:
+        edge: Its upper border; None for the first one.
+        places: The parameters that are met in it.
+    """
+
+    edge: GradientEdge | None
+    places: set[int]
+
+
+def _ways(nodes: Nodes, places: Mapping[Tensor, int]) -> tuple[set[Node], dict[Node, int]]:
+    """The nodes that lead to a shared parameter, and those of them that lead to one parameter and nowhere else.
+
+    The latter, with the place of their parameter, belong to the block that uses them.
+    """
     chains: dict[Node, int] = {}
     leading: set[Node] = set()
     for node, below in nodes.items():
@@ -361,44 +400,59 @@ def plan(roots: Sequence[Root], shared: Sequence[Tensor], nodes: Nodes, share: f
             leading.add(node)
             if len(children) == 1 and children[0] in chains:
                 chains[node] = chains[children[0]]
-    order = [node for node in reversed(nodes) if node in leading and node not in chains]
-    at = {node: k for k, node in enumerate(order)}
-    outputs: dict[Node, set[int]] = {}
-    farthest = -1
+    return leading, chains
+
+
+def _first(roots: Sequence[Root], front: Front, chains: Mapping[Node, int], places: Mapping[Tensor, int]) -> set[int]:
+    """Begin at the losses: the places of the parameters that are met right there."""
     first: set[int] = set()
     for root in roots:
         for start, output in origins(root):
             if start in chains:
                 first.add(chains[start])
-            elif start in at:
-                farthest = max(farthest, at[start])
-                outputs.setdefault(start, set()).add(output)
+            elif start in front.at:
+                front.reach(start, output)
         if isinstance(root, Tensor) and root in places:
             first.add(places[root])
-    parts: list[tuple[GradientEdge | None, set[int]]] = [(None, first)]
-    for k, node in enumerate(order):
-        if farthest == k and outputs[node] == {0}:
-            parts.append((GradientEdge(node, 0), set()))
-        for child, output in nodes[node]:
-            if child is None:
-                continue
-            if child in at:
-                farthest = max(farthest, at[child])
-                outputs.setdefault(child, set()).add(output)
-            elif child in chains:
-                parts[-1][1].add(chains[child])
+    return first
+
+
+def _merged(parts: Sequence[_Part], size: Sequence[int], share: float) -> list[_Part]:
+    """Put neighbours together while they stay below a share of all. A parameter counts where it is met first."""
     seen: set[int] = set()
-    for _, found in parts:
-        found -= seen
-        seen |= found
-    size = [p.numel() for p in shared]
-    limit = max(sum(size) * share, *(sum(size[place] for place in found) for _, found in parts))
-    merged: list[tuple[GradientEdge | None, set[int]]] = []
-    for edge, found in parts:
-        if merged and sum(size[place] for place in merged[-1][1] | found) <= limit:
-            merged[-1][1].update(found)
+    for part in parts:
+        part.places.difference_update(seen)
+        seen |= part.places
+    limit = max(sum(size) * share, *(sum(size[place] for place in part.places) for part in parts))
+    merged: list[_Part] = []
+    for part in parts:
+        if merged and sum(size[place] for place in merged[-1].places | part.places) <= limit:
+            merged[-1].places.update(part.places)
         else:
-            merged.append((edge, set(found)))
-    if len(merged) < 2:
-        return None
-    return Plan(shared, [Block(edge, tuple(sorted(found))) for edge, found in merged])
+            merged.append(_Part(part.edge, set(part.places)))
+    return merged
+
+
+def gather(request: Request) -> Formed | str:
+    """Differentiate the losses with the rows of one block at a time, if the user asks for it.
+
+    Args:
+        request: What is wanted.
+
+    Returns:
+        The gradients, or why rows are needed.
+    """
+    if request.engine != "blocks":
+        return ""
+    if reason := refusal(request, "blocks"):
+        return reason
+    batch = request.batch
+    cut = plan(batch.roots, request.shared, batch.graph.nodes)
+    if cut is None:
+        return "the model cannot be cut"
+    try:
+        found = cut.differentiate(batch.roots, batch.seeds, batch.retain[-1], request.plain, request.named)
+    except HookedError:
+        request.failed.add("hooked")
+        return "a hook at a border would act twice"
+    return Formed(request, found, "blocks", f"asked for; {len(cut.blocks)} blocks")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gradsurgery import geometry
-from gradsurgery import gram as gram_module
-from gradsurgery.gram import Row, Table
+from gradsurgery.gradients import gram as gram_module
+from gradsurgery.gradients.gram import Row, Table
 
 # What products and sums may be off at most, relative to the lengths of what is multiplied: in single precision over one
 # chunk, and in double precision. Where products are in double precision and sums in single, so much a row.
@@ -138,7 +138,7 @@ class Direction:
         return torch.tensor(numbers, dtype=torch.float64).repeat_interleave(torch.tensor(self.sizes))
 
     def _made(self) -> Iterator[Tensor]:
-        return gram_module._buckets(self.rows, torch.float64)
+        return gram_module.buckets(self.rows, torch.float64)
 
     def _buckets(self) -> Iterator[Tensor]:
         yield from self._made() if self._held is None else self._held
@@ -194,8 +194,7 @@ class Direction:
             dots = _dots(b, part) if self.double else b @ part
             found += torch.stack((dots, b.abs() @ limit)).cpu().numpy()
             start = stop
-        if self.table.world is not None:
-            found = self.table.world.added(found)
+        found = self.table.comm.added(found)
         return found[0], found[1]
 
     def find(self, weights: np.ndarray) -> None:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from gradsurgery import gram as gram_module
-from gradsurgery.gram import Room, Row
+from gradsurgery.gradients import gram as gram_module
+from gradsurgery.gradients.gram import Room, Row
+from gradsurgery.torch_private import metadata, version
 
 # Entries of all tasks that are handled at once.
 _BUCKET_CPU, _BUCKET_GPU = 2**18, 2**24
@@ -279,7 +280,7 @@ class Convolution(NamedTuple):
     def _unfolded(self) -> Linear:
         patches = nn.functional.unfold(self.inputs, self.params[0].shape[2:], **self.window)
         flat = patches.transpose(1, 2).reshape(self.samples, -1)
-        return Linear(self.edges, self.params, self.places, (flat,), (flat._version,), flipped=True)
+        return Linear(self.edges, self.params, self.places, (flat,), (version(flat),), flipped=True)
 
 
 class Embedding(NamedTuple):
@@ -394,7 +395,7 @@ def _beyond_rows(layer: Linear | Convolution, m: int, clock: Clock) -> float:
 
 
 def _require_unchanged(inputs: Sequence[Tensor], versions: Sequence[int]) -> None:
-    if any(a._version != version for a, version in zip(inputs, versions, strict=True)):
+    if any(version(a) != before for a, before in zip(inputs, versions, strict=True)):
         raise RuntimeError(
             "The inputs of a layer were changed in place after the losses were computed, so that its gradient is lost. "
             "Change a clone of them."
@@ -402,7 +403,7 @@ def _require_unchanged(inputs: Sequence[Tensor], versions: Sequence[int]) -> Non
 
 
 def _ones(edges: Sequence[GradientEdge], like: Tensor) -> list[Tensor]:
-    shapes = [tuple(edge.node._input_metadata[edge.output_nr].shape) for edge in edges]
+    shapes = [tuple(metadata(edge.node)[edge.output_nr].shape) for edge in edges]
     return [torch.ones(shape, dtype=like.dtype, device=like.device) for shape in shapes]
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from gradsurgery.ghost_layers import Convolution, Embedding, Layer, Linear
-from gradsurgery.graph import Nodes, Root, is_hooked, origins
+from gradsurgery.gradients.ghost_layers import Convolution, Embedding, Layer, Linear
+from gradsurgery.graph import Front, Nodes, Root, is_hooked, origins
+from gradsurgery.torch_private import base_of, hooks_after, hooks_of, metadata, raw_saved, saved, version
 
 # Nodes that layers leave in the graph.
 _LAYERS = frozenset({"AddmmBackward0", "MmBackward0", "ConvolutionBackward0", "EmbeddingBackward0"})
@@ -134,27 +135,27 @@ class Reader:
             if kind != "EmbeddingBackward0":
                 return self._linear_call(node, kind == "AddmmBackward0")
             way = self._way(node, 0)
-            if way is None or node._saved_sparse or self._is_hooked(node):
+            if way is None or saved(node, "sparse") or self._is_hooked(node):
                 return None
-            return _Call(node, way, None, _saved(node, "indices").detach().reshape(-1).long())
+            return _Call(node, way, None, _saved_tensor(node, "indices").detach().reshape(-1).long())
         # Saved tensors are no stable part of torch, may have been changed in place, or may be freed already.
         except (AttributeError, RuntimeError):
             return None
 
     def _linear_call(self, node: Any, affine: bool) -> _Call | None:
         way = self._way(node, 2 if affine else 1, flips=True)
-        if way is None or (affine and node._saved_alpha != 1):
+        if way is None or (affine and saved(node, "alpha") != 1):
             return None
-        inputs = _saved(node, "mat1" if affine else "self")
-        factor = _saved(node, "mat2")
+        inputs = _saved_tensor(node, "mat1" if affine else "self")
+        factor = _saved_tensor(node, "mat2")
         if not _is_simple(inputs) or inputs.dim() != 2 or self._is_hooked(node) or _has_tensor_hooks(factor):
             return None
         weight = self.shared[way.place]
         out, width = weight.shape if way.flipped else weight.shape[::-1]
-        shape = tuple(node._input_metadata[0].shape)
+        shape = tuple(metadata(node)[0].shape)
         if not inputs.numel() or not out or shape != (len(inputs), out) or inputs.shape[1] != width:
             return None
-        bias = self._way(node, 0) if affine and node._saved_beta == 1 else None
+        bias = self._way(node, 0) if affine and saved(node, "beta") == 1 else None
         if bias is not None and self.shared[bias.place].shape != (out,):
             bias = None
         return _Call(node, way, bias, inputs.detach())
@@ -168,7 +169,7 @@ class Reader:
             tuple(self.shared[place] for place in places),
             tuple(places),
             tuple(call.inputs for call in calls),
-            tuple(call.inputs._version for call in calls),
+            tuple(version(call.inputs) for call in calls),
             calls[0].weight.flipped,
         )
 
@@ -182,10 +183,10 @@ class Reader:
 
     def _convolution_call(self, node: Any) -> _Call | None:
         way = self._way(node, 1)
-        if way is None or node._saved_groups != 1 or node._saved_transposed or self._is_hooked(node):
+        if way is None or saved(node, "groups") != 1 or saved(node, "transposed") or self._is_hooked(node):
             return None
-        inputs = _saved(node, "input")
-        weight, shape = self.shared[way.place], tuple(node._input_metadata[0].shape)
+        inputs = _saved_tensor(node, "input")
+        weight, shape = self.shared[way.place], tuple(metadata(node)[0].shape)
         if not _is_simple(inputs) or inputs.dim() != 4 or weight.dim() != 4 or not inputs.numel() or len(shape) != 4:
             return None
         return _Call(node, way, self._way(node, 2), inputs.detach())
@@ -195,17 +196,17 @@ class Reader:
             return None
         node, _, _, inputs = calls[0]
         places = self._weight_and_bias(calls)
-        batch, _, height, width = node._input_metadata[0].shape
+        batch, _, height, width = metadata(node)[0].shape
         window: dict[str, tuple[int, ...]] = {}
         for name in ("dilation", "padding", "stride"):
-            numbers = tuple(getattr(node, f"_saved_{name}"))
+            numbers = tuple(saved(node, name))
             window[name] = numbers * 2 if len(numbers) == 1 else numbers
         return Convolution(
             (GradientEdge(node, 0),),
             tuple(self.shared[place] for place in places),
             tuple(places),
             inputs,
-            inputs._version,
+            version(inputs),
             batch * height * width,
             window,
         )
@@ -215,9 +216,9 @@ class Reader:
         table = self.shared[place]
         count, width = table.shape
         for node, *_, indices in calls:
-            if not width or not len(indices) or node._saved_weight_sym_argsize_0 != count:
+            if not width or not len(indices) or saved(node, "weight_sym_argsize_0") != count:
                 return None
-            if node._input_metadata[0].shape[-1] != width:
+            if metadata(node)[0].shape[-1] != width:
                 return None
         if len(set(map(_sort, calls))) > 1:
             return None
@@ -244,7 +245,7 @@ class Reader:
                 place = self.places.get(id(leaf))
                 if place is None or not _is_simple(leaf):
                     return None
-                if _has_tensor_hooks(leaf) or leaf._post_accumulate_grad_hooks:
+                if _has_tensor_hooks(leaf) or hooks_after(leaf):
                     return None
                 return _Way(place, flipped, [*steps, (id(leaf), above)])
             kind = _kind(child)
@@ -281,7 +282,7 @@ class Reader:
             if kind == "BackwardHookFunctionBackward":
                 return True
             try:
-                inputs = _saved(node, _INPUTS[kind])
+                inputs = _saved_tensor(node, _INPUTS[kind])
             except (KeyError, AttributeError, RuntimeError):
                 continue
             if isinstance(inputs, Tensor) and (_has_tensor_hooks(inputs) or _retains(inputs)):
@@ -294,6 +295,22 @@ class Reader:
         Returns:
             Its edge, or None.
         """
+        front = Front(self._leading())
+        for node, output in self.starts:
+            if node in front.at:
+                front.reach(node, output)
+        for node in front.order:
+            if node in self._leaves:  # nothing below is on the way to this one
+                return None
+            if front.is_narrow(node):
+                return GradientEdge(node, 0)
+            for child, output in self.nodes[node]:
+                if child is not None and child in front.at:
+                    front.reach(child, output)
+        return None
+
+    def _leading(self) -> list[Node]:
+        """The nodes that lead to the shared parameters, from the losses down."""
         leading: set[Node] = set()
         for node, below in self.nodes.items():
             if node in self._leaves:
@@ -301,27 +318,12 @@ class Reader:
                     leading.add(node)
             elif any(child in leading for child, _ in below):
                 leading.add(node)
-        order = [node for node in reversed(self.nodes) if node in leading]  # from the losses down
-        at = {node: k for k, node in enumerate(order)}
-        outputs: dict[Node, set[int]] = {}
-        for node, output in self.starts:
-            outputs.setdefault(node, set()).add(output)
-        farthest = max((at[node] for node in outputs if node in at), default=len(order))
-        for k, node in enumerate(order):
-            if node in self._leaves:  # nothing below is on the way to this one
-                return None
-            if farthest == k and outputs[node] == {0}:
-                return GradientEdge(node, 0)
-            for child, output in self.nodes[node]:
-                if child is not None and child in leading:
-                    farthest = max(farthest, at[child])
-                    outputs.setdefault(child, set()).add(output)
-        return None
+        return [node for node in reversed(self.nodes) if node in leading]
 
 
 def _sort(call: _Call) -> tuple[torch.device, torch.dtype, torch.dtype]:
     """Where a call was made, and in which precision."""
-    return call.inputs.device, call.inputs.dtype, call.node._input_metadata[0].dtype
+    return call.inputs.device, call.inputs.dtype, metadata(call.node)[0].dtype
 
 
 def _grouped(indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,13 +338,13 @@ def _grouped(indices: Tensor) -> tuple[Tensor, Tensor]:
 def _scales(node: Any, indices: Tensor, count: int) -> Tensor | None:
     """What a call of an embedding multiplies the gradient at each index by, (Nᵤ, 1), float64; None: nothing."""
     scales: Tensor | None = None
-    if node._saved_scale_grad_by_freq:
+    if saved(node, "scale_grad_by_freq"):
         groups, _ = _grouped(indices)
         times = torch.zeros(len(indices), device=indices.device, dtype=torch.float64)
         times.index_add_(0, groups, torch.ones_like(times))
         scales = times[groups].reciprocal()[:, None]
-    if 0 <= node._saved_padding_idx < count:
-        kept = (indices != node._saved_padding_idx)[:, None].double()
+    if 0 <= saved(node, "padding_idx") < count:
+        kept = (indices != saved(node, "padding_idx"))[:, None].double()
         scales = kept if scales is None else scales * kept
     return scales
 
@@ -351,11 +353,11 @@ def _kind(node: Node) -> str:
     return type(node).__name__
 
 
-def _saved(node: Any, name: str) -> Any:
+def _saved_tensor(node: Any, name: str) -> Any:
     """A tensor that a node has saved; an AttributeError if reading it would run code, such as a second forward pass."""
-    if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
+    if raw_saved(node, name).unpack_hook is not None:
         raise AttributeError(name)
-    return getattr(node, f"_saved_{name}")
+    return saved(node, name)
 
 
 def _is_simple(tensor: Any) -> bool:
@@ -364,11 +366,13 @@ def _is_simple(tensor: Any) -> bool:
 
 
 def _has_tensor_hooks(tensor: Tensor | None) -> bool:
-    return tensor is not None and bool(
-        tensor._backward_hooks or (tensor._base is not None and tensor._base._backward_hooks)
-    )
+    if tensor is None:
+        return False
+    base = base_of(tensor)
+    return bool(hooks_of(tensor) or (base is not None and hooks_of(base)))
 
 
 def _retains(tensor: Tensor) -> bool:
     """Whether a tensor between the leaves and the losses was asked to keep its gradient."""
-    return tensor.retains_grad or (tensor._base is not None and tensor._base.retains_grad)
+    base = base_of(tensor)
+    return tensor.retains_grad or (base is not None and base.retains_grad)

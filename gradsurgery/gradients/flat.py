@@ -1,0 +1,81 @@
+"""All rows of a small model in one matrix: few calls, whatever the number of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsurgery.gradients import descent
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.gradients.base import Add, Request, collect
+from gradsurgery.gradients.dense import Dense
+from gradsurgery.gradients.gram import Gram, Table, few
+
+
+class Flat(Dense):
+    """m rows over shared parameters that every loss reaches, one behind the other."""
+
+    @classmethod
+    def gather(cls, request: Request) -> Dense | str:
+        """Differentiate the losses, if their rows may fit a small matrix.
+
+        Args:
+            request: What is wanted.
+
+        Returns:
+            The rows; an empty reason where they are too large or of several kinds.
+        """
+        if not _fits(request):
+            return ""
+        found = cls(request)
+        found.marks = collect(request, found.private, found._arrive)
+        entries = [g for row in found.rows for g in row]
+        whole = all(g is not None and not g.is_sparse for g in entries)
+        return found if whole else Dense.of(found)
+
+    def partition(self, parts: list[list[int]]) -> None:
+        self.parts = parts
+        entries = [g.reshape(-1) for row in self.rows for g in row if g is not None]
+        self._matrix = torch.cat(entries).view(self.request.m, -1)
+        self.rows, self.tables = [], [Table(self._matrix)]
+
+    def reaching(self, k: int) -> list[bool] | None:
+        return None
+
+    @property
+    def balances(self) -> bool:
+        return True
+
+    def hold(self, k: int, gram: Gram, weights: np.ndarray) -> descent.Direction | None:
+        return descent.held(self.tables[k], gram.values, weights, [self._matrix])
+
+    def combine(
+        self,
+        weights: Sequence[np.ndarray],
+        factors: np.ndarray,
+        held: Sequence[descent.Direction | None],
+        add: Add,
+    ) -> dict[Tensor, Tensor | None]:
+        (w,), (direction,) = weights, held
+        flat = rows_module.mixed(self._matrix, w) if direction is None else direction.flat.to(self._matrix)
+        # One call that copies, so that no gradient shares its memory with another. Its stub says that it returns None.
+        split: Any = torch.split_with_sizes_copy
+        pieces = split(flat, [p.numel() for p in self.shared])
+        found: dict[Tensor, Tensor | None] = {
+            p: piece.view(p.shape) for p, piece in zip(self.shared, pieces, strict=True)
+        }
+        return {**found, **self.private.combine(factors, self.comm)}
+
+
+def _fits(request: Request) -> bool:
+    """Whether all rows are of one kind and so short that a copy costs nothing that shows."""
+    params = request.shared
+    if not request.gram_only or request.doubtful or request.m < 2 or not params or not request.batch.comm.is_alone:
+        return False
+    if not few([list(params)], request.m) or len({(p.dtype, p.device) for p in params}) > 1:
+        return False
+    return params[0].dtype in (torch.float32, torch.float64) and all(p.is_contiguous() for p in params)

@@ -1,0 +1,129 @@
+"""What the engines have in common that find inner products without keeping rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsurgery.gradients import descent
+from gradsurgery.gradients.base import Add, Gradients, Marks, Request
+from gradsurgery.gradients.dense import Dense
+from gradsurgery.gradients.gram import Gram, Row, Table
+
+#: Shared entries below which rows are always formed.
+FEW = 100_000
+
+
+class Unformed(Protocol):
+    """A table whose rows are formed only when asked for."""
+
+    shared: tuple[Tensor, ...]
+    others: list[Row]
+
+    def reached(self) -> list[int]: ...
+    def row(self, i: int, place: int) -> Tensor | None: ...
+    def whole(self) -> list[Row]: ...
+    def drop(self, places: Sequence[int]) -> None: ...
+    def combine(self, weights: Sequence[float]) -> list[Tensor | None]: ...
+
+
+def refusal(request: Request, engine: str) -> str:
+    """Why rows are needed, whatever the model.
+
+    Args:
+        request: What is wanted.
+        engine: The engine that would do without.
+
+    Returns:
+        The reason, in words; empty if there is none.
+    """
+    batch = request.batch
+    refused = {
+        "`row_dtype` and `row_device` put rows away": request.puts_away,
+        'engine="rows" was asked for': request.engine == "rows",
+        "the method looks at the rows themselves": not request.gram_only,
+        "micro-batches are added up row by row": batch.is_accumulated,
+        "several processes share the work": not batch.comm.is_alone,
+        "the graph cannot be read": batch.masks is None or bool(request.doubtful),
+        # For so few numbers it takes longer to look than to make the rows.
+        f"fewer than {FEW} shared entries": request.engine == "auto" and sum(p.numel() for p in request.shared) < FEW,
+        f"{engine}: a hook at a border would act twice": "hooked" in request.failed and engine == "blocks",
+    }
+    return next((why.removeprefix(f"{engine}: ") for why, so in refused.items() if so), "")
+
+
+class Formed(Gradients):
+    """Gradients of which the inner products are known, and which are formed as a sum.
+
+    Args:
+        request: What is wanted.
+        table: What has been found.
+        engine: What the report calls it.
+        reason: Why it was chosen.
+    """
+
+    def __init__(self, request: Request, table: Table, engine: str, reason: str) -> None:
+        super().__init__(request)
+        self.engine, self.reason = engine, reason
+        self._found: Unformed = table  # type: ignore[assignment]
+        self._table = table
+        for i, row in enumerate(self._found.others):
+            self.private.add(i, row)
+        self._found.others = []
+        masks = self._found.reached()
+        there = torch.tensor([[mask >> i & 1 for mask in masks] for i in range(request.m)], dtype=torch.uint8)
+        self.marks = Marks(there.reshape(request.m, len(masks)), None, [True] * request.m)
+
+    def settle(
+        self, there: Tensor, unreached: Sequence[tuple[int, int]], private: Sequence[int], idle: Sequence[int]
+    ) -> None:
+        for place in private:
+            terms = [(i, g) for i in range(self.request.m) if (g := self._found.row(i, place)) is not None]
+            self.private.take(self.shared[place], terms)
+        self._found.drop(private)
+        gone = set(private)
+        self.shared = [p for place, p in enumerate(self.shared) if place not in gone]
+
+    def partition(self, parts: list[list[int]]) -> None:
+        self.parts = parts
+        self.tables = [self._table] if parts else []
+
+    def reaching(self, k: int) -> list[bool] | None:
+        rows: Sequence[Row] = self._table.rows  # type: ignore[assignment]
+        return [any(g is not None for g in row) for row in rows]
+
+    @property
+    def balances(self) -> bool:
+        return sum(self.reaching(0) or ()) > 1
+
+    def inside(self, gram: Gram, weights: np.ndarray) -> tuple[Gradients, np.ndarray]:
+        if not np.isfinite(weights).all() or descent.is_certain(self._table, gram.values, weights):
+            return self, weights
+        if (moved := descent.moved_inside(self._table, gram.values, weights)) is not None:
+            return self, moved
+        dense = Dense(self.request)
+        dense.reason, dense.flags = "rounding could make a loss rise", self.flags
+        dense.shared, dense.private = self.shared, self.private
+        places = {p: place for place, p in enumerate(self._found.shared)}
+        dense.rows = [[row[places[p]] for p in self.shared] for row in self._found.whole()]
+        dense.partition(self.parts)
+        for table in dense.tables:
+            table.unit = gram.table.unit
+        return dense, weights
+
+    def combine(
+        self,
+        weights: Sequence[np.ndarray],
+        factors: np.ndarray,
+        held: Sequence[descent.Direction | None],
+        add: Add,
+    ) -> dict[Tensor, Tensor | None]:
+        found: dict[Tensor, Tensor | None] = {}
+        if weights:
+            every = dict(zip(self._found.shared, self._found.combine(weights[0].tolist()), strict=True))
+            found = {p: every[p] for p in self.shared}
+        return {**found, **self.private.combine(factors, self.comm)}

@@ -1,0 +1,423 @@
+"""The step of every surgery method: losses → gradients → inner products → weights → ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradsurgery.batch import Batch, Layout
+from gradsurgery.communication import shards
+from gradsurgery.gradients import Gradients, Request, Stream, gather
+from gradsurgery.gradients import rows as rows_module
+from gradsurgery.gradients.dense import Dense, whole
+from gradsurgery.gradients.descent import Direction
+from gradsurgery.gradients.gram import Gram
+from gradsurgery.guard import Guard
+from gradsurgery.report import Report
+from gradsurgery.sharing import Habits, Sharing
+from gradsurgery.solve import Problem, solve
+
+if TYPE_CHECKING:
+    from gradsurgery.protocols import Method
+
+
+class Seen(NamedTuple):
+    """What the host knows of the gradients.
+
+    Attributes:
+        values: The losses, (m,).
+        scale: The loss scale.
+        measured: What a weighter inside has measured, if anything.
+        peaks: The largest plain gradient of each loss, (m,), with the loss scale.
+        grams: Inner products of the rows in each group of the shared parameters.
+        columns: What the method has sent, one column a shared parameter, or None.
+        norms: Lengths of the gradients where they are all that was measured, or None.
+    """
+
+    values: np.ndarray
+    scale: float
+    measured: list[np.ndarray]
+    peaks: np.ndarray
+    grams: list[Gram]
+    columns: np.ndarray | None
+    norms: np.ndarray | None
+
+    @property
+    def unit(self) -> float:
+        """What the rows of :meth:`gram` were divided by."""
+        return max((gram.unit for gram in self.grams), default=1.0)
+
+    def gram(self) -> np.ndarray | None:
+        """Inner products over all groups.
+
+        Returns:
+            (m, m), or None if there are none.
+        """
+        if not self.grams:
+            return None
+        unit = self.unit
+        parts = (g.values if g.unit == unit else g.values * (g.unit / unit) ** 2 for g in self.grams)
+        return np.asarray(sum(parts, np.zeros_like(self.grams[0].values)))
+
+
+class Weighed(NamedTuple):
+    """What everything is multiplied by.
+
+    Attributes:
+        factors: The plain gradients, (m,).
+        early: The same, where the rows are multiplied already; None otherwise.
+        weights: The rows of each group of the shared parameters, `factors` aside.
+    """
+
+    factors: np.ndarray
+    early: np.ndarray | None
+    weights: list[np.ndarray]
+
+
+class SurgeryStep:
+    """One call of ``backward``.
+
+    Args:
+        method: The surgery.
+        batch: The losses.
+        layout: The places of the parameters.
+    """
+
+    def __init__(self, method: Method, batch: Batch, layout: Layout) -> None:
+        self.method = method
+        self.batch = batch
+        self.layout = layout
+        self.settings = method.settings
+        self.transaction = method.transaction
+        self.phase = self.settings.phase(self.transaction.memory, batch.names)
+        self.guard = Guard(batch, self.settings, self.transaction)
+        self.m = len(batch.names)
+        self.share = self.settings.share(self.m)
+        self.observes = method.observes and self.phase == "solve"
+
+    def take(self) -> Report:
+        """Take the step.
+
+        Returns:
+            What happened.
+        """
+        if self.phase != "solve":
+            self.transaction.flag("reused" if self.phase == "reuse" else self.phase)
+        inner = self.method.inner
+        measured = None if inner is None else inner.measure(self.batch)
+        request, gradients = self._differentiate()
+        early = None
+        if self.observes:
+            early = self._early_factors(measured)
+            if early is not None and self._stopped_early(early, gradients):
+                return self._nothing(self.batch.values.cpu().numpy())
+            self._observe(gradients, early, request)
+        parts = self.method.parts(gradients.shared, self.layout)
+        gradients.partition(list(parts.values()))
+        seen = self._fetch(gradients, measured)
+        if self._stopped(seen):
+            return self._nothing(seen.values)
+        weighed = self._weigh(gradients, parts, seen, early)
+        if self.m > 1 and not gradients.shared and self.phase != "warmup":
+            self.transaction.flag("nothing-shared")
+        return self._write(gradients, request, seen, weighed)
+
+    def _nothing(self, values: np.ndarray) -> Report:
+        return Report(self.batch.names, values, flags=self.transaction.flags)
+
+    # ---------------------------------------------------------------------------------- losses → gradients
+
+    def _differentiate(self) -> tuple[Request, Gradients]:
+        """Make the backward passes, and find out which parameters are shared."""
+        method, transaction = self.method, self.transaction
+        habits = Habits(method.observes, method.moves_unreached, method.undecided)
+        sharing = Sharing(self.batch, self.layout, self.settings, transaction, habits, method.parameters(), self.phase)
+        failed = set(transaction.memory.get("failed", ()))
+        request = self._request(sharing, set(failed))
+        gradients = gather(request)
+        sharing.settle(gradients)
+        transaction.flags += gradients.flags
+        if request.failed != failed and transaction.writable:
+            transaction.memory["failed"] = sorted(request.failed)
+        return request, gradients
+
+    def _request(self, sharing: Sharing, failed: set[str]) -> Request:
+        method, batch, settings = self.method, self.batch, self.settings
+        shared = sharing.candidates()
+        one_pass = self._does_with_one_pass(sharing, shared)
+        if (one_pass and self.phase == "solve") or (method.streaming and batch.masks is not None):
+            shared = sharing.settled(shared)
+        if one_pass and self.m > 1 and self.phase != "warmup" and not sharing.is_balanced(shared):
+            shared = []
+        is_shared = set(shared)
+        return Request(
+            batch=batch,
+            shared=shared,
+            plain=[p for p in (*batch.owned, *batch.foreign) if p not in is_shared],
+            solves=self.phase == "solve",
+            one_pass=one_pass,
+            engine=settings.engine,
+            gram_only=method.needs_gram_only,
+            named=settings.shared_params is not None,
+            apart=method.inner is not None or settings.log_losses,
+            doubtful=[] if one_pass else sharing.doubtful(shared),
+            row_dtype=settings.row_dtype,
+            row_device=settings.row_device,
+            stand_in=self._stand_in,
+            stream=self._stream() if method.streaming and not one_pass else None,
+            share=self.share,
+            failed=failed,
+        )
+
+    def _does_with_one_pass(self, sharing: Sharing, shared: Sequence[Tensor]) -> bool:
+        if self.batch.is_accumulated or not (self.phase != "solve" or self.batch.features):
+            return False
+        return self.phase != "reuse" or not sharing.needs_rows(shared)
+
+    def _stream(self) -> Stream:
+        method, learns = self.method, self.transaction.writable
+        return Stream(
+            order=method.visiting_order(),
+            priorities=method.preferences() if learns else np.ones(self.m),
+            promises=method.promises(2),
+            learns=learns,
+        )
+
+    def _stand_in(self, p: Tensor) -> Tensor:
+        """What stands for a parameter before the method: the local piece, and pairs of reals for complex entries."""
+        pairs = p.is_complex() and not self.method.needs_gram_only
+        if not pairs and not hasattr(p, "device_mesh"):
+            return p
+        return self.layout.stand_in(
+            p, lambda: torch.view_as_real(shards.empty(p).detach()) if pairs else shards.empty(p)
+        )
+
+    # ------------------------------------------------------------------------ methods that replace the rows
+
+    def _early_factors(self, measured: Tensor | None) -> np.ndarray | None:
+        """What multiplies each loss, if that has to be known before the method sees the rows: one more transfer."""
+        method = self.method
+        if method.inner is None and not self.settings.log_losses:
+            return None
+        (values, *more), _ = self.batch.comm.fetch([self.batch.values, *([] if measured is None else [measured])], [])
+        if not np.isfinite(values).all():
+            return np.where(np.isfinite(values), 1.0, np.nan)
+        return method.factors(values, *more)
+
+    def _stopped_early(self, early: np.ndarray, gradients: Gradients) -> bool:
+        return (
+            self.guard.stops(np.isfinite(early), "the value")
+            or self.guard.fitting(early, gradients.largest_weights) is None
+        )
+
+    def _observe(self, gradients: Gradients, early: np.ndarray | None, request: Request) -> None:
+        """Let the method replace the rows."""
+        assert isinstance(gradients, Dense)
+        scale = None if self.batch.scaler is None else self.batch.loss_scale
+        for i, row in enumerate(gradients.rows):
+            rows_module.unscale(row, scale, 1.0 if early is None else float(early[i]))
+        if not self.transaction.writable:
+            return
+        seen = self.batch.values
+        if self.settings.log_losses:
+            seen = seen.log()
+        elif early is not None:
+            seen = seen * torch.from_numpy(early).to(seen.device)
+        params = list(map(request.stand_in, gradients.shared))
+        with self.method.observing(early):
+            gradients.replace(self.method.observe(gradients.rows, list(seen.unbind()), params))
+
+    # ------------------------------------------------------------------------- gradients → inner products
+
+    def _fetch(self, gradients: Gradients, measured: Tensor | None) -> Seen:
+        """Bring everything that the host has to know there, in one transfer."""
+        comm, products, peaks = self.batch.comm, gradients.products(), gradients.peaks()
+        sent = self.method.sent()
+        if sent is not None:
+            counts = torch.tensor(list(map(comm.counts, gradients.shared)), dtype=torch.bool, device=sent.device)
+            sent = torch.where(counts, sent, 0)
+        alone = [self.batch.values, self.batch.loss_scale, *([] if measured is None else [measured])]
+        together = [*peaks, *products, *([] if sent is None else [sent])]
+        (values, scale, *more), found = comm.fetch(alone, together)
+        columns = None if sent is None else found.pop().reshape(len(sent), -1)
+        return Seen(
+            values=values,
+            scale=float(scale[0]),
+            measured=more,
+            peaks=found.pop(0) if peaks else np.zeros(self.m),
+            grams=gradients.grams(found, 1.0 if self.observes else float(scale[0])),
+            columns=columns,
+            norms=gradients.norms,
+        )
+
+    def _stopped(self, seen: Seen) -> bool:
+        """Whether something is not finite, and nothing is to be written."""
+        finite = np.isfinite(seen.peaks)
+        for gram in seen.grams:
+            squares = np.isfinite(gram.values.diagonal())
+            finite = finite & (squares if len(squares) == self.m else squares.all())
+        for numbers in (*seen.measured, *([] if seen.norms is None else [seen.norms])):
+            finite = finite & np.isfinite(numbers).reshape(self.m, -1).all(axis=1)
+        return self.guard.stops(np.isfinite(seen.values), "the value") or self.guard.stops(finite, "the gradient")
+
+    # -------------------------------------------------------------------------- inner products → weights
+
+    def _weigh(
+        self, gradients: Gradients, parts: dict[str, list[int]], seen: Seen, early: np.ndarray | None
+    ) -> Weighed:
+        """Find the weights. In a call that is rejected they are 1: a scaler has to see inf and nan to skip the step."""
+        method, ones = self.method, np.ones(self.m)
+        weights = [np.ones(len(gram)) for gram in seen.grams] or [ones for _ in parts]
+        if not self.transaction.writable:
+            return Weighed(ones if early is None else early, early, weights)
+        factors = method.factors(seen.values, *seen.measured) if early is None else early
+        if self.phase == "solve" and gradients.solved is not None:
+            weights = [gradients.solved for _ in parts]
+        elif self.phase == "solve":
+            weights = self._solve(gradients, parts, seen, factors, early is None)
+        elif self.phase == "reuse" and (self.m == 1 or gradients.balances):
+            last = self.transaction.memory["last_weights"]
+            weights = [np.array([last[name] for name in self.batch.names]) for _ in parts]
+        if self.settings.every > 1 and self.phase == "solve":
+            new = weights[0] if weights else ones
+            self.transaction.memory["last_weights"] = dict(zip(self.batch.names, map(float, new), strict=True))
+        return Weighed(factors, early, [self.batch.comm.broadcast(w, self.batch.values.device) for w in weights])
+
+    def _solve(
+        self, gradients: Gradients, parts: dict[str, list[int]], seen: Seen, factors: np.ndarray, late: bool
+    ) -> list[np.ndarray]:
+        """Ask the method, group by group."""
+        method = self.method
+        values = method.seen(seen.values, factors)
+        multiplied = factors if late and (method.inner is not None or self.settings.log_losses) else None
+        weights = []
+        for k, (name, gram) in enumerate(zip(parts, seen.grams, strict=False)):
+            measured = None if seen.columns is None else seen.columns[:, list(parts.values())[k]].sum(axis=1)
+            problem = Problem(self.batch.names, gram, measured)
+            with method.part(name):
+                weights.append(solve(method, problem, values, multiplied, gradients.reaching(k)))
+        return weights or [np.ones(self.m) for _ in parts]
+
+    # -------------------------------------------------------------------------------- weights → ``.grad``
+
+    def _write(self, gradients: Gradients, request: Request, seen: Seen, weighed: Weighed) -> Report:
+        share, factors = self.share, self.share * weighed.factors
+        late = np.ones(self.m) if weighed.early is not None else weighed.factors
+        applied = [share * (w * late if len(w) == self.m else w) for w in weighed.weights]
+        gram, unit, shared = seen.gram(), seen.unit, gradients.shared
+        gradients, applied, held = self._hold(gradients, seen, weighed, applied)
+        fitting = self._fitting(gradients, applied, factors, held)
+        if fitting is None:
+            return self._nothing(seen.values)
+        doubtful = self._may_overflow(gradients, fitting, factors, gram, seen)
+        seen.grams.clear()  # nothing else may hold the rows while they are added up
+        found = gradients.combine(fitting, factors, held, self._adder(request))
+        del held
+        if self.observes and self.batch.scaler is not None:
+            for p in shared:
+                if (g := found[p]) is not None:
+                    found[p] = g * self.batch.loss_scale.to(g.device, g.dtype)
+        sums = [self.batch.comm.like(g, p) for p, g in found.items()]
+        if self.guard.spoiled(sums, doubtful, gradients.is_unseen):
+            return self._nothing(seen.values)
+        rows_module.write(list(found), sums)
+        return Report(
+            self.batch.names,
+            seen.values,
+            self._shown_weights(fitting, factors, weighed.early),
+            None if gram is None else gram[: self.m, : self.m],
+            norms=None if seen.norms is None or not shared else seen.norms / seen.scale,
+            flags=self.transaction.flags,
+            engine=gradients.engine,
+            reason=gradients.reason or None,
+            projections=self.transaction.projections,
+            unit=unit,
+        )
+
+    def _hold(
+        self, gradients: Gradients, seen: Seen, weighed: Weighed, applied: list[np.ndarray]
+    ) -> tuple[Gradients, list[np.ndarray], list[Direction | None]]:
+        """Keep the promise that no loss rises where rounding could break it."""
+        # A loss that is multiplied by 0 or less takes no part in what the method promises.
+        promised = self.phase == "solve" and self.transaction.writable and bool((weighed.factors > 0).all())
+        if not promised:
+            return gradients, applied, [None for _ in applied]
+        promises = [self.method.promises(len(gram)) for gram in seen.grams]
+        if promises and promises[0]:
+            gradients, applied[0] = gradients.inside(seen.grams[0], applied[0])
+        held: list[Direction | None] = [None for _ in applied]
+        for k, gram in enumerate(seen.grams):
+            if promises[k] and np.isfinite(applied[k]).all():
+                held[k] = gradients.hold(k, gram, applied[k])
+        if any(direction is not None and not direction.descends for direction in held):
+            self.transaction.flag("loss-may-rise")
+        return gradients, applied, held
+
+    def _fitting(
+        self,
+        gradients: Gradients,
+        applied: Sequence[np.ndarray],
+        factors: np.ndarray,
+        held: Sequence[Direction | None],
+    ) -> list[np.ndarray] | None:
+        """The weights, if what they multiply can hold them; what is held was added up in double precision."""
+        most = gradients.largest_weights
+        fitting = [self.guard.fitting(w, most) if d is None else d.weights for w, d in zip(applied, held, strict=True)]
+        found = [w for w in fitting if w is not None]
+        if len(found) < len(fitting) or self.guard.fitting(factors, most) is None:
+            return None
+        return found
+
+    def _may_overflow(
+        self,
+        gradients: Gradients,
+        applied: Sequence[np.ndarray],
+        factors: np.ndarray,
+        gram: np.ndarray | None,
+        seen: Seen,
+    ) -> bool:
+        """Whether the result may be too large for the dtype of a parameter, though every row and weight is in range.
+
+        No entry of a sum is larger than the lengths of its rows together.
+        """
+        if gram is not None:
+            lengths = seen.unit * np.sqrt(gram.diagonal())
+        else:
+            lengths = np.zeros(self.m) if seen.norms is None else seen.norms
+        with np.errstate(over="ignore"):
+            bounds = [float(np.abs(w) @ lengths[: len(w)]) for w in applied] + [float(np.abs(factors) @ seen.peaks)]
+        return rows_module.may_overflow(max(bounds), [*gradients.shared, *gradients.private.params])
+
+    def _adder(self, request: Request) -> rows_module.Add:
+        """What adds up the rows of one parameter: the method, if it has its own way."""
+        method = self.method
+        if self.phase != "solve" or not self.transaction.writable:
+            return lambda column, weights, p: rows_module.combine(
+                [whole(g, p) for g in column], weights, shards.empty(p)
+            )
+
+        def add(column: list[Tensor | None], weights: list[float], p: Tensor) -> Tensor | None:
+            if request.puts_away and not method.adds_rows:  # it sees one parameter in full precision at a time
+                column = [rows_module.restored(g, p) for g in column]
+            g = method.direct(column, weights, request.stand_in(p), self.share)
+            return whole(g, p) if not request.gram_only else g
+
+        return add
+
+    def _shown_weights(
+        self, applied: Sequence[np.ndarray], factors: np.ndarray, early: np.ndarray | None
+    ) -> np.ndarray | None:
+        """One weight per loss for the report, where the method works by them."""
+        if not applied:
+            found = factors
+        elif len(applied) == 1 or self.phase != "solve":  # the same in all groups
+            found = applied[0]
+        else:
+            return None
+        if not self.method.has_weights or len(found) != self.m:
+            return None
+        return found if early is None or not applied else found * early

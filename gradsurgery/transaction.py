@@ -1,0 +1,238 @@
+"""What a method remembers, and what one call of ``backward`` proposes to remember."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from gradsurgery import misuse
+from gradsurgery.gradients.accumulated import Accumulated
+from gradsurgery.report import Report
+from gradsurgery.text import warn
+
+
+class Transaction:
+    """The memory of one method: committed by ``step``, proposed by ``backward``, drafted while a call runs.
+
+    Memory is a dict whose values are replaced and never changed in place, so that a draft is a shallow copy. The object
+    itself is changed in place: a framework may run a method on an object of its own that shares this one.
+
+    Attributes:
+        committed: The memory after the last step.
+        proposed: What the next step will commit, or None.
+        updated: What the step that is being made commits, until it ends; None outside of it.
+        stepped: The last call's proposal went into an update.
+        accumulated: Gradients of micro-batches that no call has acted on, or None.
+        report: What the last call did.
+        loop: How the training loop uses the optimizer.
+        names: Names of the losses of this call, absent ones included.
+        present: Those that this batch has, (m,).
+        is_open: A call is running.
+        rejected: It must not be learnt from, and the scaler may see inf and nan.
+        flags: What was unusual in this call.
+        projections: How many projections it made, or None.
+    """
+
+    def __init__(self) -> None:
+        self.committed: dict[str, Any] = {"step": 0}
+        self.proposed: dict[str, Any] | None = None
+        self.updated: dict[str, Any] | None = None
+        self.stepped = True
+        self.accumulated: Accumulated | None = None
+        self.report: Report | None = None
+        self.loop = misuse.Loop()
+        self.names: tuple[str, ...] = ()
+        self.present: tuple[str, ...] = ()
+        self.is_open = False
+        self.rejected = False
+        self.flags: list[str] = []
+        self.projections: int | None = None
+        self._repeated: tuple[str, ...] = ()  # flags of micro-batches, which the report on all of them has too
+        self._draft: dict[str, Any] = {}
+        self._part: str | None = None
+        self._told: set[str] = set()
+
+    # --------------------------------------------------------------------------------- between the calls
+
+    @property
+    def learnt(self) -> dict[str, Any]:
+        """The memory that belongs to the parameters as they are: what is committed, or is about to be."""
+        return self.committed if self.updated is None else self.updated
+
+    def update(self) -> None:
+        """The parameters have been updated: what was proposed belongs to them, whatever a hook does now."""
+        # What was accumulated has not been acted on: the step was made without.
+        if self.proposed is not None and self.accumulated is None:
+            self.updated = {**self.proposed, "step": self.proposed["step"] + 1}
+            self.proposed, self.stepped = None, True
+
+    def commit(self) -> None:
+        """The step has ended."""
+        self.committed, self.updated = self.learnt, None
+
+    def discard(self) -> None:
+        """Forget what was proposed and what was accumulated."""
+        self.proposed, self.accumulated, self._repeated = None, None, ()
+
+    def load(self, memory: dict[str, Any]) -> None:
+        """Go on with a memory from elsewhere.
+
+        Args:
+            memory: The memory.
+        """
+        self.discard()
+        self.committed, self.updated, self.stepped = memory, None, True
+
+    def revise(self, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+        """Change what is remembered outside of ``backward``.
+
+        A call whose step is still to come gets the same change, or its commit would undo this one. All is computed
+        before anything is replaced.
+
+        Args:
+            change: From a memory, which it must not change, to the entries that change.
+        """
+        kinds = ("committed", "updated", "proposed")
+        revised = {kind: {**found, **change(found)} for kind in kinds if (found := getattr(self, kind)) is not None}
+        for kind, memory in revised.items():
+            setattr(self, kind, memory)
+
+    @contextmanager
+    def revising(self, names: tuple[str, ...], present: tuple[str, ...]) -> Iterator[None]:
+        """Learn something about the last step, after it and outside of ``backward``.
+
+        Args:
+            names: Names of the losses.
+            present: Those that there is something to learn of.
+
+        Yields:
+            Nothing. What is put into the memory meanwhile is committed, unless something raises.
+        """
+        stepped = self.stepped
+        try:
+            with self.aside(), self.open(names, present):
+                self._draft = dict(self.learnt)
+                yield
+                self.committed, self.updated = self._draft, None
+        finally:
+            self.stepped = stepped
+
+    def once(self, kind: str) -> bool:
+        """Ask whether this is the first time that something happens to this optimizer.
+
+        Args:
+            kind: What.
+
+        Returns:
+            True once.
+        """
+        first = kind not in self._told
+        self._told.add(kind)
+        return first
+
+    def warn_once(self, kind: str, text: str) -> None:
+        """Warn, but not a second time.
+
+        Args:
+            kind: Of what.
+            text: The warning.
+        """
+        if self.once(kind):
+            warn(text)
+
+    # ------------------------------------------------------------------------------------- within a call
+
+    @contextmanager
+    def open(self, names: tuple[str, ...], present: tuple[str, ...]) -> Iterator[None]:
+        """Draft a memory. It becomes the proposal if nothing raises and the call was not rejected.
+
+        Args:
+            names: Names of the losses, absent ones included.
+            present: Those that this batch has.
+
+        Yields:
+            Nothing.
+        """
+        self._draft = dict(self.learnt if self.proposed is None else self.proposed)
+        self.names, self.present, self.flags, self.projections = names, present, [], None
+        self.is_open, self.rejected, self.stepped = True, False, False
+        try:
+            yield
+            if not self.rejected:
+                self.proposed = self._draft
+        finally:
+            self.is_open, self.rejected, self._draft = False, False, {}
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Put what was proposed aside, and back at the end.
+
+        Yields:
+            Nothing.
+        """
+        proposed, self.proposed = self.proposed, None
+        try:
+            yield
+        finally:
+            self.proposed = proposed
+
+    @property
+    def writable(self) -> bool:
+        """Whether there is a draft that a method may learn into."""
+        return self.is_open and not self.rejected
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """The draft, or what is learnt so far where there is none; of one group of parameters if one is looked at."""
+        memory = self._draft if self.writable else self.learnt
+        found: dict[str, Any] = memory if self._part is None else memory[self._part]
+        return found
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The draft, or what is learnt so far, of all groups of parameters together."""
+        return self._draft if self.writable else self.learnt
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Give one group of parameters a memory of its own.
+
+        Args:
+            name: What it is kept under.
+
+        Yields:
+            Nothing.
+        """
+        self._draft[name] = dict(self._draft.get(name, {}))
+        self._part = name
+        try:
+            yield
+        finally:
+            self._part = None
+
+    def reject(self) -> None:
+        """Learn nothing from this call: what it computed should not lead to a step."""
+        self.rejected = True
+
+    def flag(self, what: str) -> None:
+        """Note what is unusual in this call.
+
+        Args:
+            what: The flag.
+        """
+        self.flags.append(what)
+
+    def repeat_flags(self, last: bool) -> None:
+        """At the end of a micro-batch: keep what the report on all of them has to say too.
+
+        Args:
+            last: No micro-batch follows.
+        """
+        kept = [*self._repeated, *(what for what in self.flags if what == "dropped")]
+        self._repeated = () if last else tuple(dict.fromkeys(kept))
+
+    @property
+    def repeated(self) -> tuple[str, ...]:
+        """Flags of the micro-batches so far."""
+        return self._repeated
