@@ -18,6 +18,7 @@ from gradsurgery.communication import Communicator
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.accumulated import Accumulated
 from gradsurgery.gradients.gram import Row
+from gradsurgery.gradients.rows import parameters as parameters
 from gradsurgery.graph import Graph, Root, Start, undecided, walk
 from gradsurgery.losses import Tasks
 from gradsurgery.settings import Settings
@@ -666,16 +667,3 @@ def require_reached(
             "optimizer? Name that one in `others`. If torch.func.functional_call ran the model on copies, build "
             "the optimizer over these."
         )
-
-
-def parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Trainable parameters in the order of the groups, each once. Read anew in every call: groups change.
-
-    Args:
-        optimizer: Any optimizer.
-
-    Returns:
-        Its parameters that require grad.
-    """
-    # By id: hashing a tensor takes longer than anything else here.
-    return list({id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}.values())

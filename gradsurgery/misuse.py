@@ -30,7 +30,6 @@ class Loop:
         plain_steps: Steps with gradients before the first ``backward``; None once that is no concern any more.
         stepping: The wrapped optimizer steps because this one does.
         scaled: The last ``backward`` was given a gradient scaler.
-        said: What was said already.
         lasting: For how many steps in a row something has been so.
     """
 
@@ -38,23 +37,11 @@ class Loop:
         self.plain_steps: int | None = 0
         self.stepping = False
         self.scaled = False
-        self.said: set[str] = set()
         self.lasting: dict[str, int] = {}
         self._written: weakref.ref[Tensor] | None = None  # one of the gradients that the last `backward` wrote
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_written": None, "stepping": False}
-
-    def say(self, kind: str, what: str) -> None:
-        """Say something once.
-
-        Args:
-            kind: What is not said a second time.
-            what: The words.
-        """
-        if kind not in self.said:
-            self.said.add(kind)
-            warn(what)
 
     def lasts(self, kind: str, holds: bool, steps: int) -> bool:
         """Count the steps in a row in which something holds.
@@ -97,7 +84,7 @@ class Loop:
         Args:
             method: The optimizer.
         """
-        if self.plain_steps is None or all(p.grad is None for p in _parameters(method)):
+        if self.plain_steps is None or all(p.grad is None for p in rows.parameters(method)):
             return
         self.plain_steps += 1
         if self.plain_steps > PLAIN_STEPS:
@@ -116,16 +103,16 @@ class Loop:
             method: The optimizer.
         """
         written = None if self._written is None else self._written()
-        if written is None or method.transaction.proposed is None or "base" in self.said:
+        if written is None or method.transaction.proposed is None or method.transaction.has_told("base"):
             return
-        if any(p.grad is written for p in _parameters(method)):
-            self.said.add("base")
+        if any(p.grad is written for p in rows.parameters(method)):
             name = method.display_name
-            warn(
+            method.transaction.warn_once(
+                "base",
                 f"{name}: step() of the wrapped {_named(method.base)} was called with the gradients that "
                 f"backward() wrote, so that {name} does not learn of the step: its memory, `every`, `warmup` "
                 f"and random draws stand still. Call step() of the {name} instead, and give it to schedulers, "
-                "scalers and trainers."
+                "scalers and trainers.",
             )
 
     def see_scaler(self, method: Wrapper, caller: FrameType) -> None:
@@ -135,16 +122,16 @@ class Loop:
             method: The optimizer.
             caller: Who asks.
         """
-        if self.scaled or method.transaction.proposed is None or "scaler" in self.said:
+        if self.scaled or method.transaction.proposed is None or method.transaction.has_told("scaler"):
             return
         if isinstance(caller.f_locals.get("self"), torch.amp.GradScaler):
-            self.said.add("scaler")
             name = method.display_name
-            warn(
+            method.transaction.warn_once(
+                "scaler",
                 f"{name}: a gradient scaler makes the step, and backward() was not given it. Gradients of "
                 "losses that were not scaled are divided by the scale all the same; scaled losses mislead a method "
                 "that looks at them. Pass the losses as they are, and the scaler: optimizer.backward(losses, "
-                "scaler=scaler)."
+                "scaler=scaler).",
             )
 
     def see_gradients(self, method: Wrapper, batch: Losses) -> None:
@@ -157,18 +144,18 @@ class Loop:
             batch: The losses of the call, before anything is differentiated.
         """
         transaction = method.transaction
-        started = transaction.learnt["step"] or transaction.proposed is not None or "twice" in self.said
+        started = transaction.learnt["step"] or transaction.proposed is not None or transaction.has_told("twice")
         elsewhere = batch.is_accumulated or not batch.comm.is_alone or batch.graph.hidden
         if started or elsewhere or not batch.owned or any(p.grad is None for p in batch.owned):
             return
         sums = rows.one_pass(batch.roots, batch.seeds, batch.owned, retain_graph=True, engine="grad")
         if _equal([p.grad for p in batch.owned], sums):
-            self.said.add("twice")
             name = method.display_name
-            warn(
+            method.transaction.warn_once(
+                "twice",
                 f"{name}.backward: .grad holds the gradient of the sum of these losses already, and what is "
                 "added now makes it count twice. Leave out sum(losses).backward(): optimizer.backward(losses) takes "
-                "its place."
+                "its place.",
             )
 
 
@@ -209,10 +196,6 @@ def _equal(found: list[Tensor | None], sums: Row) -> bool:
         size += float(b.abs().double().square().sum())
         rough = max(rough, torch.finfo(b.dtype).eps)
     return apart <= rough * size and size > 0
-
-
-def _parameters(method: Wrapper) -> list[Tensor]:
-    return [p for group in method.param_groups for p in group["params"] if p.requires_grad]
 
 
 def _named(optimizer: torch.optim.Optimizer) -> str:

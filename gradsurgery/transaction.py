@@ -118,18 +118,16 @@ class Transaction:
         finally:
             self.stepped = stepped
 
-    def once(self, kind: str) -> bool:
-        """Ask whether this is the first time that something happens to this optimizer.
+    def has_told(self, kind: str) -> bool:
+        """Whether the user was warned of something already.
 
         Args:
-            kind: What.
+            kind: Of what.
 
         Returns:
-            True once.
+            True if so.
         """
-        first = kind not in self._told
-        self._told.add(kind)
-        return first
+        return kind in self._told
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn, but not a second time.
@@ -138,7 +136,8 @@ class Transaction:
             kind: Of what.
             text: The warning.
         """
-        if self.once(kind):
+        if kind not in self._told:
+            self._told.add(kind)
             warn(text)
 
     # ------------------------------------------------------------------------------------- within a call

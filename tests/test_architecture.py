@@ -80,9 +80,6 @@ def test_a_room_imports_only_what_lies_below_it(name):
 
 def test_protocols_are_imported_for_types_alone():
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-                node.body.clear()
         text = path.read_text("utf-8")
         if f"gradsurgery.{BETWEEN}" in text:
             assert re.search(rf"if TYPE_CHECKING:\n(    .*\n)*?    from gradsurgery\.{BETWEEN} import", text), name

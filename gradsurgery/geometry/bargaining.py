@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import sqrt
 from typing import NamedTuple
 
@@ -244,7 +245,7 @@ def _power(log: Array) -> Array:
     return np.exp(np.minimum(log, _LOG_RANGE))
 
 
-class _Search:
+class _Search(ABC):
     """One of the two problems of ``_power_point``. `x` are its p or its v, `vector` is d.
 
     Args:
@@ -261,12 +262,13 @@ class _Search:
         self.columns, self.log_b, self.alpha = columns, log_b, alpha
         self.gamma, self.log_factors = self.powers()
 
-    def powers(self) -> tuple[float, Array]:
-        raise NotImplementedError
+    @abstractmethod
+    def powers(self) -> tuple[float, Array]: ...
 
+    @abstractmethod
     def start(self, flag: Flag) -> tuple[Array, Array]:
         # The first vector and x. Without a solution if x is not positive.
-        raise NotImplementedError
+        ...
 
     def stretched(self, vector: Array, x: Array) -> tuple[Array, Array]:
         # Of all multiples the best.
@@ -276,21 +278,25 @@ class _Search:
         stretch = np.exp((total - np.log(square)) / (1 + self.gamma))
         return vector * stretch, x * stretch
 
+    @abstractmethod
     def squares(self, x: Array, heavy: Array) -> Array:
         # The matrix of the least squares problem, columns of x-entries below or above the weights `heavy`.
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def effect(self, x: Array, step: Array) -> tuple[Array, Array]:
         # By how much a step changes x, relative to itself, and the vector.
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def moved(self, vector: Array, x: Array, step: Array) -> tuple[Array, Array]:
         # The vector and x after a step.
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def weights(self, vector: Array, x: Array) -> Array:
         # The v that belongs to the solution.
-        raise NotImplementedError
+        ...
 
     def step(self, vector: Array, x: Array, q: Array) -> Array:
         # The Newton step.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ from gradsurgery.torch_private import foreach_add_, foreach_mul, foreach_norm
 
 #: Adds up the rows of one parameter with weights.
 Add = Callable[[list["Tensor | None"], list[float], Tensor], "Tensor | None"]
+
+
+class HasGroups(Protocol):
+    """An optimizer, as far as it matters where its parameters are."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
 
 # Entries up to which a parameter is small: calls then cost more than what they do.
 _SMALL = 2**14
@@ -501,3 +510,16 @@ def total(a: Tensor, b: Tensor) -> Tensor:
         Their sum; sparse only if both are.
     """
     return b + a if a.is_sparse and not b.is_sparse else a + b
+
+
+def parameters(optimizer: HasGroups) -> list[Tensor]:
+    """Trainable parameters in the order of the groups, each once. Read anew in every call: groups change.
+
+    Args:
+        optimizer: Any optimizer.
+
+    Returns:
+        Its parameters that require grad.
+    """
+    # By id: hashing a tensor takes longer than anything else here.
+    return list({id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}.values())
