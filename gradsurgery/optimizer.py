@@ -121,8 +121,8 @@ class MultiLossOptimizer(Optimizer):
         every: Compute new weights in every k-th committed step and reuse the last ones, at the cost of one or two
             backward passes, in between. A surgery makes one pass a loss there too where the graph does not tell which
             parameters are private: under reentrant activation checkpointing, in a compiled model, or below functions
-            written in Python that the losses reach in different ways. `shared_params` spares these; where the graph
-            hides its parameters, reused weights then act on all that it names, also where one loss alone reaches it.
+            written in Python that the losses reach in different ways. `shared_params` spares these, but for reentrant
+            checkpointing and ``fully_shard``: there gradients alone tell whether two losses reach any that it names.
         warmup: Number of committed steps at the beginning that use the plain sum.
         preference: The user's priorities, > 0, by name or in the order of the losses. They multiply the rows (surgery)
             or the weights (weighting), unless the paper has its own place for them. What any argument gives in order

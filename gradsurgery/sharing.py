@@ -143,8 +143,6 @@ class Sharing:
             True if there is something to balance.
         """
         masks = self._batch.masks
-        if masks is None and self._phase == "reuse":  # the user has named them, and one pass is to be enough
-            return bool(shared)
         if masks is not None:
             twice = [p for p in shared if masks[p] & (masks[p] - 1)]
             if len(self._batch.undecided(twice)) < len(twice):
@@ -161,10 +159,13 @@ class Sharing:
             shared: What two losses may reach.
 
         Returns:
-            True where the graph leaves something open; and where every loss has a graph of its own, since two passes
+            True where the graph leaves something open; where it hides its parameters, so that it does not tell whether
+            two losses reach any that the user has named; and where every loss has a graph of its own, since two passes
             over all would need these twice.
         """
         batch = self._batch
+        if batch.masks is None:
+            return True
         apart = batch.comm.is_alone and not any(batch.graph.overlaps)
         return (apart and len(shared) < len(batch.owned) + len(batch.foreign)) or bool(self.open(shared))
 

@@ -194,6 +194,27 @@ def test_shared_params_decide_in_steps_that_reuse():
     torch.testing.assert_close(net.trunk.weight.grad, own_gradient(weighted, net.trunk.weight))
 
 
+def test_a_named_parameter_that_one_loss_reaches_gets_its_own_gradient_where_the_graph_is_hidden():
+    net = Net()
+    scale = nn.Parameter(torch.full((3,), 0.5, dtype=torch.float64))
+    optimizer = Skewed(torch.optim.SGD([*net.parameters(), scale], lr=0.0), every=3, shared_params=scale)
+
+    def losses(scaled, hides=True):
+        z = torch.tanh(checkpoint(net.trunk, X.clone().requires_grad_(), use_reentrant=True) if hides else net.trunk(X))
+        plain, by = net.losses(z), net.losses(z * scale)
+        return {n: by[n] if n in scaled else plain[n] for n in plain}
+
+    for scaled, factors in (("abc", {"a": 2, "b": 3, "c": 4}), ("b", {"b": 1}), ("bc", {"b": 3, "c": 4})):
+        report = optimizer.backward(losses(scaled))
+        found = losses(scaled, hides=False)
+        expected = own_gradient(sum(factors[n] * found[n] for n in scaled), scale)
+        torch.testing.assert_close(scale.grad, expected)
+        assert list(report.weights.values()) == ([1, 1, 1] if scaled == "b" else [2, 3, 4])
+        torch.testing.assert_close(net.trunk.weight.grad, own_gradient(sum(found.values()), net.trunk.weight))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_features_with_old_weights(every):
     net = Net()
