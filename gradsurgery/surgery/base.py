@@ -98,8 +98,8 @@ class Surgery(MultiLossOptimizer):
         optimizer: The optimizer that makes the step, or a weighter around it. Under a weighter the method, and all
             that is said here of losses and rows, sees each loss multiplied by its coefficient, as if you had done so.
         shared_params: The parameters that the surgery acts on, or the module that has them; all others get the plain
-            gradient of the sum. Where two losses reach any of them, one that a single loss reaches takes part too. Found
-            from the graph by default.
+            gradient of the sum. Where two losses reach any of them, one that a single loss reaches takes part too.
+            Found from the graph by default.
         normalize: What the rows are divided by before the method sees them, for rows of very different lengths: "none";
             "l2": sᵢ = ‖gᵢ‖; "loss": sᵢ = lᵢ; "loss+": sᵢ = ‖gᵢ‖ lᵢ. The last two need positive losses. The weights α of
             the scaled rows are applied to them: the raw gradients get αᵢ/sᵢ. In methods that keep rows between steps
