@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
 
 import gradsurgery
-from gradsurgery.method_pictures import EXAMPLES, direction
-from gradsurgery.pictures import DARK, LIGHT, Palette, style
+from gradsurgery.cli.method_pictures import EXAMPLES, direction
 from gradsurgery.problems import Problem, ScaledRegression, cagrad_basin, fonseca_fleming, pcgrad_valleys, quadratics
+from gradsurgery.watch.pictures import DARK, LIGHT, Palette, style
 
 DOCS = Path(__file__).parent
 METHODS = {"plain sum": None, "PCGrad": gradsurgery.PCGrad, "MGDA": gradsurgery.MGDA}

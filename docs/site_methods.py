@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gradsurgery
-from gradsurgery import catalogue
-from gradsurgery.catalogue import Facts
+from gradsurgery.cli import catalogue
+from gradsurgery.cli.catalogue import Facts
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -144,7 +144,7 @@ def draw(folder: Path) -> None:
     """Draw all methods into a folder, on light and on dark paper."""
     import matplotlib as mpl
 
-    from gradsurgery import method_pictures
+    from gradsurgery.cli import method_pictures
 
     folder.mkdir(parents=True, exist_ok=True)
     package = Path(gradsurgery.__file__).parent

@@ -1,9 +1,8 @@
 """One model, several losses: gradient surgery and loss weighting as drop-in PyTorch optimizers."""
 
-from gradsurgery.diagnose import Diagnosis, diagnose
-from gradsurgery.estimate import EngineCost, Estimate, estimate
+import sys
+
 from gradsurgery.losses import losses_by_group
-from gradsurgery.monitor import Monitor
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
 from gradsurgery.surgery.agem import AGEM
@@ -36,6 +35,11 @@ from gradsurgery.surgery.sdmgrad import SDMGrad
 from gradsurgery.surgery.trimmed_mean import TrimmedMean
 from gradsurgery.surgery.upgrad import UPGrad
 from gradsurgery.text import suggestion
+from gradsurgery.text.moved import register
+from gradsurgery.watch import monitor
+from gradsurgery.watch.diagnose import Diagnosis, diagnose
+from gradsurgery.watch.estimate import EngineCost, Estimate, estimate
+from gradsurgery.watch.monitor import Monitor
 from gradsurgery.weighting.base import Weighter
 from gradsurgery.weighting.cosmos import COSMOSWeighter
 from gradsurgery.weighting.cov import CoVWeighter
@@ -73,6 +77,33 @@ from gradsurgery.weighting.uncertainty import UncertaintyWeighter
 from gradsurgery.weighting.uwso import UWSOWeighter
 
 __version__ = "0.1.0"
+
+
+# Old names are registered and not kept as files: to import a file called diagnose would hide the function.
+sys.modules["gradsurgery.monitor"] = monitor
+register(
+    {
+        "gradsurgery.call": {
+            "Call": "gradsurgery.batch:Batch",
+            "parameters": "gradsurgery.batch:parameters",
+            "require_reached": "gradsurgery.batch:require_reached",
+            "representation": "gradsurgery.batch:representation",
+        },
+        "gradsurgery.catalogue": {
+            name: f"gradsurgery.cli.catalogue:{name}"
+            for name in ("Entry", "Facts", "built", "entries", "facts", "find")
+        },
+        "gradsurgery.diagnose": {
+            name: f"gradsurgery.watch.diagnose:{name}" for name in ("Cost", "Diagnosis", "Pair", "diagnose")
+        },
+        "gradsurgery.estimate": {
+            name: f"gradsurgery.watch.estimate:{name}" for name in ("EngineCost", "Estimate", "estimate")
+        },
+        "gradsurgery.kept": {"Kept": "gradsurgery.gradients.accumulated:Accumulated"},
+        "gradsurgery.world": {"World": "gradsurgery.communication:Processes"},
+    },
+    removed_in="1.0",
+)
 
 
 def __getattr__(name: str) -> object:

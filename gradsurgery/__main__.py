@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import gradsurgery
-from gradsurgery import demo
-from gradsurgery.commands import comparing, diagnosing, explaining, listing
+from gradsurgery.cli import comparing, demo, diagnosing, explaining, listing
 
 # Each has NAME, HELP, `arguments(parser)` and `run(args)`, which returns the exit code.
 COMMANDS = (demo, listing, explaining, diagnosing, comparing)

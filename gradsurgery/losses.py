@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery.graph import Root
-from gradsurgery.torch_private import without_subclasses
+from gradsurgery.graph.torch_private import without_subclasses
 
 #: A scalar loss, a function that returns one or ``None``, or ``None`` for a task that is absent from this batch.
 Loss = Tensor | Callable[[], Tensor | None] | None

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gradsurgery.gradients import rows
 from gradsurgery.gradients.gram import Row
+from gradsurgery.graph.torch_private import optimizer_hooks
 from gradsurgery.text import warn
-from gradsurgery.torch_private import optimizer_hooks
 
 if TYPE_CHECKING:
     from gradsurgery.protocols import Losses, Wrapper

@@ -26,15 +26,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradsurgery import losses as losses_module
-from gradsurgery import misuse, saved
+from gradsurgery import misuse
 from gradsurgery.batch import Arguments, Batch, Reading, arguments, parameters
 from gradsurgery.communication import ALONE, Communicator, Processes, hold, shards
+from gradsurgery.graph.torch_private import hooks_of_base, is_flat, optimizer_hooks
 from gradsurgery.losses import Losses, Tasks
 from gradsurgery.report import Report
 from gradsurgery.settings import Checks, InOrder, Phase, Settings, Switch, shown
 from gradsurgery.text import calling_frame, warn
-from gradsurgery.torch_private import hooks_of_base, is_flat, optimizer_hooks
-from gradsurgery.transaction import Transaction
+from gradsurgery.transaction import Transaction, listed, wrong_entry, wrong_memory
 
 _ZEROS = np.zeros(4, dtype=np.uint64)
 _KEY = "gradsurgery"  # the one key that state_dict has beyond torch's own
@@ -414,17 +414,17 @@ class MultiLossOptimizer(Optimizer):
         if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
             raise ValueError(
                 f"{where}, with 'state' and 'param_groups'. This one has no {' and no '.join(map(repr, wrong))}; its "
-                f"keys are {saved.listed(state)}. Is it the state of a model, or a checkpoint with the optimizer's "
+                f"keys are {listed(state)}. Is it the state of a model, or a checkpoint with the optimizer's "
                 "state inside? Nothing was loaded."
             )
 
     def _require_whole(self, entry: Any) -> bool:
         """Check the entry of this library in a state. Returns whether its memory is one of this class."""
-        wrong = saved.wrong_entry(entry)
+        wrong = wrong_entry(entry)
         same = not wrong and (entry["class"], entry["version"]) == (self._name, self.version)
         # What another class keeps is not read. A class from elsewhere may keep what it likes.
         if same:
-            wrong = saved.wrong_memory(entry["memory"], type(self).__module__.startswith("gradsurgery."))
+            wrong = wrong_memory(entry["memory"], type(self).__module__.startswith("gradsurgery."))
         if not wrong:
             return same
         raise ValueError(

@@ -7,11 +7,13 @@ import importlib
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 import gradsurgery
+from gradsurgery.text.moved import Moved
 
 ROOT = Path(gradsurgery.__file__).parent
 #: From the bottom up. A room imports rooms below it, and itself.
@@ -19,12 +21,11 @@ ROOMS = [
     ["text"],
     ["geometry"],
     ["communication"],
-    ["torch_private"],
-    ["footprints"],
+    ["graph.torch_private"],
     ["graph"],
     ["gradients"],
     ["settings"],
-    ["report", "losses", "saved"],
+    ["report", "losses"],
     ["misuse"],
     ["transaction"],
     ["batch"],
@@ -76,6 +77,13 @@ def test_a_room_imports_only_what_lies_below_it(name):
         assert below is not None, f"{name} imports {other}"
         same = name.split(".")[0] == other.split(".")[0]
         assert below < level(name) or same, f"{name} imports {other}"
+
+
+def test_the_top_folder_is_the_road():
+    """What is read to follow a step, and what is typed: `import gradsurgery`, `python -m gradsurgery`."""
+    road = {name for name in modules() if "." not in name} - {"__init__", "__main__"}
+    assert len(road) <= 12, road
+    assert road <= {name for names in ROOMS for name in names} | {BETWEEN}
 
 
 def test_protocols_are_imported_for_types_alone():
@@ -165,3 +173,25 @@ def test_public_signatures_are_those_that_were_kept():
     kept = json.loads(KEPT.read_text("utf-8"))
     now = documented()
     assert {name: now.get(name) for name in kept} == kept
+
+
+@pytest.mark.parametrize("name", sorted(n for n, module in sys.modules.items() if isinstance(module, Moved)))
+def test_a_module_that_moved_can_be_imported_and_says_where_to(name):
+    old = importlib.import_module(name)
+    for entry, place in old.places.items():
+        home, _, new = place.partition(":")
+        with pytest.warns(DeprecationWarning, match=rf"^{name}\.{entry} is now {home}\.{new}\. .* version 1\.0"):
+            assert getattr(old, entry) is getattr(importlib.import_module(home), new)
+    assert hasattr(gradsurgery, name.rpartition(".")[2])
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'other'"):
+        _ = old.other
+
+
+def test_the_old_names_do_not_hide_functions():
+    import gradsurgery.diagnose
+    import gradsurgery.estimate
+    import gradsurgery.monitor
+
+    assert gradsurgery.diagnose is importlib.import_module("gradsurgery.watch.diagnose").diagnose
+    assert gradsurgery.estimate is importlib.import_module("gradsurgery.watch.estimate").estimate
+    assert gradsurgery.monitor.Monitor is gradsurgery.Monitor

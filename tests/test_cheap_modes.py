@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from gradsurgery import PCGrad, geometry, gradients, testing
-from gradsurgery.diagnose import peak_bytes
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.flat import Flat
+from gradsurgery.watch.diagnose import peak_bytes
 
 CPU = torch.device("cpu")
 FORGETS = [row for row in CATALOGUE if not row.build(any_optimizer()).observes]

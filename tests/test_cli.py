@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import gradsurgery
-from gradsurgery import catalogue
 from gradsurgery.__main__ import COMMANDS, main
-from gradsurgery.commands import comparing, diagnosing
+from gradsurgery.cli import catalogue, comparing, diagnosing
 
 ROOT = Path(gradsurgery.__file__).resolve().parent.parent
 SCRIPT = """
@@ -227,8 +226,8 @@ def test_drawing_nowhere(capsys, tmp_path, name):
 
 
 def test_without_matplotlib(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "gradsurgery.method_pictures", raising=False)
-    monkeypatch.delattr(gradsurgery, "method_pictures", raising=False)
+    monkeypatch.delitem(sys.modules, "gradsurgery.cli.method_pictures", raising=False)
+    monkeypatch.delattr(gradsurgery.cli, "method_pictures", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -238,8 +237,8 @@ def test_without_matplotlib(capsys, monkeypatch):
             if name.split(".")[0] == "matplotlib":
                 raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
-    monkeypatch.delitem(sys.modules, "gradsurgery.pictures", raising=False)
-    monkeypatch.delattr(gradsurgery, "pictures", raising=False)
+    monkeypatch.delitem(sys.modules, "gradsurgery.watch.pictures", raising=False)
+    monkeypatch.delattr(gradsurgery.watch, "pictures", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
     for argv in (["explain", "UPGrad"], ["compare", "quadratics"]):
         code, _, err = outcome(capsys, *argv, "--plot", "x.png")
@@ -249,7 +248,7 @@ def test_without_matplotlib(capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", list(catalogue.facts()))
 def test_every_method_has_a_direction(name):
-    from gradsurgery import method_pictures
+    from gradsurgery.cli import method_pictures
 
     for rows in method_pictures.EXAMPLES:
         direction = method_pictures.direction(name, rows)
@@ -260,7 +259,7 @@ def test_every_method_has_a_direction(name):
 
 
 def test_weightings_are_drawn_after_a_run():
-    from gradsurgery import method_pictures
+    from gradsurgery.cli import method_pictures
 
     rows = method_pictures.EXAMPLES[1]
     weights = method_pictures.weights_after_a_run
@@ -279,7 +278,7 @@ def test_weightings_are_drawn_after_a_run():
 
 
 def test_the_pictures_show_a_conflict():
-    from gradsurgery import method_pictures
+    from gradsurgery.cli import method_pictures
 
     for rows in method_pictures.EXAMPLES:
         assert (rows @ rows.sum(axis=0)).min() < 0  # the sum raises a loss, so that methods differ
@@ -356,7 +355,8 @@ def test_compare(capsys, tmp_path):
 
 
 def test_paths_of_many_methods(tmp_path):
-    from gradsurgery import method_pictures, problems
+    from gradsurgery import problems
+    from gradsurgery.cli import method_pictures
 
     problem = problems.quadratics()
     far = torch.full((2, 2), 1e9, dtype=torch.float64)  # a path that leaves the frame, as of a method that diverges

@@ -11,11 +11,12 @@ import torch
 from sklearn.datasets import load_digits
 
 import gradsurgery
-from gradsurgery import demo, demo_pictures, pictures
 from gradsurgery.__main__ import main
-from gradsurgery.demo import Method, Row, Run, Score, Settings
+from gradsurgery.cli import demo, demo_pictures
+from gradsurgery.cli.demo import Method, Row, Run, Score, Settings
 from gradsurgery.problems import digits
 from gradsurgery.problems.digits import PIXELS, SIDE, DigitFinder, Scenes, Source
+from gradsurgery.watch import pictures
 
 SMALL = Settings(steps=4, seeds=(0,), batch=8, scenes=64, probe_every=2)
 SUM, PCGRAD = demo.METHODS[0], next(method for method in demo.METHODS if method.name == "PCGrad")

@@ -13,7 +13,7 @@ from torch import nn
 
 import gradsurgery
 from gradsurgery import diagnose
-from gradsurgery.diagnose import Cost, Pair, peak_bytes
+from gradsurgery.watch.diagnose import Cost, Pair, peak_bytes
 
 A, B = torch.tensor([1.0, 0.0]), torch.tensor([-0.6, 0.8])  # of length 1, cosine −0.6
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery.diagnose import peak_bytes
+from gradsurgery.watch.diagnose import peak_bytes
 
 
 def wide(tasks=6, width=256, batch=32):
@@ -118,7 +118,7 @@ def test_it_can_be_printed_and_written():
 
 def test_what_does_not_fit_is_said(monkeypatch):
     model, x = wide()
-    monkeypatch.setattr(sys.modules["gradsurgery.estimate"], "_free", lambda device: 1)
+    monkeypatch.setattr(sys.modules["gradsurgery.watch.estimate"], "_free", lambda device: 1)
     found = gradsurgery.estimate(model, losses_of(model, x))
     assert {cost.engine: cost.fits for cost in found.engines}["rows"] is False
     assert " no\n" in str(found)

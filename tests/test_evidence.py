@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from benchmarks.evidence import contenders, images, physics, tables
 from benchmarks.evidence.problem import LEAST, MOST, mlp, score, seeded, unexplained, wrong
 from benchmarks.evidence.training import PROBLEMS, schedule, vector
-from gradsurgery import catalogue
-from gradsurgery.catalogue import built
+from gradsurgery.cli import catalogue
+from gradsurgery.cli.catalogue import built
 
 METHODS = list(catalogue.facts())
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery import graph
 from gradsurgery.gradients import ghost_graph, ghost_layers
 from gradsurgery.gradients import ghosts as ghost
 from gradsurgery.gradients.gram import Room
+from gradsurgery.graph import reach
 
 Losses = Callable[[nn.Module], list[Tensor]]
 WEIGHTS = [0.7, -1.3, 2.1, 0.4]
@@ -671,7 +671,7 @@ def test_nothing_is_a_ghost_where_saved_tensors_cannot_be_read(monkeypatch: pyte
 
 def test_nothing_is_a_ghost_in_a_graph_too_deep_to_be_walked(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
-    monkeypatch.setattr(graph, "_DEEPEST", 3)
+    monkeypatch.setattr(reach, "_DEEPEST", 3)
     assert ghost.plan(model.losses(torch.randn(4, 8)), list(model.parameters()), force=True) is None
 
 

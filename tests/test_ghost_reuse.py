@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import gradsurgery
-from gradsurgery.diagnose import peak_bytes
 from gradsurgery.gradients import ghosts as ghost
+from gradsurgery.watch.diagnose import peak_bytes
 from tests.test_ghost import Lambda, Net, Tied, at, body, compare, compare_hooked, gram_of, heads, rows_by_autograd
 
 A, B = body("a.weight", "a.bias"), body("b.weight", "b.bias")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery import footprints, graph
+from gradsurgery import graph
+from gradsurgery.graph import footprints
 
 M = 3
 SCALES = (1.0, 10.0, 100.0)

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery import graph as graph_module
 from gradsurgery.gradients import rows as rows_module
+from gradsurgery.graph import reach
 
 X = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(5, 4).sin()
 
@@ -536,7 +536,7 @@ def test_features_with_named_parameters_cost_one_pass_through_the_trunk():
 def test_losses_that_meet_outside_of_the_shared_parameters_reach_something(switches, out_of_sight, monkeypatch):
     """Their gradients there are added up as they come, and each loss has been seen all the same."""
     if out_of_sight == "too deep":
-        monkeypatch.setattr(graph_module, "_DEEPEST", 2)
+        monkeypatch.setattr(reach, "_DEEPEST", 2)
     net = Net(2)
     optimizer = gradsurgery.PCGrad(sgd(net), shared_params=net.own.parameters(), **switches)
     net.heads.requires_grad_(False)

@@ -12,7 +12,7 @@ from catalogue import ALL, CATALOGUE, any_optimizer
 from weighting_catalogue import CATALOGUE as WEIGHTING_CATALOGUE
 
 import gradsurgery
-from gradsurgery.catalogue import entries, tables
+from gradsurgery.cli.catalogue import entries, tables
 from gradsurgery.optimizer import Switches
 from gradsurgery.surgery.base import SurgerySwitches
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gradsurgery
-from gradsurgery.catalogue import tables
+from gradsurgery.cli.catalogue import tables
 from gradsurgery.testing import import_peer
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "migrating.md").read_text(encoding="utf-8")

@@ -367,7 +367,7 @@ def test_picture_has_room_for_labels(tmp_path, steps, names):
 
 
 def test_shortened_names_stay_apart():
-    short = importlib.import_module("gradsurgery.monitor_pictures").short
+    short = importlib.import_module("gradsurgery.watch.monitor_pictures").short
     assert short(["depth", *LONG]) == ["depth", "semantic_…_entropy", "surface_n…milarity"]
     assert short(["a" * 12 + "1" + "b" * 12, "a" * 12 + "2" + "b" * 12]) == [
         "a" * 12 + "1" + "b" * 12,
@@ -410,7 +410,7 @@ def test_pictures_need_matplotlib(monkeypatch):
     theta, optimizer = linear()
     monitor = Monitor(optimizer)
     step(theta, optimizer, a=A, b=B)
-    monkeypatch.setitem(__import__("sys").modules, "gradsurgery.monitor_pictures", None)
+    monkeypatch.setitem(__import__("sys").modules, "gradsurgery.watch.monitor_pictures", None)
     monkeypatch.setitem(__import__("sys").modules, "rich.table", None)
     with pytest.raises(RuntimeError, match=r"pip install \"gradsurgery\[monitor\]\""):
         monitor.table()
@@ -452,7 +452,7 @@ INACTIVE_STEPS, LASTING = 40, 10  # instead of 500 and 100
 @pytest.fixture
 def hasty(monkeypatch):
     """A monitor that loses patience sooner, which saves thousands of steps."""
-    module = importlib.import_module("gradsurgery.monitor")
+    module = importlib.import_module("gradsurgery.watch.monitor")
     assert (module.INACTIVE_STEPS, module.LASTING) == (500, 100)
     monkeypatch.setattr(module, "INACTIVE_STEPS", INACTIVE_STEPS)
     monkeypatch.setattr(module, "LASTING", LASTING)

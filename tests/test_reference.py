@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import gradsurgery
+from gradsurgery.cli import catalogue
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -60,7 +61,7 @@ def test_pages_are_written_and_stale_ones_deleted(site, tmp_path):
 
 
 def test_drawings(site, tmp_path, monkeypatch):
-    monkeypatch.setattr(site, "surgeries", lambda: [gradsurgery.catalogue.facts()["PCGrad"]])
+    monkeypatch.setattr(site, "surgeries", lambda: [catalogue.facts()["PCGrad"]])
     monkeypatch.setattr(site, "weightings", list)
     site.draw(tmp_path)
     light, dark = ((tmp_path / f"PCGrad-{shade}.svg").read_text() for shade in ("light", "dark"))

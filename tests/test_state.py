@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD
 
 import gradsurgery
-from gradsurgery import saved
+from gradsurgery import transaction
 
 OVER_METHODS = pytest.mark.parametrize("name", METHODS)
 
@@ -315,8 +315,8 @@ def test_what_a_method_saves_is_whole(name):
     train(name, optimizer, net, range(4))
     entry = optimizer.state_dict()["gradsurgery"]
     while entry is not None:
-        assert not saved.wrong_entry(entry)
-        assert not saved.wrong_memory(entry["memory"], known=True)
+        assert not transaction.wrong_entry(entry)
+        assert not transaction.wrong_memory(entry["memory"], known=True)
         entry = entry["inner"]
     optimizer.load_state_dict(optimizer.state_dict())
 

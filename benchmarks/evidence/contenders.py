@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.evidence.problem import Losses, Problem, Start
-from gradsurgery import FAMOWeighter, MultiLossOptimizer, catalogue
-from gradsurgery.catalogue import built
+from gradsurgery import FAMOWeighter, MultiLossOptimizer
+from gradsurgery.cli import catalogue
+from gradsurgery.cli.catalogue import built
 from gradsurgery.surgery.modo import DoubleSampling
 
 SUM, TUNED, ALONE = "plain sum", "tuned fixed weights", "alone: "

@@ -22,7 +22,8 @@ from benchmarks.evidence.problem import (
     seeded,
     wrong,
 )
-from gradsurgery import demo, label_entropy
+from gradsurgery import label_entropy
+from gradsurgery.cli import demo
 from gradsurgery.problems import digits
 from gradsurgery.problems.digits import PIXELS, Scenes
 

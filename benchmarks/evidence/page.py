@@ -23,7 +23,7 @@ from benchmarks.evidence.reading import (
 )
 from benchmarks.evidence.results import TOYS, dumps, scores
 from benchmarks.page import grid
-from gradsurgery.commands.comparing import NEAR
+from gradsurgery.cli.comparing import NEAR
 
 HEAD = """# Which method helps?
 

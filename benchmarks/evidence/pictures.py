@@ -13,7 +13,7 @@ from benchmarks.evidence.contenders import SUM, TUNED
 from benchmarks.evidence.page import slug
 from benchmarks.evidence.reading import Data, mean_score, ordered, single_task
 from benchmarks.evidence.results import scores
-from gradsurgery.pictures import COLOURS, LIGHT, style
+from gradsurgery.watch.pictures import COLOURS, LIGHT, style
 
 #: By kind, and the two baselines.
 COLOUR = {"surgery": COLOURS[3], "weighting": COLOURS[4], "baseline": LIGHT.ink, SUM: COLOURS[0], TUNED: LIGHT.ink}

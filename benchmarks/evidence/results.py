@@ -19,7 +19,8 @@ from benchmarks.evidence.problem import Problem, clipped, one_thread, score
 from benchmarks.evidence.runner import Queue, Records
 from benchmarks.evidence.statistics import bootstrap, delta_m, ranks, relative, verdict
 from benchmarks.evidence.training import PROBLEMS, Plan, first_trainings, last_trainings, vector
-from gradsurgery.commands.comparing import NEAR
+from gradsurgery.cli import catalogue
+from gradsurgery.cli.comparing import NEAR
 
 Data = dict[str, Any]
 TOYS = "toys"
@@ -134,7 +135,7 @@ def improvements(results: Data, name: str, problems: list[str]) -> dict[str, lis
 def overall(plan: Plan, results: Data) -> list[Data]:
     """The table of all contenders over all problems but the toys, best mean rank first."""
     problems = [name for name in plan.problems if PROBLEMS[name].family != TOYS]
-    facts = gradsurgery.catalogue.facts()
+    facts = catalogue.facts()
     places = stretched_ranks(results, problems, len(plan.contenders))
     rows = []
     # As many questions are asked at once as there are contenders: Bonferroni's level for all of them together.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.evidence.problem import Losses, Problem, Split, Start
-from gradsurgery.commands.comparing import PROBLEMS as SETTINGS
+from gradsurgery.cli.comparing import PROBLEMS as SETTINGS
 
 _BUILT = {name: setting.build() for name, setting in SETTINGS.items()}
 

@@ -22,7 +22,7 @@ from gradsurgery.gradients.base import Request
 from gradsurgery.gradients.formed import Formed, refusal
 from gradsurgery.gradients.gram import Row, Table
 from gradsurgery.graph import Front, Nodes, Root, origins
-from gradsurgery.torch_private import version
+from gradsurgery.graph.torch_private import version
 
 # Blocks are put together as long as they stay below this share of all parameters, or below the largest of them: each
 # one costs m more calls of autograd.

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery.gradients.ghost_layers import Convolution, Embedding, Layer, Linear
 from gradsurgery.graph import Front, Nodes, Root, is_hooked, origins
-from gradsurgery.torch_private import base_of, hooks_after, hooks_of, metadata, raw_saved, saved, version
+from gradsurgery.graph.torch_private import base_of, hooks_after, hooks_of, metadata, raw_saved, saved, version
 
 # Nodes that layers leave in the graph.
 _LAYERS = frozenset({"AddmmBackward0", "MmBackward0", "ConvolutionBackward0", "EmbeddingBackward0"})

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradsurgery.gradients import gram as gram_module
 from gradsurgery.gradients.gram import Room, Row
-from gradsurgery.torch_private import metadata, version
+from gradsurgery.graph.torch_private import metadata, version
 
 # Entries of all tasks that are handled at once.
 _BUCKET_CPU, _BUCKET_GPU = 2**18, 2**24

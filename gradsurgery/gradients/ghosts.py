@@ -27,7 +27,7 @@ from gradsurgery.gradients.formed import Formed, refusal
 from gradsurgery.gradients.ghost_graph import Reader
 from gradsurgery.gradients.ghost_layers import Convolution, Embedding, Layer, Linear
 from gradsurgery.gradients.gram import Room, Row, Table
-from gradsurgery.torch_private import version
+from gradsurgery.graph.torch_private import version
 
 # Rounding of ⟨D, K D⟩ in float32 relative to Σₙ ‖aₙ‖² ‖dₙ‖², and what is allowed of it relative to the squared norm.
 # Rounding in float64, and what is allowed of it if all parameters are in it.

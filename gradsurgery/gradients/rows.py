@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradsurgery.gradients.gram import Row as Row
 from gradsurgery.graph import Root, Start, differentiate
-from gradsurgery.torch_private import foreach_add_, foreach_mul, foreach_norm
+from gradsurgery.graph.torch_private import foreach_add_, foreach_mul, foreach_norm
 
 #: Adds up the rows of one parameter with weights.
 Add = Callable[[list["Tensor | None"], list[float], Tensor], "Tensor | None"]

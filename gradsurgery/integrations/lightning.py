@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.graph.torch_private import only_accumulates, trainer_of
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
-from gradsurgery.torch_private import only_accumulates, trainer_of
 
 
 class MultiLossModuleMixin:

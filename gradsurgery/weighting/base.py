@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from gradsurgery.batch import Batch, parameters, require_reached
 from gradsurgery.communication import shards
 from gradsurgery.gradients import rows as rows_module
+from gradsurgery.graph.torch_private import hooks_after
 from gradsurgery.guard import Guard
 from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
-from gradsurgery.torch_private import hooks_after
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

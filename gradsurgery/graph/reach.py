@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from gradsurgery import footprints
-from gradsurgery.footprints import Footprint
-from gradsurgery.torch_private import metadata
+from gradsurgery.graph import footprints
+from gradsurgery.graph.footprints import Footprint
+from gradsurgery.graph.torch_private import metadata
 
 # Freeing a graph that Python has walked recurses, and takes about 210 bytes of the C stack per node of depth.
 _BYTES_PER_NODE = 420

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
 from torch import Tensor
 
-from gradsurgery import catalogue
-from gradsurgery.pictures import DARK, LIGHT, Palette, style
+from gradsurgery.cli import catalogue
 from gradsurgery.problems import Problem
+from gradsurgery.watch.pictures import DARK, LIGHT, Palette, style
 from gradsurgery.weighting.dwa import DWAWeighter
 from gradsurgery.weighting.ntk import NTKWeighter
 

@@ -18,16 +18,16 @@ from torch.optim import Optimizer
 from gradsurgery import losses as losses_module
 from gradsurgery import text
 from gradsurgery.batch import parameters
-from gradsurgery.diagnose import wait
 from gradsurgery.gradients import blocks, ghosts
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.formed import FEW
 from gradsurgery.gradients.gram import gram
 from gradsurgery.graph import Nodes, Root, walk
+from gradsurgery.graph.torch_private import metadata
 from gradsurgery.losses import Losses
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.surgery.base import Surgery
-from gradsurgery.torch_private import metadata
+from gradsurgery.watch.diagnose import wait
 
 # Entries of a row on which products and sums are timed; beyond the caches, and small beside a model.
 _SAMPLE = 2**20

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsurgery import catalogue, problems
-from gradsurgery.commands import complain, no_pictures, say, say_json, whole
+from gradsurgery import problems
+from gradsurgery.cli import catalogue, complain, no_pictures, say, say_json, whole
 from gradsurgery.problems import Problem
 from gradsurgery.text import grid, number, terminal_width, wrapped
 
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         return complain(NAME, str(error))
     if args.plot is not None:
         try:
-            from gradsurgery import method_pictures
+            from gradsurgery.cli import method_pictures
         except ModuleNotFoundError as error:
             return no_pictures(NAME, error)
     problem = setting.build()

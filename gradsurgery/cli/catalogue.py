@@ -28,7 +28,7 @@ SUM = "plain sum"
 NEEDS = ("values", "norms", "products", "entries", "rows kept", "more batches", "labels", "residuals")
 _HERE = Path(__file__).resolve().parent
 # Beside the code where the library is installed, in its folder where it is worked on.
-_PLACES = (_HERE / "methods.md", _HERE.parent / "docs" / "methods.md")
+_PLACES = (_HERE / "methods.md", _HERE.parents[1] / "docs" / "methods.md")
 
 
 class Entry(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import gradsurgery
 from gradsurgery import MGDA, GradNormWeighter, MultiLossOptimizer, PCGrad
-from gradsurgery.commands import complain, say_json, whole
+from gradsurgery.cli import complain, say_json, whole
 from gradsurgery.problems import digits
 from gradsurgery.problems.digits import DigitFinder, Scenes
 
@@ -671,7 +671,7 @@ def _show(methods: Sequence[Method], table: Sequence[Row], settings: Settings, s
 
 
 def _save(table: Sequence[Row], numbers: dict[str, Any], settings: Settings, folder: Path) -> None:
-    from gradsurgery import demo_pictures
+    from gradsurgery.cli import demo_pictures
 
     (folder / "table.md").write_text(markdown(table), encoding="utf-8")
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

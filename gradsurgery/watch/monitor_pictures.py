@@ -12,10 +12,10 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from gradsurgery.pictures import DARK, LIGHT, Palette, smooth, spread_out, style
+from gradsurgery.watch.pictures import DARK, LIGHT, Palette, smooth, spread_out, style
 
 if TYPE_CHECKING:
-    from gradsurgery.monitor import Monitor
+    from gradsurgery.watch.monitor import Monitor
 
 #: Height of a line of labels, in inches.
 LABEL = 0.14

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from gradsurgery.torch_private import has_saved, metadata, raw_saved, saved, saved_tensors, unpack_hook
+from gradsurgery.graph.torch_private import has_saved, metadata, raw_saved, saved, saved_tensors, unpack_hook
 
 Masks = NDArray[Any]
 Footprint = int | Masks

@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from gradsurgery.commands import complain, say, say_json, whole
-from gradsurgery.diagnose import diagnose
+from gradsurgery.cli import complain, say, say_json, whole
+from gradsurgery.watch.diagnose import diagnose
 
 NAME = "diagnose"
 HELP = "measure on your own model whether its losses need help"

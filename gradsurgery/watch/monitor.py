@@ -362,7 +362,7 @@ class Monitor:
         if not self.steps:
             raise RuntimeError("Monitor.plot: nothing was recorded yet. Call it after some steps of the optimizer.")
         try:
-            from gradsurgery import monitor_pictures
+            from gradsurgery.watch import monitor_pictures
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise

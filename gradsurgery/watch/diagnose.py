@@ -22,12 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 from gradsurgery import losses as losses_module
 from gradsurgery.batch import parameters
 from gradsurgery.gradients import rows as rows_module
+from gradsurgery.graph.torch_private import buffers, hooks_after, profiler_is_on
 from gradsurgery.losses import Losses
 from gradsurgery.report import Report
 from gradsurgery.surgery.base import Surgery
 from gradsurgery.surgery.pcgrad import PCGrad
 from gradsurgery.text import grid, number, terminal_width, wrapped
-from gradsurgery.torch_private import buffers, hooks_after, profiler_is_on
 from gradsurgery.weighting.softadapt import SoftAdaptWeighter
 
 #: A pair conflicts if its mean cosine is below −CONFLICT and more than ERRORS standard errors below 0. Gradients that

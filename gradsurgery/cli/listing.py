@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from gradsurgery import catalogue
-from gradsurgery.catalogue import Facts
-from gradsurgery.commands import say, say_json, whole
+from gradsurgery.cli import catalogue, say, say_json, whole
+from gradsurgery.cli.catalogue import Facts
 from gradsurgery.text import grid, terminal_width, wrapped
 
 NAME = "list"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gradsurgery import catalogue
-from gradsurgery.catalogue import Facts
-from gradsurgery.commands import complain, no_pictures, say, say_json
+from gradsurgery.cli import catalogue, complain, no_pictures, say, say_json
+from gradsurgery.cli.catalogue import Facts
 from gradsurgery.text import terminal_width, wrapped
 
 NAME = "explain"
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         return complain(NAME, str(error))
     if args.plot is not None:
         try:
-            from gradsurgery import method_pictures
+            from gradsurgery.cli import method_pictures
         except ModuleNotFoundError as error:
             return no_pictures(NAME, error)
         try:

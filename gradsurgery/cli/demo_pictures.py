@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from gradsurgery.pictures import COLOURS, LIGHT, smooth, spread_out, style
 from gradsurgery.problems.digits import PIXELS, Scenes
+from gradsurgery.watch.pictures import COLOURS, LIGHT, smooth, spread_out, style
 
 if TYPE_CHECKING:
-    from gradsurgery.demo import Row, Settings
+    from gradsurgery.cli.demo import Row, Settings
 
 _GREY, _FAINT = LIGHT.grey, LIGHT.faint
 _POINTS: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": _GREY}
