@@ -1,6 +1,6 @@
 """Accelerate: three arguments of `backward` stand in for `accelerator.backward`. Also under `accelerate launch`.
 
-pip install "gradsurgery[frameworks]"; python examples/accelerate_loop.py
+pip install ".[frameworks]"; python examples/accelerate_loop.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Hugging Face Trainer: a model that returns a dict of losses, trained with any method. Offline, from a configuration.
 
-pip install "gradsurgery[frameworks]"; python examples/hf_trainer.py
+pip install ".[frameworks]"; python examples/hf_trainer.py
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """Lightning, automatic optimisation: `training_step` returns named losses, the Trainer does the rest.
 
-pip install "gradsurgery[frameworks]"; python examples/lightning_automatic.py
+pip install ".[frameworks]"; python examples/lightning_automatic.py
 """
 
 import lightning

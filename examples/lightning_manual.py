@@ -1,6 +1,6 @@
 """Lightning, manual optimisation: nothing beyond the optimizer, whose `backward` replaces `manual_backward`.
 
-pip install "gradsurgery[frameworks]"; python examples/lightning_manual.py
+pip install ".[frameworks]"; python examples/lightning_manual.py
 """
 
 import lightning

@@ -115,6 +115,28 @@ def test_code_of_pages_runs(page, program, tmp_path, monkeypatch):
     exec(compile(source(program), str(page), "exec"), module.__dict__)
 
 
+def figures(text: str) -> tuple[str, list[float]]:
+    """Split a text into its words and its numbers."""
+    return re.sub(r"\d+(\.\d+)?", "#", text), [float(n) for n in re.findall(r"\d+(?:\.\d+)?", text)]
+
+
+def test_the_program_of_the_readme_prints_what_is_shown(capsys):
+    """Words are the same; numbers differ by one in the last digit at most, since 300 steps amplify rounding."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = runnable(text)
+    (shown,) = (block.code for block in fenced_blocks(text) if block.info == "text")
+    exec(compile(source(program), "README.md", "exec"), {"__name__": "page"})
+    (words, numbers), (expected, values) = figures(capsys.readouterr().out), figures(shown)
+    assert words == expected
+    steps = [10.0 ** -len(n.partition(".")[2]) for n in re.findall(r"\d+(?:\.\d+)?", shown)]
+    assert all(abs(a - b) <= 1.001 * step for a, b, step in zip(numbers, values, steps, strict=True))
+
+
+def test_the_readme_is_short():
+    """Nobody scrolls further before deciding."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def modules() -> list[str]:
     """Return the dotted names of all modules of the package."""
     return ["gradsurgery", *(info.name for info in pkgutil.walk_packages(gradsurgery.__path__, "gradsurgery."))]

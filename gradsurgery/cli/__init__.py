@@ -78,4 +78,4 @@ def no_pictures(command: str, error: ModuleNotFoundError) -> int:
     """
     if error.name is None or error.name.partition(".")[0] != "matplotlib":
         raise error
-    return complain(command, 'a picture needs matplotlib. Install it: pip install "gradsurgery[monitor]"')
+    return complain(command, "a picture needs matplotlib. Install it: pip install matplotlib")

@@ -462,17 +462,29 @@ def rows(methods: Sequence[Method], runs: Sequence[Run]) -> list[Row]:
     return [max(members, key=lambda row: row.validation) for members in families.values()]
 
 
-def markdown(table: Sequence[Row]) -> str:
-    """Write the table for a Markdown page.
+def winner_first(table: Sequence[Row]) -> list[Row]:
+    """Sort the rows for a reader.
 
     Args:
         table: The rows.
 
     Returns:
-        The lines of the table, each with its line break.
+        The rows, the one with the most test images right in both tasks first.
+    """
+    return sorted(table, key=lambda row: -row.mean.both)
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """Write the table for a Markdown page.
+
+    Args:
+        table: The rows, in any order.
+
+    Returns:
+        The lines of the table, the best row first, each with its line break.
     """
     headings = tuple(heading.replace("\n", " ") for heading in COLUMNS)
-    lines = [headings, ("---", *["---:"] * (len(COLUMNS) - 1)), *(row.cells() for row in table)]
+    lines = [headings, ("---", *["---:"] * (len(COLUMNS) - 1)), *(row.cells() for row in winner_first(table))]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -583,7 +595,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [package for module, package in EXTRA.items() if not _importable(module)]
     if missing:
         return complain(
-            NAME, f'the demo needs {", ".join(missing)}. Install what it needs: pip install "gradsurgery[demo]"'
+            NAME, f"the demo needs {', '.join(missing)}. Install what is missing: pip install {' '.join(missing)}"
         )
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -661,7 +673,7 @@ def _show(methods: Sequence[Method], table: Sequence[Row], settings: Settings, s
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for number, heading in enumerate(COLUMNS):
         grid.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in table:
+    for row in winner_first(table):
         grid.add_row(*row.cells())
     console.print(grid)
     for sentence in remarks(methods, table, settings):

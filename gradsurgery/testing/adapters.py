@@ -102,10 +102,7 @@ def import_peer(package: str, module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise RuntimeError(
-            f"{package} cannot be imported ({error}). `pip install 'gradsurgery[peers]'` brings the libraries that "
-            "this one is compared with."
-        ) from error
+        raise RuntimeError(f"{package} cannot be imported ({error}). Install it: pip install {package}") from error
 
 
 # ------------------------------------------------------------------------------------------------ this library

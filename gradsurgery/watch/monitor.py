@@ -643,7 +643,7 @@ def needs(what: str, package: str) -> str:
     Returns:
         A sentence, and what to do.
     """
-    return f'Monitor.{what}: {package} is not installed. Install it: pip install "gradsurgery[monitor]"'
+    return f"Monitor.{what}: {package} is not installed. Install it: pip install {package}"
 
 
 def _known(values: np.ndarray) -> np.ndarray:
