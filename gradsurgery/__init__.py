@@ -7,8 +7,10 @@ from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
 from gradsurgery.surgery.agem import AGEM
 from gradsurgery.surgery.aligned_mtl import AlignedMTL
+from gradsurgery.surgery.and_mask import AndMask
 from gradsurgery.surgery.base import Surgery
 from gradsurgery.surgery.bloop import Bloop
+from gradsurgery.surgery.blur import BLUR
 from gradsurgery.surgery.cagrad import CAGrad
 from gradsurgery.surgery.config import ConFIG
 from gradsurgery.surgery.dbmtl import DBMTL
@@ -20,6 +22,7 @@ from gradsurgery.surgery.fairgrad import FairGrad
 from gradsurgery.surgery.gcond import GCond
 from gradsurgery.surgery.graddrop import GradDrop
 from gradsurgery.surgery.gradvac import GradVac
+from gradsurgery.surgery.gru import GRU
 from gradsurgery.surgery.imtlg import IMTLG
 from gradsurgery.surgery.krum import Krum
 from gradsurgery.surgery.mconfig import MConFIG
@@ -31,6 +34,8 @@ from gradsurgery.surgery.nash_mtl import NashMTL
 from gradsurgery.surgery.pcd import PCD
 from gradsurgery.surgery.pcgrad import PCGrad
 from gradsurgery.surgery.pmgda import PMGDA
+from gradsurgery.surgery.sago import SAGO
+from gradsurgery.surgery.sand_mask import SandMask
 from gradsurgery.surgery.sdmgrad import SDMGrad
 from gradsurgery.surgery.trimmed_mean import TrimmedMean
 from gradsurgery.surgery.upgrad import UPGrad
@@ -50,7 +55,9 @@ from gradsurgery.weighting.geometric_mean import GeometricMeanWeighter
 from gradsurgery.weighting.go4align import GO4AlignWeighter
 from gradsurgery.weighting.gradnorm import GradNormWeighter
 from gradsurgery.weighting.group_dro import GroupDROWeighter
+from gradsurgery.weighting.igb import IGBWeighter
 from gradsurgery.weighting.imtl_l import IMTLLWeighter
+from gradsurgery.weighting.ldc_mtl import LDCMTLWeighter
 from gradsurgery.weighting.loss_size import (
     InitialLossWeighter,
     PriorLossWeighter,
@@ -113,14 +120,18 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "AGEM",
+    "BLUR",
     "DBMTL",
     "DCGD",
     "EPO",
+    "GRU",
     "IMTLG",
     "MGDA",
     "PCD",
     "PMGDA",
+    "SAGO",
     "AlignedMTL",
+    "AndMask",
     "Bloop",
     "CAGrad",
     "COSMOSWeighter",
@@ -142,9 +153,11 @@ __all__ = [
     "GradNormWeighter",
     "GradVac",
     "GroupDROWeighter",
+    "IGBWeighter",
     "IMTLLWeighter",
     "InitialLossWeighter",
     "Krum",
+    "LDCMTLWeighter",
     "LRAnnealingWeighter",
     "LossWeightedSoftAdaptWeighter",
     "MConFIG",
@@ -168,6 +181,7 @@ __all__ = [
     "SDMGrad",
     "SLAWWeighter",
     "STCHWeighter",
+    "SandMask",
     "SoftAdaptWeighter",
     "Surgery",
     "TrimmedMean",

@@ -78,6 +78,7 @@ class Method(Rule, Protocol):
     has_weights: bool
     moves_unreached: bool
     streaming: bool
+    lengthens: bool
 
     @property
     def inner(self) -> Inner | None: ...

@@ -384,6 +384,8 @@ class SurgeryStep:
 
         No entry of a sum is larger than the lengths of its rows together.
         """
+        if self.method.lengthens:
+            return True
         if gram is not None:
             lengths = seen.unit * np.sqrt(gram.diagonal())
         else:

@@ -365,6 +365,7 @@ KINDS = {
     "reached": "list of places by name",
     "updates": _COUNT,
     "seen": _COUNT,
+    "epochs": _COUNT,
     "tracked": "row by name",
     "average": "row by name",
     "momentum": "row by name",

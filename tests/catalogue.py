@@ -453,6 +453,103 @@ CATALOGUE = [
         equivariant=False,  # the first row is the primary one
     ),
     Row(
+        "BLUR",
+        gradsurgery.BLUR,
+        "gram",
+        golden=([[2, 0], [3, 1]], None, [2, 1]),
+        scale="priority",
+        equivariant=False,  # the first row is the forget loss
+    ),
+    Row(
+        "BLUR, gamma = 0.5, alpha = 2",
+        lambda base, **switches: gradsurgery.BLUR(base, gamma=0.5, alpha=2.0, **switches),
+        "gram",
+        golden=([[2, 0], [3, 1], [-1, 1]], None, [1, 4]),
+        scale="paper",
+        equivariant=False,
+    ),
+    Row(
+        "GRU",
+        gradsurgery.GRU,
+        "gram",
+        golden=([[2, 1], [-3, 0]], None, [-3, 1]),
+        equivariant=False,
+        keeps_the_sum=True,
+    ),
+    Row(
+        "GRU, floor",
+        lambda base, **switches: gradsurgery.GRU(base, floor=-0.5, **switches),
+        "gram",
+        # the cosine is −1: half of the length is taken out along the average
+        golden=([[2, 0], [-3, 0]], None, [-2, 0]),
+        equivariant=False,
+        keeps_the_sum=True,
+    ),
+    Row(
+        "SAGO",
+        gradsurgery.SAGO,
+        "rows",
+        golden=([[1, -2, 0], [3, 4, 5]], None, [1, 4, 0]),
+        scale="priority",
+        equivariant=False,
+    ),
+    Row(
+        "SAGO, prefer_retain",
+        lambda base, **switches: gradsurgery.SAGO(base, prefer_retain=True, **switches),
+        "rows",
+        golden=([[1, -2, 0], [3, 4, 5]], None, [4, 4, 5]),
+        equivariant=False,
+        keeps_the_sum=True,
+    ),
+    Row(
+        "SAGO, gamma = 0.5, alpha = 2",
+        lambda base, **switches: gradsurgery.SAGO(base, gamma=0.5, alpha=2.0, **switches),
+        "rows",
+        golden=([[1, -2, 0], [3, 3, 5], [0, 1, -1]], None, [0.5, 8, 0]),
+        scale="paper",
+        equivariant=False,
+    ),
+    Row(
+        "AndMask",
+        gradsurgery.AndMask,
+        "rows",
+        golden=([[1, 2, 0], [3, -1, 0]], None, [8, 0, 0]),
+        common_descent=ALL,
+        zero_rows="dropped",
+    ),
+    Row(
+        "AndMask, tau = 0.3",
+        lambda base, **switches: gradsurgery.AndMask(base, tau=0.3, **switches),
+        "rows",
+        golden=([[1, 2, 1], [3, -1, 0], [1, -2, -1]], None, [7.5, -1.5, 0]),
+        zero_rows="dropped",
+    ),
+    Row(
+        "SandMask",
+        lambda base, **switches: gradsurgery.SandMask(base, tau=0.5, k=1.0, **switches),
+        "rows",
+        # variances 2 and 0.5: tanh(1/4) and tanh(1)
+        golden=(
+            [[1, 2, 3], [3, 3, -1]],
+            None,
+            [12 / (1 + np.tanh(1) / np.tanh(0.25)), 15 / (1 + np.tanh(0.25) / np.tanh(1)), 0],
+        ),
+        homogeneous=None,  # the variance is absolute
+        zero_rows="dropped",
+    ),
+    Row(
+        "SandMask, relative",
+        lambda base, **switches: gradsurgery.SandMask(base, tau=0.5, k=1.0, relative=True, **switches),
+        "rows",
+        # divided by the mean square, 33/6
+        golden=(
+            [[1, 2, 3], [3, 3, -1]],
+            None,
+            [12 / (1 + np.tanh(5.5) / np.tanh(5.5 / 4)), 15 / (1 + np.tanh(5.5 / 4) / np.tanh(5.5)), 0],
+        ),
+        zero_rows="dropped",
+    ),
+    Row(
         "GCond",
         gradsurgery.GCond,
         "rows",

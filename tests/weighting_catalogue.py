@@ -24,7 +24,9 @@ from gradsurgery.weighting.geometric_mean import GeometricMeanWeighter
 from gradsurgery.weighting.go4align import GO4AlignWeighter
 from gradsurgery.weighting.gradnorm import GradNormWeighter
 from gradsurgery.weighting.group_dro import GroupDROWeighter
+from gradsurgery.weighting.igb import IGBWeighter
 from gradsurgery.weighting.imtl_l import IMTLLWeighter
+from gradsurgery.weighting.ldc_mtl import LDCMTLWeighter
 from gradsurgery.weighting.loss_size import InitialLossWeighter, PriorLossWeighter, RealTimeWeighter
 from gradsurgery.weighting.lr_annealing import LRAnnealingWeighter
 from gradsurgery.weighting.normalized_gradient import NormalizedGradientWeighter
@@ -262,6 +264,48 @@ CATALOGUE = [
         homogeneous=0,
     ),
     Row(
+        "IGBWeighter",
+        IGBWeighter,
+        # relative to the second epoch (2, 4, 8): 1, 1/2, 1/4
+        (
+            [[1, 2, 4], [2, 4, 8], [2, 2, 2]],
+            [[1, 0.5, 0.25], [0.5, 0.25, 0.125], [w / 2 for w in _sum(E(1), E(0.5), E(0.25))]],
+        ),
+        scaling="terms",
+        losses="positive",
+        epochs=True,
+        homogeneous=-1,
+    ),
+    Row(
+        "IGBWeighter, base_epoch = 0",
+        lambda base, **switches: IGBWeighter(base, base_epoch=0, **switches),
+        ([[1, 2, 4], [2, 2, 2]], [[1, 0.5, 0.25], [w / 2 for w in _sum(E(2), E(1), E(0.5))]]),
+        scaling="terms",
+        losses="positive",
+        epochs=True,
+        homogeneous=-1,
+    ),
+    Row(
+        "LDCMTLWeighter",
+        lambda base, **switches: LDCMTLWeighter(
+            base, penalty=0.1, initial=0.0, lr=0.1, weight_optimizer="sgd", **switches
+        ),
+        # S = 1/2, signs (−1, 2, −1): 1/3 + S (−0.1, 0.2, −0.1); θ moves by −0.1 S (1 − S) l (2/3 + 0.1 s)
+        (
+            [[1, 3, 2], [1, 3, 2]],
+            [
+                [1 / 3 - 0.05, 1 / 3 + 0.1, 1 / 3 - 0.05],
+                (lambda s: [x * (1 / sum(s) + 0.1 * y) for x, y in zip(s, (-1, 2, -1), strict=True)])(
+                    [
+                        1 / (1 + E(0.025 * loss * (2 / 3 + 0.1 * y)))
+                        for loss, y in zip((1, 3, 2), (-1, 2, -1), strict=True)
+                    ]
+                ),
+            ],
+        ),
+        equivariant=False,  # each loss is compared with the next one
+    ),
+    Row(
         "RandomWeighter",
         lambda base, **switches: RandomWeighter(base, seed=3, **switches),
         (
@@ -420,10 +464,26 @@ CATALOGUE = [
         homogeneous=0,
     ),
     Row(
+        "NormalizedGradientWeighter, total",
+        lambda base, **switches: NormalizedGradientWeighter(base, total=6.0, **switches),
+        ([[1, 2, 4]], [[2, 2, 2]]),
+        total=2.0,
+        scaling="weights",
+        homogeneous=0,
+    ),
+    Row(
         "LRAnnealingWeighter",
         # unit vectors of length 3: the largest entry is 1, the mean 1/3
         lambda base, **switches: LRAnnealingWeighter(base, shared_params=base.param_groups[0]["params"], **switches),
         ([[1, 2, 4], [1, 1, 2]], [[1, 1.2, 1.2], [1, 1.38, 1.38]]),
+        equivariant=False,  # the first loss is the reference
+        scaling="weights",
+        homogeneous=0,
+    ),
+    Row(
+        "LRAnnealingWeighter, mean",
+        lambda base, **switches: LRAnnealingWeighter(base, statistic="mean", **switches),
+        ([[1, 2, 4], [1, 1, 2]], [[1, 1, 1], [1, 1, 1]]),
         equivariant=False,  # the first loss is the reference
         scaling="weights",
         homogeneous=0,

@@ -26,6 +26,7 @@ NEEDS_POSITIVE = frozenset(
         "GO4AlignWeighter",
         "GeometricMeanWeighter",
         "GradNormWeighter",
+        "IGBWeighter",
         "IMTLLWeighter",
         "InitialLossWeighter",
         "LossWeightedSoftAdaptWeighter",
@@ -36,6 +37,8 @@ NEEDS_POSITIVE = frozenset(
         "UncertaintyWeighter",
     }
 )
+#: Methods that came after the results that are kept; the next whole run has them, and empties this.
+LATER = frozenset({"AndMask", "BLUR", "GRU", "IGBWeighter", "LDCMTLWeighter", "SAGO", "SandMask"})
 #: Methods that give the plain sum for fewer losses.
 LEAST_LOSSES = {"Krum": 3, "TrimmedMean": 3}
 #: An epoch, for methods that work by epochs, and the time between two looks at the residuals, in shares of a training.
@@ -138,7 +141,7 @@ class Stepper:
         if isinstance(self.optimizer, FAMOWeighter):  # the paper's way: the same batch once more
             with torch.no_grad():
                 self.optimizer.update(self.start.losses(number, 0))
-        if self.name == "DWAWeighter" and (number + 1) % max(1, self.problem.steps // EPOCHS) == 0:
+        if self.name in ("DWAWeighter", "IGBWeighter") and (number + 1) % max(1, self.problem.steps // EPOCHS) == 0:
             self._method().epoch_end()  # type: ignore[attr-defined]
 
     def backward(self, losses: Losses, number: int) -> None:

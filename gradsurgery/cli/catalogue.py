@@ -236,6 +236,7 @@ def built(name: str, optimizer: Optimizer, tasks: int = 2, **given: Any) -> Mult
         "GradNormWeighter": {"shared_params": optimizer.param_groups[0]["params"]},
         "Krum": {"n_byzantine": 0},
         "PriorLossWeighter": {"priors": [1.0] * tasks},
+        "SandMask": {"tau": 0.5},
     }
     found = find(name).method(optimizer, **{**extra.get(name, {}), **given})
     assert isinstance(found, MultiLossOptimizer)

@@ -19,6 +19,7 @@ from gradsurgery.cli import catalogue
 from gradsurgery.problems import Problem
 from gradsurgery.watch.pictures import DARK, LIGHT, Palette, style
 from gradsurgery.weighting.dwa import DWAWeighter
+from gradsurgery.weighting.igb import IGBWeighter
 from gradsurgery.weighting.ntk import NTKWeighter
 
 #: What every method is drawn on: two gradients of different length that oppose each other, and three of which two
@@ -90,7 +91,7 @@ def weights_after_a_run(name: str, rows: np.ndarray) -> np.ndarray:
         optimizer.step()
         with torch.no_grad():
             theta.zero_()
-        if isinstance(optimizer, DWAWeighter) and (step + 1) % EPOCH == 0:
+        if isinstance(optimizer, (DWAWeighter, IGBWeighter)) and (step + 1) % EPOCH == 0:
             optimizer.epoch_end()
     assert weights is not None
     return np.array(list(weights.values()))

@@ -148,6 +148,8 @@ class Surgery(MultiLossOptimizer):
     preference_scales_rows = True
     #: Parameters that only absent losses have reached move, too.
     moves_unreached = False
+    #: Entries of the direction may be larger than the weighted rows are long: `.grad` is looked at for overflow.
+    lengthens = False
     #: The method adds up gradients as they come, and has no rows.
     streaming = False
 
