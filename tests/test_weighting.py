@@ -1306,7 +1306,7 @@ ARGUMENTS = [
     (GroupDROWeighter, {"eta": 0.0}, r"`eta` must be > 0"),
     (NormalizedGradientWeighter, {"length": "median"}, r"`length` must be one of"),
     (NormalizedGradientWeighter, {"alpha": -1.0}, r"`alpha` must be >= 0"),
-    (LRAnnealingWeighter, {"statistic": "mean"}, r"`statistic` must be one of"),
+    (LRAnnealingWeighter, {"statistic": "median"}, r"`statistic` must be one of"),
     (LRAnnealingWeighter, {"statistic": "norm", "reference": "a"}, r"`reference` has no meaning"),
     (LRAnnealingWeighter, {"rate": 0.0}, r"`rate` must be > 0"),
     (NTKWeighter, {"probes": 0}, r"`probes` must be an integer >= 1"),

@@ -467,7 +467,6 @@ CATALOGUE = [
         "NormalizedGradientWeighter, total",
         lambda base, **switches: NormalizedGradientWeighter(base, total=6.0, **switches),
         ([[1, 2, 4]], [[2, 2, 2]]),
-        total=2.0,
         scaling="weights",
         homogeneous=0,
     ),
