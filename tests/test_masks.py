@@ -161,7 +161,7 @@ def test_tau_says_what_would_never_train():
         AndMask(any_optimizer(), tau=2.0)
 
 
-# ------------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------- what is written
 
 
 def test_no_loss_rises_at_full_agreement_in_bfloat16():
