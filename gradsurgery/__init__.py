@@ -2,6 +2,7 @@
 
 import sys
 
+from gradsurgery.integrations.configuration import create, method, methods
 from gradsurgery.losses import losses_by_group
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
@@ -189,10 +190,13 @@ __all__ = [
     "UWSOWeighter",
     "UncertaintyWeighter",
     "Weighter",
+    "create",
     "diagnose",
     "estimate",
     "label_entropy",
     "label_variance",
     "losses_by_group",
+    "method",
+    "methods",
     "uniform_prior",
 ]

@@ -195,7 +195,7 @@ class MultiLossOptimizer(Optimizer):
                 f"{_instead(self._name, optimizer)}"
             )
         if unknown:
-            raise TypeError(f"{self._name}: {_unknown(type(self), unknown, optimizer)}")
+            raise TypeError(f"{self._name}: {unknown_options(type(self), unknown, optimizer)}")
         self.base = optimizer
         self.check = Checks(self._name)
         check = self.check
@@ -915,17 +915,40 @@ def _instead(name: str, given: object) -> str:
     return ""
 
 
-def _unknown(method: type, unknown: Mapping[str, object], optimizer: Optimizer) -> str:
-    """Say of arguments that a class does not take what may have been meant."""
-    known = {
+def options_of(method: type[MultiLossOptimizer]) -> list[str]:
+    """What a method takes by name, beside the optimizer.
+
+    Args:
+        method: The class.
+
+    Returns:
+        Names of arguments, its own first.
+    """
+    names = [
         name
         for cls in method.__mro__
         if issubclass(cls, MultiLossOptimizer) and "__init__" in vars(cls)
-        for name in inspect.signature(vars(cls)["__init__"]).parameters
-    }
+        for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    return [name for name in dict.fromkeys(names) if name not in ("self", "optimizer")]
+
+
+def unknown_options(method: type[MultiLossOptimizer], unknown: Mapping[str, object], optimizer: Optimizer) -> str:
+    """Say of arguments that a class does not take what may have been meant.
+
+    Args:
+        method: The class.
+        unknown: The arguments.
+        optimizer: The optimizer inside, which may take them.
+
+    Returns:
+        A sentence.
+    """
+    known = options_of(method)
     said = []
     for name in unknown:
-        near = difflib.get_close_matches(name.lower(), known - {"self", "optimizer", "switches", "unknown"}, n=1)
+        near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" (did you mean `{near[0]}`?)" if near else ""
         if name in optimizer.defaults:
             hint = f" (give it to {type(optimizer).__name__}, the optimizer inside)"

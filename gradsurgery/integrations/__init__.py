@@ -1,1 +1,1 @@
-"""Mixins for frameworks that own the training loop. Nothing else in the package imports them."""
+"""What fits the library to others: methods by name, and mixins for frameworks, which nothing else here imports."""
