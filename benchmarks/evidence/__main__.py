@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="trainings at once (%(default)s)")
     parser.add_argument("--results", type=Path, help="where single trainings are kept (out/evidence/trainings.jsonl)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write this page, its pictures and its data")
+    parser.add_argument("--again", type=Path, metavar="PAGE", help="write this page again from the data beside it")
     parser.add_argument("--no-training", action="store_true", help="only look at what there is")
     parser.add_argument("--no-progress", action="store_true", help="no bars")
     return parser
@@ -50,6 +52,9 @@ def costs(plan: Plan, store: Store) -> results.Data:
 
 def main() -> int:
     args = arguments().parse_args()
+    if args.again:
+        page.write(args.again, results.again(json.loads(args.again.with_suffix(".json").read_text(encoding="utf-8"))))
+        return 0
     plan = planned(args)
     folder = Path("out") / ("evidence-quick" if args.quick else "evidence")
     store = Store(args.results or folder / "trainings.jsonl")

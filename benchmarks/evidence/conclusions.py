@@ -5,13 +5,26 @@ from __future__ import annotations
 import statistics as means
 
 from benchmarks.evidence.contenders import SUM, TUNED
-from benchmarks.evidence.reading import Data, mean_score, named, ordered, percent, real_problems, span, tally
+from benchmarks.evidence.reading import (
+    Data,
+    mean_score,
+    named,
+    nearest,
+    ordered,
+    percent,
+    real_problems,
+    span,
+    stands,
+    tally,
+)
 from benchmarks.evidence.results import scores
 
 #: Over fewer problems than this nothing is said of a method.
 LEAST_PROBLEMS = 3
 #: Losses whose largest is this many times the smallest at the start are of different size.
 DIFFERENT = 10.0
+#: More names than this are a table's business.
+MANY = 12
 #: An error from here on: next to nothing has been learnt.
 NOTHING = 0.95
 
@@ -39,6 +52,29 @@ def conclusions(data: Data) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
+def short(data: Data) -> list[str]:
+    """The first sentences of the page.
+
+    Args:
+        data: The summary.
+
+    Returns:
+        Sentences in Markdown; none if nothing can be compared.
+    """
+    if not conclusions(data):
+        return []
+    rows = [row for row in data["overall"] if row["name"] not in (SUM, TUNED)]
+
+    def fewer(key: str) -> list[str]:
+        return [row["name"] for row in rows if key in row and row[key]["ratio"][2] < 1 and stands(row, key)]
+
+    return [
+        f"Fewer errors than the plain sum, whichever problem or family is left out: {named(fewer('sum'))}.",
+        f"Fewer errors than tuned fixed weights: {named(fewer('tuned'))}. Try these weights first.",
+        "No method is the best everywhere, and these are small problems and short trainings: run your own comparison.",
+    ]
+
+
 def against(data: Data, key: str, label: str) -> str:
     """How many methods have fewer and more errors than a baseline, over all problems."""
     methods = [row for row in data["overall"] if key in row and row["name"] not in (SUM, TUNED)]
@@ -48,22 +84,45 @@ def against(data: Data, key: str, label: str) -> str:
     if not methods:
         return ""
 
-    def sides(level: str) -> tuple[list[str], list[str]]:
-        fewer = [row["name"] for row in methods if row[key][level][2] < 1]
-        more = [row["name"] for row in reversed(methods) if row[key][level][1] > 1]
-        return fewer, more
-
-    fewer, more = sides("ratio")
-    surely_fewer, surely_more = sides("strict")
-    return (
-        f"**Against {label}**, over all problems, {len(fewer)} of {len(methods)} methods have fewer errors and "
-        f"{len(more)} have more (the 95 % interval of the ratio lies on one side of 1); the other "
-        f"{len(methods) - len(fewer) - len(more)} cannot be told from it. Fewer, the best first: {named(fewer)}. More, "
-        f"the worst first: {named(more)}. Of so many intervals some are wrong by chance: at a level that allows for "
-        f"{len(data['plan']['contenders'])} comparisons at once, there remain on the side of fewer errors "
-        f"{named(surely_fewer)}; on that of more {named(surely_more)}."
+    fewer = [row for row in methods if row[key]["ratio"][2] < 1]
+    more = [row for row in reversed(methods) if row[key]["ratio"][1] > 1]
+    kept_fewer, kept_more = ([row for row in side if stands(row, key)] for side in (fewer, more))
+    lost = [row for row in fewer if row not in kept_fewer]
+    strict = [row["name"] for row in kept_fewer if row[key]["strict"][2] < 1]
+    strict += [row["name"] for row in kept_more if row[key]["strict"][1] > 1]
+    rest = len(methods) - len(kept_fewer) - len(kept_more)
+    text = (
+        f"**Against {label}, {len(kept_fewer)} of {len(methods)} methods have fewer errors, {len(kept_more)} have more "
+        f"and the other {rest} cannot be told from it.** Only what holds "
+        "whichever single problem, and whichever family of problems, is left out counts here: the 95 % interval of the "
+        f"ratio then stays on one side of 1. Fewer: {listed(kept_fewer)}. More, the worst first: {listed(kept_more)}."
+    )
+    if lost:
+        text += " Fewer over all problems, but not without one of them: "
+        text += "; ".join(doubt(data, row, key) for row in lost) + "."
+    if more != kept_more:
+        others = len(more) - len(kept_more)
+        text += f" {others} others have more over all problems, but not without one of them or one family."
+    return text + (
+        f" Of so many intervals some are wrong by chance: at a level that allows for {len(data['plan']['contenders'])} "
+        f"comparisons at once, what remains is {named(strict) if len(strict) <= MANY else f'{len(strict)} of these'}."
         + (f" Too few problems to say: {named(few)}." if few else "")
     )
+
+
+def listed(rows: list[Data]) -> str:
+    """Names in a sentence, unless they are too many."""
+    return named([row["name"] for row in rows]) if len(rows) <= MANY else "too many to name here"
+
+
+def doubt(data: Data, row: Data, key: str) -> str:
+    """What a method's fewer errors rest on."""
+    found = (nearest(row, key, kind) for kind in ("problem", "family"))
+    name, without = next(out for out in found if out is not None and out[1][2] >= 1)
+    plain = mean_score(data, name, SUM)
+    nothing = ", on which the plain sum learns nothing" if plain is not None and plain >= NOTHING else ""
+    before, after = span(row[key]["ratio"], 3), span(without, 3)
+    return f"`{row['name']}`, whose ratio of {before} becomes {after} without {name}{nothing}"
 
 
 def tuned_weights(data: Data) -> str:
@@ -74,6 +133,9 @@ def tuned_weights(data: Data) -> str:
     versus, places = rows[TUNED]["sum"], [row["name"] for row in data["overall"]]
     _, low, high = versus["ratio"]
     judged = "fewer errors" if high < 1 else "more errors" if low > 1 else "no clear difference over all"
+    if judged.endswith("errors"):
+        held = "" if stands(rows[TUNED], "sum") else ", but not without every problem or family"
+        judged += held or ", whichever problem or family is left out"
     tries = data["plan"]["rates"] * data["plan"]["vectors"]
     return (
         f"**Tuned fixed weights against the plain sum: {judged}.** Chosen among {tries} trainings instead of "

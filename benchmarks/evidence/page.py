@@ -6,19 +6,21 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.evidence.conclusions import conclusions, edges, unsolved
+from benchmarks.evidence.conclusions import conclusions, edges, short, unsolved
 from benchmarks.evidence.contenders import SUM, TUNED
 from benchmarks.evidence.problem import LEAST, MOST
 from benchmarks.evidence.reading import (
     Data,
     mean_score,
     named,
+    nearest,
     number,
     ordered,
     percent,
     real_problems,
     single_task,
     span,
+    stands,
     tally,
 )
 from benchmarks.evidence.results import TOYS, dumps, scores
@@ -28,10 +30,16 @@ from gradsurgery.cli.comparing import NEAR
 HEAD = """# Which method helps?
 
 Every method of [the catalogue](methods.md), with its defaults, on {problems} small problems, against the plain sum and
-against constant weights that were tuned. Written by `make evidence ARGS="--write docs/evidence.md"`;
-`evidence.json` beside this page has all figures, and every sentence that quotes one is written from that file.
+against constant weights that were tuned.
 
-## What was done
+{short}
+![Error of every contender relative to the plain sum](_static/evidence/overall.png)
+
+*Errors relative to the plain sum's, over the {real} problems that are not toys, with 95 % intervals.* All figures are
+in [the tables](evidence-tables.md).
+"""
+
+DONE = """## What was done
 
 * **Same budget.** Model, batches, steps and base optimizer are the same for all contenders on a problem. {steps} steps,
   with the learning rate rising over the first tenth and then falling to zero.
@@ -55,6 +63,16 @@ against constant weights that were tuned. Written by `make evidence ARGS="--writ
 * **Intervals** (95 %) come from a bootstrap over problems, and over seeds within each. Comparisons are paired by seed.
   *Better* and *worse* on a problem: with every seed, and by 1 % or more on average. The {toys} toys are left out of all
   sums over problems: they show how a method walks, not how it learns.
+* **One left out.** Every interval that lies on one side of 1 is computed again without each problem, and without each
+  family of problems: what does not survive that is not concluded.
+"""
+
+TABLES = """# Which method helps? All tables
+
+What [the page on evidence](evidence.md) is about, in full. Both are written by
+`make evidence ARGS="--write docs/evidence.md"`; `evidence.json` beside them has all figures, and every sentence that
+quotes one is written from that file.
+
 """
 
 CANNOT = """## What cannot be concluded
@@ -95,6 +113,12 @@ def write(path: Path, data: Data) -> None:
     data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     pictures.draw(data, path.parent / "_static" / "evidence")
     path.write_text(text(data), encoding="utf-8")
+    beside(path).write_text(tables(data), encoding="utf-8")
+
+
+def beside(path: Path) -> Path:
+    """The second page, of the tables."""
+    return path.with_name(f"{path.stem}-tables.md")
 
 
 def text(data: Data) -> str:
@@ -128,16 +152,32 @@ def text(data: Data) -> str:
     }
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     parts = [
-        HEAD.format(**facts),
-        f"{ran(data)} With {versions}.\n",
+        HEAD.format(**facts, short="".join(f"* {sentence}\n" for sentence in short(data))),
         "## What can be concluded\n\n" + "".join(f"* {sentence}\n" for sentence in conclusions(data)),
         CANNOT.format(**facts) + unsolved(data),
+        DONE.format(**facts),
+        f"{ran(data)} With {versions}.\n",
+    ]
+    return "\n".join(parts)
+
+
+def tables(data: Data) -> str:
+    """The second page.
+
+    Args:
+        data: The summary.
+
+    Returns:
+        Markdown.
+    """
+    parts = [
         "## All contenders\n\n" + contender_text(data),
+        "## With one problem or one family left out\n\n" + without_text(data),
         "## All problems\n\n" + problem_text(data),
         "## Problem by problem\n\n" + pictures_text(data),
         "## Who does not take part, and what failed\n\n" + absent_text(data),
     ]
-    return "\n".join(parts)
+    return TABLES + "\n".join(parts)
 
 
 def brief(data: Data) -> str:
@@ -168,18 +208,17 @@ def ran(data: Data) -> str:
 
 
 def contender_text(data: Data) -> str:
-    """The table of all contenders."""
+    """The tables of all contenders: their errors, and what else is known of them."""
     costs = data["costs"]
-    lines = []
+    errors, rest = [], []
     for row in data["overall"]:
         name = row["name"]
+        shown = name if row["kind"] == "baseline" else f"`{name}`"
         times = [f"{cost['ratio'][name]:.1f}" if name in cost["ratio"] else "–" for cost in costs.values()]
-        lines.append(
+        errors.append([shown, span(row["rank"], 1), *versus(row.get("sum")), *versus(row.get("tuned"))])
+        rest.append(
             [
-                name if row["kind"] == "baseline" else f"`{name}`",
-                span(row["rank"], 1),
-                *versus(row.get("sum")),
-                *versus(row.get("tuned")),
+                shown,
                 percent(row["delta_m"]) if "delta_m" in row else "–",
                 f"{100 * row['median_delta_m']:+.0f} %".replace("-", "−") if "median_delta_m" in row else "–",
                 *times,
@@ -188,13 +227,13 @@ def contender_text(data: Data) -> str:
             ]
         )
     head = ["contender", "mean rank", "error / plain sum", "better, even, worse", "error / tuned weights"]
-    head += ["better, even, worse", "Δm, mean", "Δm, median", *(f"time, {name.split(', ')[-1]}" for name in costs)]
-    head += ["failed", "rate at an end"]
+    head += ["better, even, worse"]
     text = (
         f"Over the {len(real_problems(data))} problems that are not toys, sorted by mean rank (1 is best, "
         f"{len(data['overall'])} last; where fewer take part, ranks are stretched to the same range). *Error / plain "
-        "sum* is the geometric mean of the ratios. "
+        f"sum* is the geometric mean of the ratios.\n\n{grid(head, errors)}\n\n"
     )
+    text += "Δm is the improvement over one model per task. "
     if costs:
         milliseconds = " and ".join(f"{cost['milliseconds']:.2f}" for cost in costs.values())
         text += (
@@ -202,9 +241,53 @@ def contender_text(data: Data) -> str:
             f"{milliseconds} ms: processor time of one thread, median over rounds in which all take turns, apart from "
             "the trainings. "
         )
-    text += "*Rate at an end*: on how many problems the chosen learning rate is the lowest or highest of the grid.\n\n"
-    text += "![Error of every contender relative to the plain sum](_static/evidence/overall.png)\n\n"
-    return text + grid(head, lines) + "\n"
+    text += "*Rate at an end*: on how many problems the chosen learning rate is the lowest or highest of the "
+    text += "grid.\n\n"
+    head = ["contender", "Δm, mean", "Δm, median", *(f"time, {name.split(', ')[-1]}" for name in costs)]
+    return text + grid([*head, "failed", "rate at an end"], rest) + "\n"
+
+
+def without_text(data: Data) -> str:
+    """What the intervals on one side of 1 rest on."""
+    text = (
+        "Ratios of errors whose 95 % interval lies on one side of 1 over all problems that are not toys. *Without a "
+        "problem*, *without a family*: the one that brings the interval closest to 1, or past it, when it is left out. "
+        "A ratio *stays* if none takes it past 1.\n"
+    )
+    for key, label in (("sum", "the plain sum"), ("tuned", "the tuned fixed weights")):
+        rows = [row for row in data["overall"] if "without" in row.get(key, {})]
+        rows.sort(key=lambda row: row[key]["ratio"][0])
+        lines = [
+            [named([row["name"]]), span(row[key]["ratio"], 3), *left(row, key), "yes" if stands(row, key) else "no"]
+            for row in rows
+        ]
+        head = [f"error / {label[4:]}", "all", "without a problem", "without a family", "stays"]
+        text += f"\n{grid(head, lines)}\n" if lines else ""
+    best = [row for row in data["overall"] if "sum" in row and row["sum"]["ratio"][2] < 1]
+    best.sort(key=lambda row: row["sum"]["ratio"][0])
+    if best:
+        text += "\nThose with fewer errors than the plain sum, each problem and each family left out in turn:\n"
+        text += f"\n{grid(['left out', *(named([row['name']]) for row in best)], turns(best))}\n"
+    return text
+
+
+def left(row: Data, key: str) -> list[str]:
+    """Two cells: the ratio without the problem, and without the family, that matters most."""
+    found = [nearest(row, key, kind) for kind in ("problem", "family")]
+    return ["–" if out is None else f"{span(out[1], 3)}, {out[0]}" for out in found]
+
+
+def turns(rows: list[Data]) -> list[list[str]]:
+    """Ratios to the plain sum's errors, a line for each problem and family that is left out."""
+    parts = [row["sum"]["without"] for row in rows]
+    names = {(kind, name): None for part in parts for kind, group in part.items() for name in group}
+    return [
+        [
+            name if kind == "problem" else f"*{name}*",
+            *(span(part[kind][name], 3) if name in part[kind] else "–" for part in parts),
+        ]
+        for kind, name in names
+    ]
 
 
 def versus(comparison: Data | None) -> list[str]:

@@ -66,3 +66,30 @@ def percent(interval: list[float]) -> str:
     """Likewise, of a share that may be negative."""
     value, low, high = (f"{100 * x:+.0f}".replace("-", "−") for x in interval)
     return f"{value} % ({low} to {high})"
+
+
+def nearest(row: Data, key: str, kind: str) -> tuple[str, list[float]] | None:
+    """What brings a ratio of errors closest to 1, or past it, when it is left out.
+
+    Args:
+        row: A contender's row of the summary.
+        key: "sum" or "tuned": whom it is compared with.
+        kind: "problem" or "family".
+
+    Returns:
+        Its name, and the ratio without it; None where the ratio with all of them cannot be told from 1.
+    """
+    versus = row[key]
+    without = versus.get("without", {}).get(kind)
+    if not without:
+        return None
+    fewer = versus["ratio"][2] < 1
+    name = max(without, key=lambda out: without[out][2]) if fewer else min(without, key=lambda out: without[out][1])
+    return name, without[name]
+
+
+def stands(row: Data, key: str) -> bool:
+    """Whether a ratio of errors stays on its side of 1 whatever one problem, or one family, is left out."""
+    fewer = row[key]["ratio"][2] < 1
+    found = [nearest(row, key, kind) for kind in ("problem", "family")]
+    return all(out is not None and (out[1][2] < 1 if fewer else out[1][1] > 1) for out in found)

@@ -160,20 +160,50 @@ def overall(plan: Plan, results: Data) -> list[Data]:
             if not differences:
                 continue
             verdicts = [verdict(values) for values in differences.values()]
-            groups = list(differences.values())
             row[key] = {
-                "ratio": [round(float(np.exp(x)), 4) for x in bootstrap(groups)],
-                "strict": [round(float(np.exp(x)), 4) for x in bootstrap(groups, level=strict)],
+                "ratio": _ratio(differences),
+                "strict": _ratio(differences, level=strict),
                 "better": verdicts.count(1),
                 "even": verdicts.count(0),
                 "worse": verdicts.count(-1),
             }
+            _, low, high = row[key]["ratio"]
+            if high < 1 or low > 1:
+                row[key]["without"] = left_out(differences)
         deltas = improvements(results, name, problems)
         if deltas:
             row["delta_m"] = _interval(list(deltas.values()))
             row["median_delta_m"] = round(means.median(means.fmean(values) for values in deltas.values()), 4)
         rows.append(row)
     return sorted(rows, key=lambda row: row["rank"][0])
+
+
+def left_out(differences: dict[str, list[float]]) -> Data:
+    """How far a ratio of errors rests on one problem, or on one family of problems that resemble each other.
+
+    Args:
+        differences: Logarithms of ratios by problem, seed by seed.
+
+    Returns:
+        By "problem" and "family", the name of what is left out and the ratio with its interval over the others; nothing
+        where no other is left.
+    """
+    families = {problem: PROBLEMS[problem].family for problem in differences}
+    parts = {"problem": {name: [name] for name in differences}, "family": {}}
+    for problem, family in families.items():
+        parts["family"].setdefault(family, []).append(problem)
+    return {
+        kind: {
+            name: _ratio({problem: values for problem, values in differences.items() if problem not in out})
+            for name, out in groups.items()
+            if len(out) < len(differences)
+        }
+        for kind, groups in parts.items()
+    }
+
+
+def _ratio(differences: dict[str, list[float]], level: float = 0.95) -> list[float]:
+    return [round(float(np.exp(x)), 4) for x in bootstrap(list(differences.values()), level=level)]
 
 
 def _interval(groups: list[list[float]]) -> list[float]:
@@ -287,6 +317,20 @@ def summary(plan: Plan, records: Records, costs: Data) -> Data:
         "overall": overall(plan, results),
         "results": results,
     }
+
+
+def again(data: Data) -> Data:
+    """Work out anew what follows from the errors that a summary holds. Nothing is trained.
+
+    Args:
+        data: A summary, for instance the one that is kept beside the page.
+
+    Returns:
+        The summary, with its sums over problems made by this version of the code.
+    """
+    names = (problem["name"] for problem in data["problems"])
+    plan = Plan(tuple(names), tuple(data["plan"]["contenders"]))
+    return data | {"overall": overall(plan, data["results"])}
 
 
 def dumps(data: Data) -> str:
