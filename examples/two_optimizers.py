@@ -21,7 +21,7 @@ for _ in range(200):
     }
     of_trunk.zero_grad()
     of_table.zero_grad()
-    report = of_trunk.backward(losses, others=[of_table])  # the others get the plain gradient of the sum
+    report = of_trunk.backward(losses, other_optimizers=[of_table])  # the others get the plain gradient of the sum
     of_trunk.step()
     of_table.step()
 

@@ -470,8 +470,8 @@ class Reading(NamedTuple):
                 "strangers",
                 f"{self.owner}.backward: the losses reach {len(strangers)} parameter(s) outside the "
                 f"optimizer (the first has shape {tuple(strangers[0].shape)}). They get no gradient. If another "
-                "optimizer should step them, pass it in `others`; if they are not to be trained here, as the other "
-                "network of a GAN, freeze them with requires_grad_(False) or ignore this.",
+                "optimizer should step them, pass it in `other_optimizers`; if they are not to be trained here, as the "
+                "other network of a GAN, freeze them with requires_grad_(False) or ignore this.",
             )
         return graph, owned, foreign
 
@@ -595,8 +595,8 @@ def arguments(
     for other in found:
         if not isinstance(other, Optimizer):
             raise TypeError(
-                f"{owner}.backward: `others` must be optimizers, one or several, got {type(other).__name__}. To leave "
-                "parameters out of the surgery, name the shared ones in `shared_params`."
+                f"{owner}.backward: `other_optimizers` must be optimizers, one or several, got {type(other).__name__}. "
+                "To leave parameters out of the surgery, name the shared ones in `shared_params`."
             )
     if scaler is not None and not callable(getattr(scaler, "scale", None)):
         raise TypeError(
@@ -664,6 +664,6 @@ def require_reached(
             f"{owner}.backward: loss {name!r} reaches no parameter of the optimizer."
             f"{copied if twins else ''} Was the model run under torch.no_grad(), are its parameters frozen, or do "
             "they belong to another "
-            "optimizer? Name that one in `others`. If torch.func.functional_call ran the model on copies, build "
-            "the optimizer over these."
+            "optimizer? Name that one in `other_optimizers`. If torch.func.functional_call ran the model on copies, "
+            "build the optimizer over these."
         )

@@ -474,9 +474,10 @@ class MultiLossOptimizer(Optimizer):
         batch_size: float | Mapping[str, float] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         retain_graph: bool = False,
-        others: Optimizer | Iterable[Optimizer] = (),
+        other_optimizers: Optimizer | Iterable[Optimizer] = (),
         features: Tensor | Sequence[Tensor] | None = None,
         residuals: Mapping[str, Tensor] | Iterable[Tensor] | None = None,
+        others: Optimizer | Iterable[Optimizer] = (),
     ) -> Report:
         """Turn the losses into gradients and add them to ``.grad``.
 
@@ -495,12 +496,13 @@ class MultiLossOptimizer(Optimizer):
             scaler: The gradient scaler of mixed precision. The method sees unscaled gradients, ``.grad`` gets scaled
                 ones, and ``scaler.step(optimizer)`` follows as usual.
             retain_graph: Keep the graph, as in torch.
-            others: One more optimizer, or several, whose parameters the losses reach. They get the plain gradient of
-                the sum.
+            other_optimizers: One more optimizer, or several, whose parameters the losses reach. They get the plain
+                gradient of the sum.
             features: The shared representation, one tensor or several. Weights then come from the gradients there
                 (MGDA-UB and its like), and one backward pass through the trunk follows: cheaper, and another method.
                 Every loss must reach it.
             residuals: What :class:`gradsurgery.NTKWeighter` asks for, here or below a surgery.
+            others: The old name of `other_optimizers`.
 
         Returns:
             What happened; also kept as `report`.
@@ -515,14 +517,25 @@ class MultiLossOptimizer(Optimizer):
         if self.debug:
             comm.require_replicas(parameters(self))
         going_on = accumulate or transaction.accumulated is not None
+        further = self._renamed(other_optimizers, others)
         self._require_possible(going_on, not comm.is_alone)
         tasks = losses_module.read(losses, self._name, may_be_empty=not comm.is_alone or going_on, names=names)
         # With several processes this call may be the first to see a task, so the names are those of the whole list.
         with self.proposing(tasks.names, tasks.present):
-            given = arguments(self._name, accumulate, batch_size, scaler, retain_graph, others, features, residuals)
+            given = arguments(self._name, accumulate, batch_size, scaler, retain_graph, further, features, residuals)
             transaction.flags += () if accumulate else transaction.repeated
             transaction.report = self._report_on(tasks, comm, given)
         return transaction.report
+
+    def _renamed(
+        self, new: Optimizer | Iterable[Optimizer], old: Optimizer | Iterable[Optimizer]
+    ) -> Optimizer | Iterable[Optimizer]:
+        """Read `other_optimizers` under whichever name it was given."""
+        if new != () and old != ():
+            raise TypeError(
+                f"{self._name}.backward: `others` is the old name of `other_optimizers`. Give the latter alone."
+            )
+        return new if old == () else old
 
     def _report_on(self, tasks: Tasks, comm: Communicator, given: Arguments) -> Report:
         """Read the losses, and act on them unless more micro-batches follow."""

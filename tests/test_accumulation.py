@@ -214,7 +214,7 @@ def test_other_optimizers_get_the_plain_sum(net, batches):
         optimizer = method(torch.optim.SGD(net.trunk.parameters(), lr=0.1))
         net.zero_grad()
         for accumulate, x in ((True, batches[0, 0]), (False, batches[0, 1])):
-            optimizer.backward(net(x), accumulate=accumulate, others=[heads])
+            optimizer.backward(net(x), accumulate=accumulate, other_optimizers=[heads])
         found = [p.grad for p in net.heads.parameters()]
         wanted = torch.autograd.grad(
             sum(net(batches[0, 0]).values()) + sum(net(batches[0, 1]).values()), list(net.heads.parameters())

@@ -320,7 +320,7 @@ def test_the_other_network_of_a_gan_is_not_touched():
     optimizer = gradsurgery.PCGrad(torch.optim.SGD(generator.parameters(), lr=0.1))
     fake = generator(torch.randn(4, 2))
     losses = lambda: [critic(generator(torch.randn(4, 2))).mean(), fake.square().mean()]  # noqa: E731
-    with pytest.warns(UserWarning, match=r"2 parameter\(s\) outside the optimizer.*`others`"):
+    with pytest.warns(UserWarning, match=r"2 parameter\(s\) outside the optimizer.*`other_optimizers`"):
         optimizer.backward(losses(), retain_graph=True)
     assert critic.weight.grad is None
     with warnings.catch_warnings():
@@ -336,18 +336,28 @@ def test_inputs_that_require_grad_are_no_strangers(net):
     assert x.grad is None
 
 
+@pytest.mark.parametrize("name", ["other_optimizers", "others"])
 @pytest.mark.parametrize("wrap", [gradsurgery.MGDA, Halves])
-def test_others_get_the_plain_gradient(net, x, wrap):
+def test_other_optimizers_get_the_plain_gradient(net, x, wrap, name):
     trunk = torch.optim.SGD(net.trunk.parameters(), lr=0.1)
     heads = torch.optim.SGD(net.heads.parameters(), lr=0.1)
     expected = [torch.autograd.grad(net(x)[f"t{i}"], net.heads[i].weight)[0] for i in range(2)]
     optimizer = wrap(trunk)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.backward(net(x), others=[heads])
+        optimizer.backward(net(x), **{name: [heads]})
     for i in range(2):
         assert torch.equal(net.heads[i].weight.grad, expected[i])
     assert net.heads[2].weight.grad is None
+
+
+def test_both_names_of_the_other_optimizers_at_once(net, x):
+    """The old name does what the new one does; the two together may contradict each other."""
+    heads = sgd(net.heads)
+    optimizer = gradsurgery.PCGrad(sgd(net.trunk))
+    with pytest.raises(TypeError, match=r"PCGrad.backward: `others` is the old name of `other_optimizers`"):
+        optimizer.backward(net(x), other_optimizers=[heads], others=heads)
+    assert all(p.grad is None for p in net.parameters())
 
 
 # ------------------------------------------------------------------------------ the graph, atomicity

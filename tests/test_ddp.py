@@ -563,7 +563,7 @@ def others_in_one_micro_batch(rank, size):
             head = torch.optim.SGD(net.heads[2].parameters(), lr=0.01)
             rest = [*net.trunk.parameters(), *net.heads[:2].parameters()]
             optimizer = method(torch.optim.SGD(rest, lr=0.01), distributed=distributed)
-            quietly(optimizer, losses_of(net, here), accumulate=True, others=[head])
+            quietly(optimizer, losses_of(net, here), accumulate=True, other_optimizers=[head])
             quietly(optimizer, losses_of(net, here, ("a", "b")))
             results.append(net)
         for p, q in zip(results[0].parameters(), results[1].parameters(), strict=True):

@@ -207,9 +207,15 @@ def test_a_function_may_find_its_task_absent():
 # ------------------------------------------------------------------------------------------- the other arguments
 
 ARGUMENTS = {
-    "others: a module": ({"others": [nn.Linear(1, 1)]}, r"`others` must be optimizers.*Linear"),
-    "others: parameters": ({"others": list(nn.Linear(1, 1).parameters())}, r"`others` must be optimizers.*Parameter"),
-    "others: None": ({"others": None}, r"`others` must be optimizers.*NoneType"),
+    "other_optimizers: a module": (
+        {"other_optimizers": [nn.Linear(1, 1)]},
+        r"`other_optimizers` must be optimizers.*Linear",
+    ),
+    "others: parameters": (
+        {"others": list(nn.Linear(1, 1).parameters())},
+        r"`other_optimizers` must be optimizers.*Parameter",
+    ),
+    "other_optimizers: None": ({"other_optimizers": None}, r"`other_optimizers` must be optimizers.*NoneType"),
     "features: a name": ({"features": "z"}, r"`features` must be .*str"),
     "features: a number": ({"features": 3}, r"`features` must be .*int"),
     "features: None in a list": ({"features": [None]}, r"`features` must be .*NoneType"),
@@ -236,6 +242,6 @@ def test_one_other_optimizer_needs_no_list():
         other = torch.optim.SGD(model.right.parameters(), lr=0.1)
         rest = [*model.trunk.parameters(), *model.left.parameters()]
         optimizer = gradsurgery.PCGrad(torch.optim.SGD(rest, lr=0.1))
-        optimizer.backward(list(model(x)), others=[other] if listed else other)
+        optimizer.backward(list(model(x)), other_optimizers=[other] if listed else other)
         found.append(model.right.weight.grad is not None)
     assert found == [True, True]

@@ -323,7 +323,7 @@ def test_a_private_table_stays_sparse_and_a_shared_one_gets_dense_rows():
 
 
 def test_tables_of_sparse_adam_are_left_out_of_the_surgery():
-    """SparseAdam takes sparse gradients only: in `others`, its tables get the sparse gradient of the sum."""
+    """SparseAdam takes sparse gradients only: in `other_optimizers`, its tables get the sparse gradient of the sum."""
     words = Words()
     optimizer = gradsurgery.PCGrad(torch.optim.SparseAdam(words.parameters(), lr=0.1))
     optimizer.backward(words())
@@ -333,7 +333,7 @@ def test_tables_of_sparse_adam_are_left_out_of_the_surgery():
     dense = nn.Parameter(torch.ones(3))
     tables = torch.optim.SparseAdam(words.parameters(), lr=0.1)
     optimizer = gradsurgery.PCGrad(torch.optim.SGD([dense], lr=0.1))
-    optimizer.backward({name: loss + dense.square().sum() for name, loss in words().items()}, others=tables)
+    optimizer.backward({name: loss + dense.square().sum() for name, loss in words().items()}, other_optimizers=tables)
     tables.step()
     for table in (words.shared.weight, words.private.weight):
         assert table.grad.is_sparse
