@@ -23,7 +23,8 @@ DOCS = Path(__file__).resolve().parent
 # What the base classes document once for all methods, and attributes that only authors set.
 INHERITED = (
     "weights, scalarize, scale, stateful, has_weights, observe, observes, measure, direct, coefficients, roll, "
-    "version, needs_losses, preference_refused, preference_scales_rows, rows_repeat_tasks, uses_features"
+    "version, needs_losses, preference_refused, preference_scales_rows, rows_repeat_tasks, uses_features, "
+    "around, acts_on_private, sparse_refused, betas_wanted, prepared, divisors, degree"
 )
 
 HOW_TO_READ = """\

@@ -6,6 +6,7 @@ from gradsurgery.integrations.configuration import create, method, methods
 from gradsurgery.losses import losses_by_group
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
+from gradsurgery.surgery.adatask import AdaTask
 from gradsurgery.surgery.agem import AGEM
 from gradsurgery.surgery.aligned_mtl import AlignedMTL
 from gradsurgery.surgery.and_mask import AndMask
@@ -31,6 +32,8 @@ from gradsurgery.surgery.metabalance import MetaBalance
 from gradsurgery.surgery.mgda import MGDA
 from gradsurgery.surgery.moco import MoCo
 from gradsurgery.surgery.modo import MoDo
+from gradsurgery.surgery.mtadam import MTAdam
+from gradsurgery.surgery.multiadam import MultiAdam
 from gradsurgery.surgery.nash_mtl import NashMTL
 from gradsurgery.surgery.pcd import PCD
 from gradsurgery.surgery.pcgrad import PCGrad
@@ -131,6 +134,7 @@ __all__ = [
     "PCD",
     "PMGDA",
     "SAGO",
+    "AdaTask",
     "AlignedMTL",
     "AndMask",
     "Bloop",
@@ -162,10 +166,12 @@ __all__ = [
     "LRAnnealingWeighter",
     "LossWeightedSoftAdaptWeighter",
     "MConFIG",
+    "MTAdam",
     "MetaBalance",
     "MoCo",
     "MoDo",
     "Monitor",
+    "MultiAdam",
     "MultiLossOptimizer",
     "NTKWeighter",
     "NashMTL",

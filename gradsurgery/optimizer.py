@@ -230,6 +230,19 @@ class MultiLossOptimizer(Optimizer):
             optimizer.transaction.loop.plain_steps = None  # nobody calls `backward` of the one inside
         misuse.watch(self)
 
+    @classmethod
+    def around(cls, optimizer: Optimizer, **options: Any) -> MultiLossOptimizer:
+        """Build the method where an optimizer stands: around it. Methods that make the step themselves take its place.
+
+        Args:
+            optimizer: The torch optimizer.
+            **options: Arguments of the constructor.
+
+        Returns:
+            The method.
+        """
+        return cls(optimizer, **options)
+
     # ------------------------------------------------------------------------------ torch's contract
 
     @property

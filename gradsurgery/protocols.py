@@ -77,6 +77,8 @@ class Method(Rule, Protocol):
     transaction: Transaction
     has_weights: bool
     moves_unreached: bool
+    acts_on_private: bool
+    sparse_refused: str
     streaming: bool
     lengthens: bool
 

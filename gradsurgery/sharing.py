@@ -25,11 +25,13 @@ class Habits(NamedTuple):
         keeps_rows: It keeps rows of its own between steps, so that a trunk stays shared when tasks are absent.
         moves_unreached: It moves parameters that only absent losses have reached.
         undecided: It does not know yet which parameters are private.
+        acts_on_private: It acts on these too.
     """
 
     keeps_rows: bool
     moves_unreached: bool
     undecided: bool
+    acts_on_private: bool = False
 
 
 class Sharing:
@@ -77,7 +79,9 @@ class Sharing:
         params = self._params if moves_all else batch.owned
         if self._named is not None:
             return [p for p in params if p in self._named]
-        if masks is None or habits.undecided:  # what is private shows when the gradients are there
+        if (
+            masks is None or habits.undecided or habits.acts_on_private
+        ):  # what is private shows when the gradients are there
             return list(params)
         if not habits.keeps_rows:
             return [p for p in params if masks[p] & (masks[p] - 1)]
@@ -228,7 +232,7 @@ class Sharing:
 
     def _private(self, shared: Sequence[Tensor], counts: Sequence[int], idle: Sequence[int]) -> list[int]:
         """Places of the parameters that one loss alone reaches."""
-        if self._named is not None or self._habits.undecided:
+        if self._named is not None or self._habits.undecided or self._habits.acts_on_private:
             return []
         if self._habits.keeps_rows:
             ever = self._reached_ever()
@@ -297,7 +301,7 @@ class Sharing:
         # What one loss alone has reached so far is private, and stays so if another one comes in its place.
         reached = [{n for n, mark in zip(names, column, strict=True) if mark} for column in zip(*marks, strict=True)]
         lasting = [
-            self._habits.moves_unreached or len(now | ever.get(j, set())) > 1
+            self._habits.moves_unreached or self._habits.acts_on_private or len(now | ever.get(j, set())) > 1
             for j, now in zip(places, reached, strict=True)
         ]
         for name, row in zip(names, marks, strict=True):

@@ -15,7 +15,7 @@ from gradsurgery.gradients import Gradients, Request, Stream, gather
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.dense import Dense, whole
 from gradsurgery.gradients.descent import Direction
-from gradsurgery.gradients.gram import Gram
+from gradsurgery.gradients.gram import Gram, Row
 from gradsurgery.guard import Guard
 from gradsurgery.report import Report
 from gradsurgery.sharing import Habits, Sharing
@@ -134,7 +134,7 @@ class SurgeryStep:
     def _differentiate(self) -> tuple[Request, Gradients]:
         """Make the backward passes, and find out which parameters are shared."""
         method, transaction = self.method, self.transaction
-        habits = Habits(method.observes, method.moves_unreached, method.undecided)
+        habits = Habits(method.observes, method.moves_unreached, method.undecided, method.acts_on_private)
         sharing = Sharing(self.batch, self.layout, self.settings, transaction, habits, method.parameters(), self.phase)
         failed = set(transaction.memory.get("failed", ()))
         request = self._request(sharing, set(failed))
@@ -218,6 +218,7 @@ class SurgeryStep:
         """Let the method replace the rows."""
         assert isinstance(gradients, Dense)
         scale = None if self.batch.scaler is None else self.batch.loss_scale
+        self._require_dense(gradients.rows)
         for i, row in enumerate(gradients.rows):
             rows_module.unscale(row, scale, 1.0 if early is None else float(early[i]))
         if not self.transaction.writable:
@@ -230,6 +231,13 @@ class SurgeryStep:
         params = list(map(request.stand_in, gradients.shared))
         with self.method.observing(early):
             gradients.replace(self.method.observe(gradients.rows, list(seen.unbind()), params))
+
+    def _require_dense(self, rows: Sequence[Row]) -> None:
+        why = self.method.sparse_refused
+        if why and any(g is not None and g.is_sparse for row in rows for g in row):
+            raise RuntimeError(
+                f"{self.batch.owner}.backward: sparse gradients are refused: {why}. Nothing was written."
+            )
 
     # ------------------------------------------------------------------------- gradients → inner products
 

@@ -351,6 +351,7 @@ _IS: dict[str, Callable[[object], bool]] = {
     "table of numbers by name": _by(_is_name, _by(_is_name, _is_number)),
     "row by name": _by(_is_name, _is_row),
     "row": _is_row,
+    "table of counts by name": _by(_is_name, _by(_is_count, _is_count)),
     "plain value": _is_plain,
 }
 _COUNT = f"whole number from 0 to {MOST_STEPS}"
@@ -371,6 +372,10 @@ KINDS = {
     "momentum": "row by name",
     "last": "row by name",
     "roots": "row by name",
+    "exp_avg": "row by name",
+    "exp_avg_sq": "row by name",
+    "exp_norm": "row by name",
+    "exp_count": "table of counts by name",
     "pseudo": "row",
     "second": "row",
     "targets": "table of numbers by name",

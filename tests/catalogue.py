@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
         name: The class's name, with what sets this row apart from others of the class.
-        build: Makes the method around an optimizer; keywords are switches of the base class.
+        build: Makes the method around an optimizer, or in its place; keywords are switches of the base class.
         kind: "gram" (weights from inner products), or "rows" (it acts coordinate by coordinate, or jumps where rows
             tie).
         scale: What m equal rows g give: "sum" (m·g), "paper" (as published), or "priority" (g).
@@ -587,6 +587,35 @@ CATALOGUE = [
         homogeneous=0,
         equivariant=False,  # the sign of a coordinate that all but vanishes is rounding
         alone="defined",  # the first step of Adam: the sign of each entry
+    ),
+    Row(
+        "MultiAdam",
+        gradsurgery.MultiAdam.around,
+        "rows",
+        golden=([[2, 1], [-10, 1], [0, 5]], None, [0, 1]),  # the mean of three first steps of Adam
+        scale="paper",
+        homogeneous=None,  # ε is absolute
+        alone="defined",
+    ),
+    Row(
+        "AdaTask",
+        gradsurgery.AdaTask.around,
+        "rows",
+        golden=([[2, 1], [-10, 1], [0, 5]], None, [0, 3]),
+        scale="paper",
+        homogeneous=None,
+        alone="defined",
+    ),
+    Row(
+        "MTAdam",
+        gradsurgery.MTAdam.around,
+        "rows",
+        # The second row is brought to length 5, and the larger of 4 and 5 divides both.
+        golden=([[3, 4], [0, 10]], None, [1, 1.8]),
+        scale="paper",
+        homogeneous=None,
+        equivariant=False,  # the first row is the anchor
+        alone="defined",
     ),
 ]
 

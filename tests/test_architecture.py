@@ -39,8 +39,8 @@ ROOMS = [
 BETWEEN = "protocols"
 #: What the file of a method may import of the package: its base class, mathematics, and what docs/api/authors.md names.
 FOR_AUTHORS = {
-    "batch", "geometry", "gradients", "gradients.rows", "gradients.gram", "losses", "optimizer", "report",
-    "surgery.base", "weighting.base",
+    "batch", "geometry", "gradients", "gradients.rows", "gradients.gram", "gradients.moments", "losses", "optimizer",
+    "report", "surgery.base", "weighting.base",
 }  # fmt: skip
 
 

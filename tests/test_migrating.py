@@ -96,7 +96,8 @@ def run(text: str, names: dict) -> object:
 
 
 def test_the_page_has_rows():
-    assert {row.section for row in ROWS} == {"Pytorch-PCGrad", "LibMTL", *PEERS}
+    authors = "The authors' MultiAdam, AdaTask and MTAdam"
+    assert {row.section for row in ROWS} == {"Pytorch-PCGrad", "LibMTL", authors, *PEERS}
     assert all(code(row.new) for row in ROWS)
     assert {row.section for row in WITH_PEER} == set(PEERS)
 

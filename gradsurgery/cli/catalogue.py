@@ -221,11 +221,11 @@ def find(name: str) -> Facts:
 
 
 def built(name: str, optimizer: Optimizer, tasks: int = 2, **given: Any) -> MultiLossOptimizer:
-    """Wrap an optimizer in a method with its defaults, and with the least of what its constructor asks for besides.
+    """Build a method with its defaults, and with the least of what its constructor asks for besides.
 
     Args:
         name: The method.
-        optimizer: The torch optimizer.
+        optimizer: The torch optimizer that it goes around, or whose place it takes.
         tasks: Number of losses.
         **given: Arguments of its constructor that are known better.
 
@@ -238,9 +238,7 @@ def built(name: str, optimizer: Optimizer, tasks: int = 2, **given: Any) -> Mult
         "PriorLossWeighter": {"priors": [1.0] * tasks},
         "SandMask": {"tau": 0.5},
     }
-    found = find(name).method(optimizer, **{**extra.get(name, {}), **given})
-    assert isinstance(found, MultiLossOptimizer)
-    return found
+    return find(name).method.around(optimizer, **{**extra.get(name, {}), **given})
 
 
 def _facts(entry: Entry) -> Facts:

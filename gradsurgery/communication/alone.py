@@ -230,6 +230,18 @@ class Communicator:
         """
         return g
 
+    def lengths(self, pieces: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+        """The lengths of gradients from those of the pieces that this process holds.
+
+        Args:
+            pieces: Scalars, one per parameter; None where there is no gradient.
+            params: The parameters, the same everywhere.
+
+        Returns:
+            Scalars, the same everywhere.
+        """
+        return list(pieces)
+
     def counts(self, p: Tensor) -> bool:
         """Whether what this process has of a parameter's gradients counts in sums over the processes.
 

@@ -286,6 +286,15 @@ class ShardedProcesses(Processes):
     def like(self, g: Tensor | None, p: Tensor) -> Tensor | None:
         return shards.like(g, p)
 
+    def lengths(self, pieces: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+        device = next((n.device for n in pieces if n is not None), torch.device("cpu"))
+        mine = torch.zeros(len(params), dtype=torch.float64, device=device)
+        for j, (n, p) in enumerate(zip(pieces, params, strict=True)):
+            if n is not None and self.counts(p):
+                mine[j] = n
+        found = self.total(mine.square()).sqrt().unbind()
+        return [None if n is None else whole.to(n) for n, whole in zip(pieces, found, strict=True)]
+
     def counts(self, p: Tensor) -> bool:
         return shards.counts_here(p, self.rank, self.first_rank)
 

@@ -96,8 +96,13 @@ def saved_tensors(kind: type) -> tuple[str, ...]:
 
 #: Arithmetic on many tensors in one call.
 foreach_mul = torch._foreach_mul
+foreach_mul_ = torch._foreach_mul_
 foreach_add_ = torch._foreach_add_
+foreach_addcmul_ = torch._foreach_addcmul_
+foreach_div = torch._foreach_div
+foreach_lerp = torch._foreach_lerp
 foreach_norm = torch._foreach_norm
+foreach_sqrt = torch._foreach_sqrt
 #: A context in which subclasses of tensors are plain ones.
 without_subclasses = torch._C.DisableTorchFunctionSubclass
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from gradsurgery import losses as losses_module
 from gradsurgery.batch import Batch, Layout, parameters
 from gradsurgery.communication import shards
-from gradsurgery.gradients import descent
+from gradsurgery.gradients import descent, moments
 from gradsurgery.gradients import gram as gram_module
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.gram import Gram, Row, Table
@@ -152,6 +152,10 @@ class Surgery(MultiLossOptimizer):
     lengthens = False
     #: The method adds up gradients as they come, and has no rows.
     streaming = False
+    #: The method acts on every parameter that a loss reaches: on those that one loss alone reaches too.
+    acts_on_private = False
+    #: Why sparse gradients are refused; empty if they are not.
+    sparse_refused = ""
 
     shared_params = Switch()
     normalize = Switch()
@@ -427,6 +431,31 @@ class Surgery(MultiLossOptimizer):
             Its place.
         """
         return self._layout.place(p)
+
+    def group(self, p: Tensor) -> dict[str, Any]:
+        """The parameter group that a parameter belongs to, for methods with options of their own in there.
+
+        Args:
+            p: One of the parameters that :meth:`observe` or :meth:`direct` was given.
+
+        Returns:
+            The group, with its options as they are now.
+        """
+        return self.param_groups[self._layout.groups[self._layout.whole(p)]]
+
+    def entry_lengths(self, row: Row, params: Sequence[Tensor]) -> Row:
+        """The lengths of the gradients of one loss, parameter by parameter.
+
+        Args:
+            row: The row, as :meth:`observe` has it.
+            params: The parameters.
+
+        Returns:
+            Scalars on the devices of the entries, over all processes where parameters are spread over them; ``None``
+            where the loss does not reach a parameter.
+        """
+        batch, pieces = self._now.batch, moments.lengths(row)
+        return pieces if batch is None else batch.comm.lengths(pieces, list(map(self._layout.whole, params)))
 
     def factor(self) -> np.ndarray:
         """A square root B of the Gram matrix, B Bᵀ = J Jᵀ, as accurate as the rows themselves.

@@ -64,7 +64,8 @@ class Library:
         weights: Makes a function from a history of losses, (t, m), the oldest first, to the coefficients of the losses
             in the step after it, (m,), up to a common factor, if its losses were the last ones again. Calling it again
             continues. For methods that work by epochs the history has one entry an epoch.
-        trainings: Makes a :class:`Training` around a torch optimizer.
+        trainings: Makes a :class:`Training` around a torch optimizer. A method that makes the step itself takes over
+            the parameters and learning rates, and has ``param_groups``.
 
     What keeps something between calls has ``state_dict()`` and ``load_state_dict(state)`` too.
     """
@@ -172,6 +173,17 @@ class _Training:
     def weights(self) -> Array:
         return np.array(list(self.optimizer.report.weights.values()))
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
+
+    def state_dict(self) -> Any:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.optimizer.load_state_dict(state)
+
 
 def _any_optimizer() -> Optimizer:
     return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
@@ -190,7 +202,7 @@ def _softadapt(cls: Any) -> Callable[..., Any]:
 
 
 def _trained(cls: Any) -> Callable[..., Any]:
-    return lambda base, **options: _Training(cls(base, **options))
+    return lambda base, **options: _Training(cls.around(base, **options))
 
 
 def ours() -> Library:
@@ -239,5 +251,8 @@ def ours() -> Library:
             "GradNorm": _trained(g.GradNormWeighter),
             "GeometricMean": _trained(g.GeometricMeanWeighter),
             "LRAnnealing": _trained(g.LRAnnealingWeighter),
+            "MultiAdam": _trained(g.MultiAdam),
+            "AdaTask": _trained(g.AdaTask),
+            "MTAdam": _trained(g.MTAdam),
         },
     )

@@ -851,6 +851,138 @@ def _mo1(make: Callable[..., Any]) -> None:
     _near(d, [1.0, 0.0], 1e-6)
 
 
+# --------------------------------------------------------------------------------------- Adam's moments for each loss
+
+
+def _double(*values: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+
+def _taken(training: Any, *gradients: Sequence[float | None], params: Sequence[nn.Parameter]) -> None:
+    """One step. For each parameter the gradient of each loss, or None where a loss does not reach it."""
+    for p in params:
+        p.grad = None
+    losses = []
+    for row in zip(*gradients, strict=True):
+        terms = [g * p.sum() for g, p in zip(row, params, strict=True) if g is not None]
+        losses.append(torch.stack(terms).sum())
+    training.backward(losses)
+    training.step()
+
+
+for _method, _factor in (("MultiAdam", 1.0), ("AdaTask", 2.0)):
+
+    @_case(
+        f"AM1 {_method}",
+        _method,
+        "training",
+        asked="two losses in parameter groups with learning rates of 0.1 and 0.01, then both halved",
+        right=f"steps of {0.1 * _factor:g} and {0.01 * _factor:g}, then half of that",
+        seen="PINNacle (MultiAdam): crashes with two groups, and has a rate of its own that no scheduler changes; "
+        "EnnengYang (AdaTask): the rate of the last group for all",
+    )
+    def _am1(make: Callable[..., Any], factor: float = _factor) -> None:
+        p, q = _double(0.0), _double(0.0)
+        groups: list[dict[str, Any]] = [{"params": [p]}, {"params": [q], "lr": 0.01}]
+        training = make(torch.optim.SGD(groups, lr=0.1))
+        for rate in (1.0, 0.5):
+            with torch.no_grad():
+                p.zero_()
+                q.zero_()
+            for group in training.param_groups:
+                group["lr"] *= rate
+            _taken(training, [3.0, 5.0], [3.0, 5.0], params=[p, q])
+            _near(np.array([p.item(), q.item()]), [-0.1 * factor * rate, -0.01 * factor * rate], what="step")
+
+
+for _method in ("MultiAdam", "AdaTask", "MTAdam"):
+
+    @_case(
+        f"AM2 {_method}",
+        _method,
+        "training",
+        asked="three steps, the state into a fresh instance, two more steps",
+        right="as without the interruption",
+        seen="PINNacle (MultiAdam): the first step after loading zeroes all moments; ItzikMalkiel (MTAdam): lengths "
+        "live on the parameters and start anew",
+    )
+    def _am2(make: Callable[..., Any]) -> None:
+        p, q = _double(0.0), _double(0.0)
+        kept, fresh = make(_sgd(p)), make(_sgd(q))
+        for k in range(5):
+            if k == 3:
+                q.data.copy_(p.data)
+                fresh.load_state_dict(kept.state_dict())
+            row = [(-2.0) ** k, 3.0 + k]
+            _taken(kept, row, params=[p])
+            if k >= 3:
+                _taken(fresh, row, params=[q])
+        _near(q.detach().numpy(), p.detach().numpy(), 1e-12, "resumed parameters")
+
+    @_case(
+        f"AM3 {_method}",
+        _method,
+        "training",
+        asked="a step from 1 with and without a weight decay of 0.5, at a learning rate of 0.1",
+        right="0.05 apart: the decay multiplies the parameter once, and enters no moments",
+        seen="EnnengYang (AdaTask): `weight_decay` is taken and not used; PINNacle, ItzikMalkiel: it enters the "
+        "moments of every loss, and drowns in them",
+    )
+    def _am3(make: Callable[..., Any]) -> None:
+        found = []
+        for decay in (0.0, 0.5):
+            p = _double(1.0)
+            _taken(make(_sgd(p), weight_decay=decay), [3.0, 5.0], params=[p])
+            found.append(p.item())
+        _near(np.array(found[0] - found[1]), 0.05, what="decay")
+
+
+@_case(
+    "AM4",
+    "MTAdam",
+    "training",
+    asked="a parameter that no loss reaches, in front of one that two losses reach",
+    right="the second one moves by twice Adam's step",
+    seen="ItzikMalkiel: the loop breaks off at the first parameter without a gradient, and the step raises",
+)
+def _am4(make: Callable[..., Any]) -> None:
+    unused, p = _double(0.0), _double(0.0)
+    _taken(make(_sgd(unused, p)), [None, None], [3.0, 5.0], params=[unused, p])
+    _near(np.array([unused.item(), p.item()]), [0.0, -0.2])
+
+
+@_case(
+    "AM5",
+    "MTAdam",
+    "training",
+    asked="a head of the second loss, whose gradient there changes from step to step",
+    right="Adam's steps: it is the only loss, and so the first one, that reaches the head",
+    seen="ItzikMalkiel: gradients are brought to the length of the first loss there, which decays from 1",
+)
+def _am5(make: Callable[..., Any]) -> None:
+    trunk, head, twin = _double(0.0), _double(0.0), _double(0.0)
+    training, adam = make(_sgd(trunk, head)), torch.optim.Adam([twin], lr=0.1)
+    for g in (1.0, 4.0, -2.0, 7.0):
+        _taken(training, [1.0, 2.0], [None, g], params=[trunk, head])
+        twin.grad = torch.tensor([g], dtype=torch.float64)
+        adam.step()
+    _near(head.detach().numpy(), twin.detach().numpy(), 1e-9, "head")
+
+
+@_case(
+    "AM6",
+    "MTAdam",
+    "training",
+    asked="gradients 1 and 1e-12 of two losses",
+    right="both count: twice Adam's step",
+    seen="ItzikMalkiel: lengths below 1e-10 are held for zero, and such a gradient stays as it is",
+)
+def _am6(make: Callable[..., Any]) -> None:
+    p = _double(0.0)
+    _taken(make(_sgd(p)), [1.0, 1e-12], params=[p])
+    _near(np.array(p.item()), -0.2, what="step")
+
+
 # ---------------------------------------------------------------------------------------------- loss weighting
 
 
