@@ -86,6 +86,8 @@ class Loop:
         """
         if self.plain_steps is None or all(p.grad is None for p in rows.parameters(method)):
             return
+        if all(group.get("lr") == 0 for group in method.param_groups):  # how distributed checkpoints make states
+            return
         self.plain_steps += 1
         if self.plain_steps > PLAIN_STEPS:
             self.plain_steps, name = None, method.display_name

@@ -131,6 +131,17 @@ def test_silence_for_steps_without_gradients(said):
     assert not said
 
 
+def test_silence_for_steps_at_a_rate_of_zero(said):
+    """Distributed checkpoints make such steps, with gradients of zero, to see what states an optimizer has."""
+    model, optimizer = wrapped()
+    for rate in (0.0, 0.0, 0.0, 0.1):
+        optimizer.param_groups[0]["lr"] = rate
+        plain_step(model, optimizer)
+    assert not said
+    plain_step(model, optimizer)
+    assert len(said) == 1
+
+
 def test_silence_for_a_gan(said):
     generator, critic = net(0), net(1)
     both = gs.PCGrad(torch.optim.SGD(critic.parameters(), lr=0.1)), torch.optim.SGD(generator.parameters(), lr=0.1)

@@ -82,7 +82,7 @@ def test_checkpoints_of_the_bare_optimizer_are_exchanged(name):
     net, optimizer = start(name, "adamw")
     train(name, optimizer, net, range(2))
     saved = copy.deepcopy(optimizer.state_dict())
-    bare = OPTIMIZERS["adamw"](Net().parameters())
+    bare = loops.innermost(start(name, "adamw")[1])
     bare.load_state_dict(saved)
     moments = copy.deepcopy(bare.state_dict())
     assert same(moments, {key: saved[key] for key in ("state", "param_groups")})
