@@ -25,7 +25,7 @@ net = Net()
 model = torch.compile(net, backend="aot_eager")
 optimizer = gradsurgery.NashMTL(
     torch.optim.Adam(net.parameters(), lr=0.01),
-    shared_params=net.trunk.parameters(),  # found as well without, at a pass a loss where weights are reused
+    shared_params=net.trunk.parameters(),  # found as well without, at a pass per loss where weights are reused
     warmup=10,
     every=4,
 )

@@ -91,7 +91,7 @@ def _with_graph(losses: Tensor, where: str) -> Tensor:
     if losses.dim() != 1:
         raise TypeError(
             f"{where}: `losses` must be a collection of scalar losses, got one tensor of shape "
-            f"{tuple(losses.shape)}. Pass a dict, a list or a 1-d tensor with one entry a task."
+            f"{tuple(losses.shape)}. Pass a dict, a list or a 1-d tensor with one entry per task."
         )
     if len(losses) and not losses.requires_grad:
         raise _detached(where, "losses")

@@ -119,7 +119,7 @@ class MultiLossOptimizer(Optimizer):
             inf and nan are always written through, so that the scaler skips the step. Where the update needs one
             backward pass only, gradients are examined under "skip" alone: it would cost a pass over all of them.
         every: Compute new weights in every k-th committed step and reuse the last ones, at the cost of one or two
-            backward passes, in between. A surgery makes one pass a loss there too where the graph does not tell which
+            backward passes, in between. A surgery makes one pass per loss there too where the graph does not tell which
             parameters are private: under reentrant activation checkpointing, in a compiled model, or below functions
             written in Python that the losses reach in different ways. `shared_params` spares these, but for reentrant
             checkpointing and ``fully_shard``: there gradients alone tell whether two losses reach any that it names.
@@ -135,7 +135,7 @@ class MultiLossOptimizer(Optimizer):
             committed steps only.
         distributed: The processes of the default group train this model together, each on its part of the batch.
             Gradients and losses are exchanged, so that every process makes the same step. With parameters sharded by
-            ``fully_shard`` or a tensor-parallel plan this is found by itself.
+            ``fully_shard`` or a tensor-parallel plan this is detected automatically.
         process_group: The same with these processes.
         debug: Compare the parameters of all processes in every call, and raise where they differ.
         **unknown: There is no other argument; the error says which one may have been meant.
@@ -151,7 +151,7 @@ class MultiLossOptimizer(Optimizer):
     stateful = False
     #: What the weights stand for when all rows are equal: "sum" (m equal rows g give m·g), "paper" or "priority".
     scale: Literal["sum", "paper", "priority"] = "sum"
-    #: The method works by one weight a loss; those that do not refuse what needs weights.
+    #: The method works by one weight per loss; those that do not refuse what needs weights.
     has_weights = True
     #: Why `preference` is refused; empty if it is not.
     preference_refused = ""
@@ -220,7 +220,7 @@ class MultiLossOptimizer(Optimizer):
         if not self.has_weights and (every, weight_momentum, min_weight, max_weight) != (1, 0.0, None, None):
             raise ValueError(
                 f"{self._name}: `every`, `weight_momentum`, `min_weight` and `max_weight` need a method that "
-                "works by one weight a loss, and this one does not."
+                "works by one weight per loss, and this one does not."
             )
         # All else that changes after construction is in there and is changed in place: a framework may run these
         # methods on an object of its own that shares these attributes (Lightning does).
@@ -499,10 +499,10 @@ class MultiLossOptimizer(Optimizer):
         Args:
             losses: Scalar losses: a dict of names to tensors (best), a list, tuple, named tuple or 1-d tensor. ``None``
                 in place of a tensor marks a task that is absent from this batch. A function without arguments in place
-                of a tensor is called, and returns one: with one forward pass a loss no graph is differentiated twice.
+                of a tensor is called, and returns one: with one forward pass per loss no graph is differentiated twice.
             names: Names for losses in a list or a 1-d tensor, in their order; "0", "1" and so on by default.
             accumulate: This is one of several micro-batches, not the last: keep the gradients of each loss and write
-                nothing. It costs one row a loss, and for a moment two and one more while a micro-batch is added. The
+                nothing. It costs one row per loss, and for a moment two and one more while a micro-batch is added. The
                 next call without it acts once on the sum. Divide each loss by the number of micro-batches, as always.
             batch_size: Number of samples on this process, for all losses or by name, where processes have parts of
                 different sizes. 0 is an absent task.

@@ -1,6 +1,6 @@
 """Matrices of gradients with promised properties, as hypothesis strategies.
 
-Every matrix J has shape (m, n), one row a task, and integer entries times powers of two. Such products are exact in
+Every matrix J has shape (m, n), one row per task, and integer entries times powers of two. Such products are exact in
 float64, so each promise holds for the numbers themselves and not only before rounding. Lengths are powers of two
 between 2**-40 and 2**40, which is 1e-12 to 1e12.
 """

@@ -194,7 +194,7 @@ class Recommender(nn.Module):
         return torch.cat([*(e(fields[:, k]) for k, e in enumerate(self.fields)), dense], dim=1)
 
     def predictions(self, step: int) -> list[Tensor]:
-        """The predictions, one (B, 1) tensor a task."""
+        """The predictions, one (B, 1) tensor per task."""
         raise NotImplementedError
 
     def forward(self, step: int) -> Tensor:

@@ -139,7 +139,7 @@ def test_a_batch_of_another_size_may_be_refused_with_the_cures(backend):
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("switches", [{}, {"warmup": 1}], ids=["surgery", "warmup"])
 def test_losses_as_functions_run_after_a_plain_step(switches, backend):
-    """One forward pass a loss: each compiled backward runs once, whatever buffers it gives away."""
+    """One forward pass per loss: each compiled backward runs once, whatever buffers it gives away."""
     ends = []
     for chosen in (backend, None):
         net, optimizer, model = setting(gradsurgery.MGDA, chosen, **switches)

@@ -227,7 +227,7 @@ def test_markdown_of_one_seed():
     (row,) = demo.rows((Method("c"),), [made_up("c")])
     lines = demo.markdown([row]).splitlines()
     assert lines[0].split(" | ")[1:] == ["digit right, %", "box IoU, %", "both right, %", "class loss", "box loss",
-                                         "ms a step", "conflict, % |"]  # fmt: skip
+                                         "ms per step", "conflict, % |"]  # fmt: skip
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     assert lines[2] == "| c | 90.0 | 80.0 | 50.0 | 0.30 | 900 | 10.0 | 50 |"
 

@@ -666,7 +666,7 @@ def test_a_hook_of_a_tensor_between_two_joins_acts_once(form):
 
 
 def test_a_hook_that_changes_its_argument_acts_once_a_pass():
-    """GradNorm makes a pass a loss before that of the surgery."""
+    """GradNorm makes a pass per loss before that of the surgery."""
 
     def doubled(y: Tensor) -> Tensor:
         y = y * 1.0

@@ -196,5 +196,5 @@ def test_micro_batches_add_up(build):
 
 @both()
 def test_switches_that_need_weights_are_refused(build):
-    with pytest.raises(ValueError, match="need a method that works by one weight a loss"):
+    with pytest.raises(ValueError, match="need a method that works by one weight per loss"):
         build(any_optimizer(), every=2)

@@ -1201,7 +1201,7 @@ def test_features_and_weights_are_refused_where_they_mean_nothing(build):
     base = torch.optim.SGD(net.parameters(), lr=0.01)
     z = net.trunk(inputs(0))
     losses = {f"t{i}": h(z).square().mean() for i, h in enumerate(net.heads)}
-    with pytest.raises(ValueError, match=r"\.backward: `features` needs a method that finds one weight a loss"):
+    with pytest.raises(ValueError, match=r"\.backward: `features` needs a method that finds one weight per loss"):
         build(base).backward(losses, features=z)
     if build(base).has_weights:
         optimizer = build(base, every=2)
@@ -1212,7 +1212,7 @@ def test_features_and_weights_are_refused_where_they_mean_nothing(build):
     else:
         assert build(base).backward(losses).weights is None
         for option in ({"every": 2}, {"min_weight": 0.1}, {"max_weight": 2.0}, {"weight_momentum": 0.5}):
-            with pytest.raises(ValueError, match="need a method that works by one weight a loss"):
+            with pytest.raises(ValueError, match="need a method that works by one weight per loss"):
                 build(base, **option)
 
 

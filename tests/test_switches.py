@@ -234,7 +234,7 @@ def test_methods_without_weights_refuse_what_needs_them(net, option):
     class Coordinates(PlainSum):
         has_weights = False
 
-    with pytest.raises(ValueError, match=r"Coordinates: .* need a method that works by one weight a loss"):
+    with pytest.raises(ValueError, match=r"Coordinates: .* need a method that works by one weight per loss"):
         wrapped(Coordinates, net, **option)
 
 

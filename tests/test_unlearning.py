@@ -332,7 +332,7 @@ def test_weights_that_blur_reuses():
     assert "reused" in second.flags
     assert second.weights == first.weights
     for method in (SAGO, GRU):
-        with pytest.raises(ValueError, match="need a method that works by one weight a loss"):
+        with pytest.raises(ValueError, match="need a method that works by one weight per loss"):
             method(torch.optim.SGD(net.parameters(), lr=0.0), every=2)
 
 

@@ -56,7 +56,7 @@ class Facts:
         method: Its class.
         section: The family, as the page heads it.
         needs: Which of :data:`NEEDS`.
-        cost: Backward passes a step and rows kept, for m losses.
+        cost: Backward passes per step and rows kept, for m losses.
         no_loss_rises: To first order: "always", "m = 2", "independent rows" or "no", as the page says it.
         scale: "sum", "paper" or "priority", first that of the defaults.
         holds: What else holds.

@@ -228,7 +228,7 @@ def _show(problem: Problem, setting: Setting, walks: Sequence[Walk], steps: int,
     starts = f"{count} start{'s' if count > 1 else ''}"
     say(f"{problem.name}: {starts}, {steps} steps of {setting.base.__name__} at {lr:g}\n\n")
     width = terminal_width()
-    say(grid(("method", *(f"loss {i + 1}" for i in range(tasks)), "gap", "optimal", "ms a step"), rows, width=width))
+    say(grid(("method", *(f"loss {i + 1}" for i in range(tasks)), "gap", "optimal", "ms per step"), rows, width=width))
     for walk in walks:
         if walk.error:
             say(wrapped(f"{walk.method} cannot walk here: {walk.error}", width))

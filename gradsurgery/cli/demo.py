@@ -439,7 +439,7 @@ COLUMNS = (
     "both\nright, %",
     "class\nloss",
     "box\nloss",
-    "ms\na step",
+    "ms\nper step",
     "conflict,\n%",
 )
 

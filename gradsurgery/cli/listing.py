@@ -18,7 +18,7 @@ _TITLES = {
 }
 _LEGEND = (
     "needs: values of the losses; norms of their gradients, inner products or entries of them; rows (gradients) kept "
-    "between steps or of more batches. cost: backward passes a step for m losses. no loss rises: to first order, in "
+    "between steps or of more batches. cost: backward passes per step for m losses. no loss rises: to first order, in "
     "the shared parameters. scale: sum keeps the learning rate of the plain sum. `gradsurgery explain METHOD` says "
     "more."
 )
@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=_needs,
         help=f"only those that need nothing else than WHAT, with commas between: {', '.join(catalogue.NEEDS)}",
     )
-    parser.add_argument("--one-pass", action="store_true", help="only those with one backward pass a step")
+    parser.add_argument("--one-pass", action="store_true", help="only those with one backward pass per step")
     parser.add_argument(
         "--common-descent",
         nargs="?",

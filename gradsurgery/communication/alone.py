@@ -183,7 +183,7 @@ class Communicator:
     # ------------------------------------------------------------------------------------------ gradients
 
     def totals(self, found: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
-        """Add up one gradient a parameter over the processes. What no process has stays None.
+        """Add up one gradient per parameter over the processes. What no process has stays None.
 
         Args:
             found: The gradients.

@@ -1,4 +1,4 @@
-"""Rows as autograd made them, one tensor a parameter and loss."""
+"""Rows as autograd made them, one tensor per parameter and loss."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The gradient of loss i in the weight of a linear layer is Dᵢᵀ A, with the layer's inputs A, (N, in), and the gradients
 at its outputs, Dᵢ, (N, out). Inner products follow from K = A Aᵀ alone, ⟨Dᵢᵀ A, Dⱼᵀ A⟩ = ⟨Dᵢ, K Dⱼ⟩, and the weighted
-sum of all rows is one product, (Σ wᵢ Dᵢ)ᵀ A. Where N is small, this costs less than one weight gradient a loss. The
+sum of all rows is one product, (Σ wᵢ Dᵢ)ᵀ A. Where N is small, this costs less than one weight gradient per loss. The
 gradient of an embedding has no more rows than there were indices, and is kept as those. A convolution is a linear layer
 of the patches of its inputs.
 
@@ -76,7 +76,7 @@ class Linear(NamedTuple):
         """Make up gradients at the outputs.
 
         Returns:
-            Ones, one tensor a call.
+            Ones, one tensor per call.
         """
         return _ones(self.edges, self.params[0])
 
@@ -319,7 +319,7 @@ class Embedding(NamedTuple):
         """Make up gradients at the outputs.
 
         Returns:
-            Ones, one tensor a call.
+            Ones, one tensor per call.
         """
         return _ones(self.edges, self.params[0])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradsurgery.communication import ALONE, Communicator
 
-#: The gradient of one loss: one entry a parameter, ``None`` where the loss does not reach it.
+#: The gradient of one loss: one entry per parameter, ``None`` where the loss does not reach it.
 Row = list["Tensor | None"]
 
 # A float32 product over millions of columns loses three to four digits. Over 8k columns it loses none that float32 has;

@@ -1,6 +1,6 @@
 """Losses → rows, and the way back into ``.grad``. The only module that calls autograd.
 
-A *row* is the gradient of one loss. It is kept as autograd returns it: one tensor a parameter, never one flat copy.
+A *row* is the gradient of one loss. It is kept as autograd returns it: one tensor per parameter, never one flat copy.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _explained(error: RuntimeError) -> RuntimeError:
             "The model is compiled, and its compiled backward may run only once a forward. Set "
             "torch._functorch.config.donated_buffer = False before the first compilation; a warm compile cache needs "
             "torch._dynamo.reset() as well. If it came with batches of sizes that change, torch.compile(dynamic=False) "
-            "does, too. Or pass each loss as a function without arguments, which costs one forward pass a loss. "
+            "does, too. Or pass each loss as a function without arguments, which costs one forward pass per loss. "
             f"({text})"
         )
     return error

@@ -290,7 +290,7 @@ class Surgery(MultiLossOptimizer):
         """Replace the rows by what the method works on, such as their moving averages. Needs ``observes = True``.
 
         Args:
-            rows: One row a present task, one entry a parameter, ``None`` where a loss does not reach it.
+            rows: One row per present task, one entry per parameter, ``None`` where a loss does not reach it.
             losses: Values of the present losses, m detached scalars on their devices; not to be read on the host. They
                 are multiplied by what a weighter inside gives, or logarithms under `log_losses`, as the rows are.
             params: The shared parameters.
@@ -360,7 +360,7 @@ class Surgery(MultiLossOptimizer):
             params: The shared parameters.
 
         Returns:
-            One tensor a parameter, ``None`` where nothing is kept yet.
+            One tensor per parameter, ``None`` where nothing is kept yet.
         """
         kept = self.memory.get(key, {}).get(name, {})
         places = self._layout.places
@@ -372,7 +372,7 @@ class Surgery(MultiLossOptimizer):
         Args:
             key: What it is kept under.
             name: The task, or any other label.
-            row: One tensor a parameter. They must not be changed in place afterwards.
+            row: One tensor per parameter. They must not be changed in place afterwards.
             params: The shared parameters.
         """
         kept = self.memory.get(key, {})
@@ -581,7 +581,7 @@ class Surgery(MultiLossOptimizer):
         given = losses.detach().cpu() if isinstance(losses, Tensor) else losses
         values = np.full(m, np.nan) if given is None else np.asarray(given, dtype=np.float64)
         if values.shape != (m,):
-            raise ValueError(f"{where}: `losses` must have shape ({m},), one value a row, got {values.shape}.")
+            raise ValueError(f"{where}: `losses` must have shape ({m},), one value per row, got {values.shape}.")
         rows = rows.detach()
         names = self._names_of_rows(rows)
         with self.transaction.aside():
@@ -729,14 +729,14 @@ class Surgery(MultiLossOptimizer):
         """Refuse what this method has no use for."""
         if batch.features and (self.observes or not self.has_weights):
             raise ValueError(
-                f"{self._name}.backward: `features` needs a method that finds one weight a loss from this batch "
+                f"{self._name}.backward: `features` needs a method that finds one weight per loss from this batch "
                 "alone. This one works on the gradients of the parameters."
             )
         if batch.features and (self.granularity != "all" or self.settings.puts_rows_away):
             which = f'granularity="{self.granularity}"' if self.granularity != "all" else "`row_dtype` and `row_device`"
             raise ValueError(
                 f"{self._name}.backward: `features` excludes {which}: the rows are those at the features, and there is "
-                "one weight a loss. Leave out one of the two."
+                "one weight per loss. Leave out one of the two."
             )
         if batch.residuals is not None and (self.inner is None or not self.inner.uses_residuals):
             raise ValueError(f"{self._name}.backward: `residuals` has no effect here: NTKWeighter alone reads them.")

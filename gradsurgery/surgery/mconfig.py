@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class MConFIG(ConFIG):
-    """ConFIG on the momenta of the gradients, divided by a second moment as in Adam: one backward pass a step will do.
+    """ConFIG on momenta, divided by a second moment as in Adam: one backward pass per step is enough.
 
     Pass one loss in turn and ``None`` for the others. For the losses that are present mᵢ ← β₁ mᵢ + (1 − β₁) gᵢ; the
     momenta of absent losses stay. Then g = ConFIG(m̂), with every m̂ᵢ corrected by its own count, and with t the number

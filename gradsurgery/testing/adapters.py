@@ -63,7 +63,7 @@ class Library:
             next step.
         weights: Makes a function from a history of losses, (t, m), the oldest first, to the coefficients of the losses
             in the step after it, (m,), up to a common factor, if its losses were the last ones again. Calling it again
-            continues. For methods that work by epochs the history has one entry an epoch.
+            continues. For methods that work by epochs the history has one entry per epoch.
         trainings: Makes a :class:`Training` around a torch optimizer. A method that makes the step itself takes over
             the parameters and learning rates, and has ``param_groups``.
 

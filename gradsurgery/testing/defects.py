@@ -184,7 +184,7 @@ def _resumes(make: Callable[..., Any], calls: Sequence[Any], **options: Any) -> 
 
 
 def _steps(count: int) -> list[Array]:
-    """Two rows a step: with more, GradVac would draw an order."""
+    """Two rows per step: with more, GradVac would draw an order."""
     rng = np.random.default_rng(7)
     return [rng.standard_normal((2, 6)) * np.array([[1.0], [3.0]]) for _ in range(count)]
 

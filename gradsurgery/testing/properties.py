@@ -1,6 +1,6 @@
 """Properties of gradient surgery, stated for any function from rows to a direction.
 
-Each takes ``direction``, a function from a float64 array J of shape (m, n), one gradient a row, to the direction d of
+Each takes ``direction``, a function from a float64 array J of shape (m, n), one gradient per row, to the direction d of
 shape (n,) that would be subtracted from the parameters. Each raises ``AssertionError`` where the property does not
 hold. Tolerances are relative to the length of d, or to that of its terms where d may cancel; none is absolute.
 """

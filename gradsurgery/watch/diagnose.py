@@ -555,7 +555,7 @@ def _reasons(found: Diagnosis, held: Sequence[str]) -> Iterator[str]:
 
 def _why_surgery(found: Diagnosis, held: Sequence[str]) -> str:
     apart = found.norm_ratio >= IMBALANCE
-    kind = "NashMTL, ConFIG or IMTLG, which do not feel lengths" if apart else "PCGrad or UPGrad"
+    kind = "NashMTL, ConFIG or IMTLG, which are invariant to gradient norms" if apart else "PCGrad or UPGrad"
     still = _and([f"{name!r} ({_share(found.kept_weighted[name])})" for name in held])
     price = "".join(
         f" It costs {cost.times:.1f} times the plain sum here." for cost in found.costs if cost.family == "surgery"

@@ -108,7 +108,7 @@ class Estimate:
 def estimate(optimizer_or_model: Optimizer | nn.Module, losses: Losses) -> Estimate:
     """Predict what a step of surgery costs with each engine, before the first one is made.
 
-    One bare backward pass a loss is measured, and small samples of products and sums. All else follows from the shapes
+    One bare backward pass per loss is measured, and small samples of products and sums. The rest follows from shapes
     in the graph. Nothing is written: the graph, ``.grad`` and the method stay as they are, and no more memory is used
     than by the backward pass of one loss. Times are for these inputs on this machine in its present state. They are
     good to about a quarter: enough to choose by. Memory is that of tensors, without what an allocator wastes.

@@ -288,7 +288,7 @@ class Monitor:
         Path(path).write_bytes(encoded)
 
     def table(self) -> Table:
-        """Sum the run up: a row a task.
+        """Sum the run up: a row per task.
 
         Returns:
             A table to print with rich, in 60 columns or more. It has the losses at both ends of the run, the mean
@@ -372,20 +372,20 @@ class Monitor:
 
 #: What to do about a task that drives the update: because its gradient is longest, or since the method prefers it.
 _LOUD = (
-    "Its gradient is the longest. Give it a smaller constant factor, or take a method that does not feel the size of a "
-    "loss (ConFIG, NashMTL, IMTLG), or put a weighter inside: PCGrad(InitialLossWeighter(...)). gradsurgery.diagnose "
+    "Its gradient is the longest. Give it a smaller constant factor, or take a method that is invariant to gradient "
+    "norms (ConFIG, NashMTL, IMTLG), or put a weighter inside: PCGrad(InitialLossWeighter(...)). gradsurgery.diagnose "
     "suggests constants."
 )
 _CHOSEN = (
     "Its gradient is not the longest: the method's weights make it so, as MGDA's do for the shortest. Bring the losses "
     'to one size (constant factors, or normalize="loss" in a surgery), bound the weights (max_weight=), or take a '
-    "method that does not feel the size of a loss (ConFIG, NashMTL, IMTLG)."
+    "method that is invariant to gradient norms (ConFIG, NashMTL, IMTLG)."
 )
 
 
 _EVEN = (
-    "The method leaves that to you: bring the losses to one size by constant factors, or take a method that does not "
-    "feel the size of a loss (ConFIG, NashMTL, IMTLG). gradsurgery.diagnose suggests constants."
+    "The method leaves that to you: bring the losses to one size by constant factors, or take a method that is "
+    "invariant to gradient norms (ConFIG, NashMTL, IMTLG). gradsurgery.diagnose suggests constants."
 )
 _EARLY = (
     "So the model hardly moves for thousands of steps. Let the weights start near where they end: constant factors, "

@@ -120,7 +120,7 @@ class Weighter(MultiLossOptimizer):
             batch: The losses of the call.
 
         Returns:
-            (m, …), one entry or row a task. It travels to the host together with the loss values. None by default.
+            (m, …), one entry or row per task. It travels to the host together with the loss values. None by default.
         """
         return None
 
@@ -144,7 +144,7 @@ class Weighter(MultiLossOptimizer):
         rule: Literal["adam", "sgd"],
         names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """One step of a small optimizer of the method's own, on one learnt number a task.
+        """One step of a small optimizer of the method's own, on one learnt number per task.
 
         Adam's averages (β = 0.9 and 0.999) are kept in the memory by loss name, each with its own step count, so that
         an absent task is left alone. There is no weight decay and no absolute epsilon: a gradient of 1e-20 moves a

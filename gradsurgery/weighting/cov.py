@@ -30,7 +30,7 @@ class CoVWeighter(RecordingWeighter):
 
     Args:
         optimizer: The torch optimizer that makes the step.
-        decay: Means and deviations forget by this factor a step, 0 < decay < 1. None: those of the whole past, as in
+        decay: Means and deviations forget by this factor per step, 0 < decay < 1. None: those of the whole past, as in
             the paper.
         **switches: See :class:`gradsurgery.optimizer.MultiLossOptimizer`.
 

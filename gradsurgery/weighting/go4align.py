@@ -1,4 +1,4 @@
-"""GO4Align: one weight a group of tasks, with groups found from the losses."""
+"""GO4Align: one weight per group of tasks, with groups found from the losses."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class GradNormWeighter(Weighter):
     Paper: Chen et al., GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks, ICML
     2018, arXiv 1711.02257.
 
-    Departures: the weights' own optimizer is Adam, which does not feel the scale of the gradients; "sgd" with lr 0.025
+    Departures: the weights' own optimizer is Adam, which is invariant to gradient norms; "sgd" with lr 0.025
     is the paper's form. No step takes away more than half of a weight, so that small ones stay positive and come back.
     With absent tasks the present ones share their usual total, and only they learn. A loss of 0 has the rate 0, and for
     α > 0 the target 0; if all are 0 their rates are equal. `start` other than "ones" is not in the paper: its algorithm

@@ -43,7 +43,7 @@ class NTKWeighter(RecordingWeighter):
 
     Args:
         optimizer: The torch optimizer that makes the step.
-        probes: Backward passes a loss at most. A loss with no more residuals than this has its exact trace; the
+        probes: Backward passes per loss at most. A loss with no more residuals than this has its exact trace; the
             relative error of others is about √(2/probes).
         decay: Share of the old weights when new ones are found, 0 ≤ decay < 1.
         **switches: See :class:`gradsurgery.optimizer.MultiLossOptimizer`.

@@ -303,7 +303,7 @@ def _from_lists(
 ) -> Tensor:
     where = f"{owner}.get_component_weights"
     if not losses:
-        raise ValueError(f"{where}: `losses` must be one list of values a loss, got none.")
+        raise ValueError(f"{where}: `losses` must be one list of values per loss, got none.")
     if slope not in ("oldest", "newest") or normalize not in ("none", "sum", "absolute"):
         raise ValueError(f'{where}: `slope` must be "oldest" or "newest", `normalize` "sum" or "absolute".')
     if not math.isfinite(beta):
