@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery.gradients.gram import Row as Row
-from gradsurgery.graph import Root, Start, differentiate
+from gradsurgery.graph import Root, Start
 from gradsurgery.graph.torch_private import foreach_add_, foreach_mul, foreach_norm
 
 #: Adds up the rows of one parameter with weights.
@@ -70,7 +70,7 @@ def _gradient_below_joins(root: Start, params: Sequence[Tensor], seed: Tensor, r
             reached = [(place, g) for place, g in zip(places, found, strict=True) if g is not None]
             if not reached:
                 return [None] * len(params)
-            found = differentiate([p for p, _ in reached], [g for _, g in reached], stage, retain_graph)
+            found = stage.differentiate([p for p, _ in reached], [g for _, g in reached], retain_graph)
             places = stage.edges
     reached = [(edge, g) for edge, g in zip(root.stages[-1].edges, found, strict=True) if g is not None]
     if not reached:

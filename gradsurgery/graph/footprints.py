@@ -14,9 +14,11 @@ as *vague*; below a vague join the gradients themselves must decide, and the lea
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +31,9 @@ from gradsurgery.graph.torch_private import has_saved, metadata, raw_saved, save
 
 Masks = NDArray[Any]
 Footprint = int | Masks
+#: For each input of an operation that only moves entries, where those of its gradient come from in that of the output,
+#: as a flat index or −1 for a zero, and their shape and dtype; None for an input without a gradient.
+Moves = Sequence[tuple[list[int], tuple[int, ...], torch.dtype] | None]
 #: What a node hands its inputs to: nodes and the number of their output.
 Below = Sequence[tuple["Node | None", int]]
 
@@ -36,6 +41,10 @@ Below = Sequence[tuple["Node | None", int]]
 _UNREADABLE = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 # Entries up to which an operation without a rule is run on marked ones.
 _MOST = 2**18
+# Types of numbers that hold marks.
+_EXACT = (torch.float32, torch.float64)
+# Entries up to which each gets a mark of its own at first.
+_FEW = 256
 # An array of masks with more bits than this holds Python integers.
 _BITS = 62
 
@@ -177,7 +186,9 @@ def may_join(kind: type, inputs: int) -> bool:
     return operation in _PLACING
 
 
-def spread(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losses) -> list[Footprint]:
+def spread(
+    node: Any, below: Below, outputs: dict[int, Footprint], losses: Losses, moves: dict[Node, Moves] | None = None
+) -> list[Footprint]:
     """Carry footprints from the outputs of a node to its inputs.
 
     Args:
@@ -185,6 +196,7 @@ def spread(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losse
         below: Its ``next_functions``.
         outputs: The footprint of each output that a loss reaches.
         losses: The bits in use.
+        moves: Gets what is found out about nodes that only move entries.
 
     Returns:
         One footprint per input.
@@ -204,7 +216,7 @@ def spread(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losse
     first = next(iter(outputs.values()))
     uniform = isinstance(first, int) and all(isinstance(f, int) and f == first for f in outputs.values())
     try:
-        found = _by_rule(node, operation, below, outputs, uniform, losses)
+        found = _by_rule(node, operation, below, outputs, uniform, losses, {} if moves is None else moves)
     except _UNREADABLE:
         found = None
     if found is not None:
@@ -216,7 +228,13 @@ def spread(node: Any, below: Below, outputs: dict[int, Footprint], losses: Losse
 
 
 def _by_rule(
-    node: Any, operation: str, below: Below, outputs: dict[int, Footprint], uniform: bool, losses: Losses
+    node: Any,
+    operation: str,
+    below: Below,
+    outputs: dict[int, Footprint],
+    uniform: bool,
+    losses: Losses,
+    moves: dict[Node, Moves],
 ) -> list[Footprint] | None:
     """The footprints of the inputs; None if there is no way to know them."""
     picks = operation in _PICKING and type(below[0][0]).__name__ != "AccumulateGrad"
@@ -232,9 +250,10 @@ def _by_rule(
         found = None if spreading is None else spreading(node, below, footprint)
         if found is not None:
             return [0 if f is None else settled(f) for f in found]
-    if type(node).__name__ == "CopySlices" or operation != type(node).__name__:
-        return _marked(node, below, outputs, losses)
-    return None
+    if operation != "CopySlices" and operation == type(node).__name__:
+        return None
+    found = _moved_one_by_one(node, below, outputs, losses, moves) if set(outputs) == {0} else None
+    return _marked(node, below, outputs, losses) if found is None else found
 
 
 def _shape(node: Any, output: int) -> tuple[int, ...]:
@@ -254,8 +273,9 @@ def settled(footprint: Footprint) -> Footprint:
         return footprint
     if not footprint.size:
         return 0
-    first = footprint.flat[0]
-    return int(first) if (footprint == first).all() else footprint
+    first = footprint.item(0)
+    # A look at the last entry spares the others, which takes longer, in most arrays.
+    return first if footprint.item(-1) == first and (footprint == first).all() else footprint
 
 
 def _as_array(footprint: Footprint, dims: int, dtype: type) -> Masks:
@@ -303,13 +323,19 @@ def _assembled(shape: Sequence[int], axis: int, parts: Sequence[tuple[Any, Masks
     return result
 
 
+def _line(shape: Sequence[int], axis: int, masks: dict[int, Any], dtype: type) -> Masks:
+    """One mask per place along an axis, and nothing in the places that have none."""
+    line: Masks = np.zeros(shape[axis], dtype)
+    for k, mask in masks.items():
+        line[k] = mask
+    return line.reshape([-1 if k == axis else 1 for k in range(len(shape))])
+
+
 def _select(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
     axis = _axis(saved(node, "dim"), len(shape))
     index = _axis(saved(node, "index"), shape[axis])
     if isinstance(outputs[0], int):
-        lone: Masks = np.zeros([size if k == axis else 1 for k, size in enumerate(shape)], dtype)
-        lone.reshape(-1)[index] = outputs[0]
-        return lone
+        return _line(shape, axis, {index: outputs[0]}, dtype)
     part = np.expand_dims(outputs[0], axis)
     return _assembled(shape, axis, [(slice(index, index + 1), part)], dtype)
 
@@ -334,6 +360,8 @@ def _split(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype
 
 def _unbind(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
     axis = _axis(saved(node, "dim"), len(shape))
+    if all(isinstance(f, int) for f in outputs.values()):
+        return _line(shape, axis, outputs, dtype)
     parts = [(slice(k, k + 1), np.expand_dims(_as_array(f, len(shape) - 1, dtype), axis)) for k, f in outputs.items()]
     return _assembled(shape, axis, parts, dtype)
 
@@ -377,11 +405,14 @@ def _cat(node: Any, below: Below, footprint: Masks) -> list[Footprint | None] | 
     sizes = [None if child is None else _shape(child, nr)[axis] for child, nr in below]
     if sizes.count(None) == 1:  # a constant, whose size follows from the others
         sizes[sizes.index(None)] = footprint.shape[axis] - sum(size for size in sizes if size is not None)
-    ends = np.cumsum(np.array(sizes, dtype=np.int64)).tolist()
-    return [np.take(footprint, range(a, b), axis) for a, b in zip([0, *ends], ends, strict=False)]
+    ends = list(accumulate(size for size in sizes if size is not None))
+    before = (slice(None),) * axis
+    return [footprint[(*before, slice(a, b))] for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def _stack(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    if footprint.size == len(below) and footprint.ndim == 1:
+        return footprint.tolist()
     axis = _axis(saved(node, "dim"), footprint.ndim)
     count = footprint.shape[axis]
     return [np.take(footprint, k if count > 1 else 0, axis) for k in range(len(below))]
@@ -564,7 +595,7 @@ def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Loss
     flat: list[Masks] = [np.asarray(f, dtype=losses.dtype).reshape(-1) for f in outputs.values()]
     masks = np.unique(np.concatenate([np.zeros(1, losses.dtype), *flat]))
     dtype = entries[next(iter(outputs))].dtype
-    results = _moved(node, below, outputs, masks, dtype) if dtype in (torch.float32, torch.float64) else None
+    results = _moved(node, below, outputs, masks, dtype) if dtype in _EXACT else None
     # What a constant has replaced does not go on.
     stops = any(child is None for child, _ in below) and name(node.__class__) in JOINING | _CHOOSING
     if results is None or (not stops and _lost(masks, results)):
@@ -582,6 +613,77 @@ def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Loss
     # A mark that is lost everywhere was stopped by a value, such as a mask of zeros, and not by the operation.
     lost = 0 if stops else _lost(masks, results)
     return [both(result, lost) for result in results] if lost else results
+
+
+@cache
+def _marks(n: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, dict[float, int]]:
+    """Numbers of which no sum and no multiple is among them, and the place of each; that of zero is −1."""
+    numbers = np.float32(1 + np.arange(1, n + 1) * 0.6180339887498949 % 1)
+    places = {number: k for k, number in enumerate(numbers.tolist())}
+    return torch.from_numpy(numbers).to(device, dtype), {0.0: -1, **places}
+
+
+def _moves(node: Any, below: Below) -> Moves | None:
+    """Run an operation backward on entries that all differ; None if it is large, or does more than to move them."""
+    ((shape, dtype, device),) = [(tuple(entry.shape), entry.dtype, entry.device) for entry in metadata(node)]
+    n = math.prod(shape)
+    if not 0 < n <= _FEW or dtype not in _EXACT:
+        return None
+    sizes = [0 if child is None else math.prod(_shape(child, nr)) for child, nr in below]
+    if max(sizes) > _FEW or _runs_code(node):
+        return None
+    marks, place_of = _marks(n, dtype, device)
+    with torch.no_grad():
+        result = node(marks.view(shape))
+    moves: list[tuple[list[int], tuple[int, ...], torch.dtype] | None] = []
+    for value, (child, _) in zip(result if isinstance(result, tuple) else (result,), below, strict=True):
+        if value is None or child is None:
+            moves.append(None)
+            continue
+        flat = value.reshape(-1).tolist() if value.dtype in _EXACT else [math.nan]
+        places = [place_of.get(number) for number in flat]
+        if None in places:
+            return None
+        moves.append((places, tuple(value.shape), value.dtype))  # type: ignore[arg-type]
+    return moves if name(node.__class__) != "CopySlices" or _is_written(moves) else None
+
+
+def _is_written(moves: Moves) -> bool:
+    """Whether some entries of the first input were replaced by the others, and the rest stayed where it was."""
+    if moves[0] is None:
+        return True
+    stays = moves[0][0]
+    replaced = {k for k, place in enumerate(stays) if place < 0}
+    return all(place in (k, -1) for k, place in enumerate(stays)) and all(
+        replaced.issuperset(move[0]) for move in moves[1:] if move is not None
+    )
+
+
+def _moved_one_by_one(
+    node: Any, below: Below, outputs: dict[int, Footprint], losses: Losses, known: dict[Node, Moves]
+) -> list[Footprint] | None:
+    """Where the entries of a small tensor come from; None unless that is all there is to an operation."""
+    moves = _moves(node, below)
+    if moves is None:
+        return None
+    whole = np.broadcast_to(np.asarray(outputs[0], losses.dtype), _shape(node, 0))
+    masks: list[int] = [*whole.reshape(-1).tolist(), 0]
+    results: list[Footprint] = []
+    arrived = 0
+    for move, (child, nr) in zip(moves, below, strict=True):
+        mine = [] if move is None else [masks[place] for place in move[0]]
+        for mask in set(mine):
+            arrived |= mask
+        if len(set(mine)) < 2 or move is None or child is None:
+            results.append(mine[0] if mine else 0)
+            continue
+        array = np.array(mine, losses.dtype).reshape(move[1])
+        array = array if array.ndim < 2 else _short(array)
+        results.append(array if array.shape == _shape(child, nr) else settled(_fitted(array, _shape(child, nr))))
+    if all(child is not None for child, _ in below) and union(whole) & ~arrived:
+        return None
+    known[node] = moves
+    return results
 
 
 def _lost(masks: Masks, results: Sequence[Footprint]) -> int:

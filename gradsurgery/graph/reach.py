@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery.graph import footprints
-from gradsurgery.graph.footprints import Footprint
+from gradsurgery.graph.footprints import Footprint, Moves
 from gradsurgery.graph.torch_private import metadata
 
 # Freeing a graph that Python has walked recurses, and takes about 210 bytes of the C stack per node of depth.
@@ -35,41 +35,91 @@ class Stage(NamedTuple):
         tops: The joins that it meets first.
         joins: All of them, from the losses down. Each has one output.
         edges: The inputs of joins that lead on.
+        moves: Of joins that only move entries, how they do.
     """
 
     tops: tuple[Node, ...]
     joins: tuple[Node, ...]
     edges: tuple[GradientEdge, ...]
+    moves: Mapping[Node, Moves]
+
+    def differentiate(
+        self, places: Sequence[Tensor | GradientEdge], gradients: Sequence[Tensor], retain_graph: bool
+    ) -> list[Tensor | None]:
+        """Carry gradients down to the edges.
+
+        Args:
+            places: Where they are.
+            gradients: One per place.
+            retain_graph: Keep the graph in between.
+
+        Returns:
+            One gradient per edge.
+        """
+        tops = set(self.tops)
+        lower = [join for join in self.joins if join not in tops]
+        # Joins above others free what they need by hand afterwards, unless it is known what they do.
+        upper = self._above(set(lower)) if lower else set()
+        at_once = all(join in self.moves for join in upper)
+        wanted = [*self.tops, *lower] if at_once else list(self.tops)
+        edges = [GradientEdge(node, 0) for node in wanted]
+        found = torch.autograd.grad(places, edges, gradients, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
+        at = {(node, 0): g for node, g in zip(wanted, found, strict=True) if g is not None}
+        return self._pass_down(at, upper if at_once else set(), set(lower) if at_once else set())
+
+    def _above(self, lower: Container[Node | None]) -> set[Node]:
+        """The joins that have another one as an input."""
+        return {join for join in self.joins if any(child in lower for child, _ in join.next_functions)}
 
     @torch.no_grad()
-    def pass_down(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _pass_down(self, at: dict[tuple[Node, int], Tensor], run: set[Node], found: set[Node]) -> list[Tensor | None]:
         """Run the joins backward. Hooks of the tensors below do not see that, and act when the pass goes on from there.
 
         Args:
-            gradients: At the outputs of `tops`.
+            at: The gradients at the outputs of joins.
+            run: Joins that autograd has run.
+            found: Joins whose gradients it has found by that.
 
         Returns:
-            The gradients at `edges`.
+            The gradients at the edges.
         """
-        at: dict[tuple[Node, int], Tensor] = {
-            (node, 0): g for node, g in zip(self.tops, gradients, strict=True) if g is not None
-        }
         tops = set(self.tops)
         for join in self.joins:
             g = at.pop((join, 0), None)
             if g is None:
                 continue
-            if join not in tops:  # autograd runs the hooks of its output, as it has done at the tops
+            # Autograd runs the hooks of its output, as it has done where it came by.
+            if join not in tops and join not in found:
                 edge = GradientEdge(join, 0)
                 (g,) = torch.autograd.grad([edge], [edge], [g], retain_graph=True)
-            found: Any = join(g)  # type: ignore[operator]
-            for place, g in zip(join.next_functions, found if isinstance(found, tuple) else (found,), strict=True):
+            below = join.next_functions
+            if join in run:
+                parts = self._moved(join, g, [node is not None and node not in found for node, _ in below])
+            else:
+                parts = join(g)  # type: ignore[operator]
+                parts = parts if isinstance(parts, tuple) else (parts,)
+            for place, part in zip(below, parts, strict=True):
                 node, output = place
-                if node is not None and g is not None:
+                if node is not None and part is not None and node not in found:
                     shape = metadata(node)[output].shape
-                    g = g if g.shape == shape else g.sum_to_size(shape)  # what was broadcast
-                    at[node, output] = at[node, output] + g if (node, output) in at else g
+                    part = part if part.shape == shape else part.sum_to_size(shape)  # what was broadcast
+                    at[place] = at[place] + part if place in at else part
         return [at.get((edge.node, edge.output_nr)) for edge in self.edges]
+
+    def _moved(self, join: Node, g: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """What a join would hand to its inputs, which autograd has run without keeping that."""
+        flat = g.reshape(-1)
+        parts: list[Tensor | None] = []
+        for move, is_wanted in zip(self.moves[join], wanted, strict=True):
+            if move is None or not is_wanted:
+                parts.append(None)
+                continue
+            places, shape, dtype = move
+            index = torch.tensor(places, device=g.device)
+            part = flat.index_select(0, index.clamp(min=0))
+            part = part.masked_fill(index < 0, 0) if min(places, default=0) < 0 else part
+            parts.append(part.reshape(shape).to(dtype))
+        return parts
 
 
 class Together:
@@ -78,17 +128,21 @@ class Together:
     Args:
         losses: The losses, or their edges in the graph, by number.
         stages: The last stage of each of them.
+        joins: All joins of these stages, from the losses down.
 
     Attributes:
         seeds: Gradient of the objective with respect to every loss of the call; to be set before the pass.
         retain: For every loss of the call, whether another pass may need what it leaves; likewise.
     """
 
-    def __init__(self, losses: Mapping[int, Tensor | GradientEdge], stages: Mapping[int, Stage]) -> None:
+    def __init__(
+        self, losses: Mapping[int, Tensor | GradientEdge], stages: Mapping[int, Stage], joins: Sequence[Node]
+    ) -> None:
         self.seeds: Sequence[Tensor] = ()
         self.retain: Sequence[bool] = ()
         self._losses = losses
         self._stages = stages
+        self._joins = tuple(joins)
         self._found: dict[tuple[Node, int], Tensor | None] = {}
 
     def gradients(self, i: int, retain_graph: bool) -> list[Tensor | None]:
@@ -105,33 +159,14 @@ class Together:
         if not all(edge in self._found for edge in edges):
             stages = self._stages.values()
             tops = tuple(dict.fromkeys(node for stage in stages for node in stage.tops))
-            order = {node: None for stage in stages for node in stage.joins}
-            whole = Stage(tops, tuple(order), tuple(edge for stage in stages for edge in stage.edges))
+            moves = next(iter(stages)).moves
+            whole = Stage(tops, self._joins, tuple(edge for stage in stages for edge in stage.edges), moves)
             seeds = [self.seeds[k] for k in self._losses]
             retain_graph = retain_graph or any(self.retain[k] for k in self._losses)
-            found = differentiate(list(self._losses.values()), seeds, whole, retain_graph)
+            found = whole.differentiate(list(self._losses.values()), seeds, retain_graph)
             self._found = {(e.node, e.output_nr): g for e, g in zip(whole.edges, found, strict=True)}
         # Another pass gets tensors of its own: a hook below may have changed these in place.
         return [self._found.pop(edge) for edge in edges]
-
-
-def differentiate(
-    places: Sequence[Tensor | GradientEdge], gradients: Sequence[Tensor], stage: Stage, retain_graph: bool
-) -> list[Tensor | None]:
-    """Carry gradients down to the edges of a stage.
-
-    Args:
-        places: Where they are.
-        gradients: One per place.
-        stage: Where to go.
-        retain_graph: Keep the graph in between.
-
-    Returns:
-        One gradient per edge of the stage.
-    """
-    tops = [GradientEdge(node, 0) for node in stage.tops]
-    found = torch.autograd.grad(places, tops, gradients, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
-    return stage.pass_down(found)
 
 
 class Start(NamedTuple):
@@ -207,14 +242,14 @@ def walk(given: Sequence[Root | None]) -> Graph:
     found = {walked.seen[key]: mask & full for key, mask in walked.leaves.items() if mask & full}
     suspect = walked.losses.suspect
     suspects = frozenset(walked.seen[key] for key, mask in walked.leaves.items() if mask & suspect)
-    below = walked.below_joins() if walked.splits else tuple(roots)
+    below, nodes = walked.below_joins() if walked.splits else (tuple(roots), order)
     return Graph(
         None if walked.hidden else found,
         tuple(found),
         tuple(any(mask >> i & 1 for mask in overlapping) for i in range(m)),
         tuple(any(mask >> i & 1 and mask >> (i + 1) for mask in overlapping) for i in range(m)),
         walked.hidden,
-        order if below == tuple(roots) else _reachable(order, below),
+        nodes,
         below,
         suspects,
         walked.hidden and walked.uneven,
@@ -324,6 +359,8 @@ class _Walk:
         self.uneven = False
         #: Nodes whose inputs are reached by different losses, with the mask of each input.
         self.splits: dict[Node, list[int]] = {}
+        #: Of nodes that only move entries, how they do.
+        self.moves: dict[Node, Moves] = {}
         self._outputs: dict[Node, dict[int, Footprint]] = {}
         self._hooked: dict[Node, bool] = {}
         self._several: set[Node] = set()
@@ -387,7 +424,7 @@ class _Walk:
 
     def _spread(self, node: Node, outputs: dict[int, Footprint]) -> None:
         below = self.order[node]
-        found = footprints.spread(node, below, outputs, self.losses)
+        found = footprints.spread(node, below, outputs, self.losses, self.moves)
         parts = [0 if child is None else footprints.union(f) for (child, _), f in zip(below, found, strict=True)]
         self.uneven = self.uneven or any(not isinstance(f, int) for f in found)
         if len({part for (child, _), part in zip(below, parts, strict=True) if child is not None}) > 1:
@@ -400,21 +437,24 @@ class _Walk:
 
     # ------------------------------------------------------------------------------- below the joins
 
-    def below_joins(self) -> tuple[Root | None, ...]:
+    def below_joins(self) -> tuple[tuple[Root | None, ...], Nodes]:
         """Where each loss begins, if nothing but what leads to the joins lies above.
 
         Returns:
-            One root per loss.
+            One root per loss, and what lies below these.
         """
         at = {node: -k for k, node in enumerate(self.order)}
         full = self.losses.vague - 1
         stages: dict[int, tuple[Stage, ...]] = {}
         alone: dict[int, Stage] = {}
+        above: set[Node] = set()
         for i, root in enumerate(self.roots):
             of_one: list[Stage] = []
             nodes = [node for node, _ in origins(root)]
-            while nodes and (stage := self._stage(nodes, 1 << i, at)) is not None:
+            left = {join for join in self.splits if self.masks[join] >> i & 1}
+            while left and nodes and (stage := self._stage(nodes, 1 << i, at, above)) is not None:
                 of_one.append(stage)
+                left.difference_update(stage.joins)
                 nodes = [edge.node for edge in stage.edges]
             if of_one:
                 stages[i] = tuple(of_one)
@@ -424,14 +464,19 @@ class _Walk:
         if self._on_one_way({node for stage in alone.values() for node in stage.tops}):
             alone = {}
         joins = sorted({node for stage in alone.values() for node in stage.joins}, key=at.__getitem__)
-        alone = {i: stage._replace(joins=tuple(joins)) for i, stage in alone.items()}
-        together = Together({i: losses[i] for i in alone}, alone)
-        return tuple(
+        together = Together({i: losses[i] for i in alone}, alone, joins)
+        begins = tuple(
             Start(losses[i], stages[i], i, together if i in alone else None) if i in stages else root
             for i, root in enumerate(self.roots)
         )
+        if not stages:
+            return begins, self.order
+        lowest = max(at[node] for node in above)
+        if all(at[node] > lowest for root in begins for node, _ in origins(root)):
+            return begins, {n: b for n, b in self.order.items() if n not in above and self.masks.get(n, 0) & full}
+        return begins, _reachable(self.order, begins)
 
-    def _stage(self, nodes: Iterable[Node], loss: int, at: dict[Node, int]) -> Stage | None:
+    def _stage(self, nodes: Iterable[Node], loss: int, at: dict[Node, int], passed_by: set[Node]) -> Stage | None:
         """The next joins on the way of a loss, if they lead to all of its parameters."""
         below: dict[tuple[Node, int], None] = {}
         above: set[Node] = set()
@@ -446,24 +491,33 @@ class _Walk:
             if node in above:
                 continue
             above.add(node)
-            passed += parts is None
-            for k, (child, output) in enumerate(self.order[node]):
-                if child is None or not (self.masks.get(child, 0) if parts is None else parts[k]) & loss:
+            if parts is not None:
+                for place, part in zip(self.order[node], parts, strict=True):
+                    child = place[0]
+                    if part & loss and child is not None:
+                        if type(child).__name__ == "AccumulateGrad":
+                            return None
+                        if child in self.splits:
+                            left.append((child, True))
+                        else:
+                            below[place] = None  # type: ignore[index]
+                continue
+            passed += 1
+            for child, _ in self.order[node]:
+                if child is None or not self.masks.get(child, 0) & loss:
                     continue
                 if type(child).__name__ == "AccumulateGrad" or passed > _NEAR:
                     return None
-                if parts is None or child in self.splits:
-                    left.append((child, parts is not None))
-                else:
-                    below[child, output] = None
+                left.append((child, False))
         # What lies below one of these edges must not lie above another.
         if not below or max(at[node] for node in above) >= min(at[node] for node, _ in below):
             return None
-        joins = sorted((node for node in above if node in self.splits), key=at.__getitem__)
+        joins = sorted(self.splits.keys() & above, key=at.__getitem__)
         # A join below another one that is also met from elsewhere would be run twice.
-        if any(self._is_input(node, joins) for node in tops) or any(map(self._is_hooked, joins)):
+        if (len(joins) > 1 and any(self._is_input(node, joins) for node in tops)) or any(map(self._is_hooked, joins)):
             return None
-        return Stage(tuple(tops), tuple(joins), tuple(GradientEdge(*edge) for edge in below))
+        passed_by |= above
+        return Stage(tuple(tops), tuple(joins), tuple(GradientEdge(*edge) for edge in below), self.moves)
 
     def _on_one_way(self, tops: set[Node]) -> bool:
         """Whether one of some joins lies below another: a pass that stops at both would count the upper one twice."""
