@@ -17,8 +17,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache, reduce
 from itertools import accumulate
+from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +33,8 @@ from gradsurgery.graph.torch_private import has_saved, metadata, raw_saved, save
 Masks = NDArray[Any]
 Footprint = int | Masks
 #: For each input of an operation that only moves entries, where those of its gradient come from in that of the output,
-#: as a flat index or −1 for a zero, and their shape and dtype; None for an input without a gradient.
-Moves = Sequence[tuple[list[int], tuple[int, ...], torch.dtype] | None]
+#: as a flat index or −1 for a zero, and their shape; None for an input without a gradient.
+Moves = Sequence[tuple[list[int], tuple[int, ...]] | None]
 #: What a node hands its inputs to: nodes and the number of their output.
 Below = Sequence[tuple["Node | None", int]]
 
@@ -147,7 +148,11 @@ def union(footprint: Footprint) -> int:
     Returns:
         A bit mask.
     """
-    return footprint if isinstance(footprint, int) else int(np.bitwise_or.reduce(footprint, axis=None))
+    if isinstance(footprint, int):
+        return footprint
+    if footprint.size > _FEW:
+        return int(np.bitwise_or.reduce(footprint, axis=None))
+    return reduce(or_, footprint.reshape(-1).tolist(), 0)
 
 
 def _union_of(outputs: dict[int, Footprint]) -> int:
@@ -170,18 +175,19 @@ def both(a: Footprint, b: Footprint) -> Footprint:
     return a | b
 
 
-def may_join(kind: type, inputs: int) -> bool:
+@cache
+def may_join(kind: type, several: bool) -> bool:
     """Whether losses that reach a node may part below it, although all of them reach its output.
 
     Args:
         kind: Class of the node.
-        inputs: How many it has.
+        several: Whether it has several inputs.
 
     Returns:
         False where the operation is known not to tell its inputs apart, nor to be a part of a sum that does.
     """
     operation = name(kind)
-    if inputs > 1 and (operation in _CHOOSING or (operation not in PLAIN and operation not in _NARROWING)):
+    if several and (operation in _CHOOSING or (operation not in PLAIN and operation not in _NARROWING)):
         return True
     return operation in _PLACING
 
@@ -252,8 +258,8 @@ def _by_rule(
             return [0 if f is None else settled(f) for f in found]
     if operation != "CopySlices" and operation == type(node).__name__:
         return None
-    found = _moved_one_by_one(node, below, outputs, losses, moves) if set(outputs) == {0} else None
-    return _marked(node, below, outputs, losses) if found is None else found
+    moved = _moved_one_by_one(node, below, outputs, losses, moves) if set(outputs) == {0} else None
+    return _marked(node, below, outputs, losses) if moved is None else moved
 
 
 def _shape(node: Any, output: int) -> tuple[int, ...]:
@@ -615,37 +621,36 @@ def _marked(node: Any, below: Below, outputs: dict[int, Footprint], losses: Loss
     return [both(result, lost) for result in results] if lost else results
 
 
-@cache
-def _marks(n: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, dict[float, int]]:
+@lru_cache(256)
+def _marks(shape: tuple[int, ...]) -> tuple[NDArray[np.float32], dict[float, int]]:
     """Numbers of which no sum and no multiple is among them, and the place of each; that of zero is −1."""
-    numbers = np.float32(1 + np.arange(1, n + 1) * 0.6180339887498949 % 1)
-    places = {number: k for k, number in enumerate(numbers.tolist())}
-    return torch.from_numpy(numbers).to(device, dtype), {0.0: -1, **places}
+    numbers = np.asarray(1 + np.arange(1, math.prod(shape) + 1) * 0.6180339887498949 % 1, np.float32)
+    places: dict[float, int] = {number: k for k, number in enumerate(numbers.tolist())}
+    return numbers.reshape(shape), {0.0: -1, **places}
 
 
 def _moves(node: Any, below: Below) -> Moves | None:
     """Run an operation backward on entries that all differ; None if it is large, or does more than to move them."""
-    ((shape, dtype, device),) = [(tuple(entry.shape), entry.dtype, entry.device) for entry in metadata(node)]
-    n = math.prod(shape)
-    if not 0 < n <= _FEW or dtype not in _EXACT:
+    (entry,) = metadata(node)
+    shape = tuple(entry.shape)
+    writes = name(node.__class__) == "CopySlices"
+    if entry.dtype not in _EXACT or not 0 < math.prod(shape) <= _FEW:
         return None
-    sizes = [0 if child is None else math.prod(_shape(child, nr)) for child, nr in below]
-    if max(sizes) > _FEW or _runs_code(node):
+    if not writes and (_runs_code(node) or any(math.prod(_shape(*at)) > _FEW for at in below if at[0] is not None)):
         return None
-    marks, place_of = _marks(n, dtype, device)
-    with torch.no_grad():
-        result = node(marks.view(shape))
-    moves: list[tuple[list[int], tuple[int, ...], torch.dtype] | None] = []
+    marks, place_of = _marks(shape)
+    result = node(torch.from_numpy(marks).to(entry.device, entry.dtype))
+    moves: list[tuple[list[int], tuple[int, ...]] | None] = []
     for value, (child, _) in zip(result if isinstance(result, tuple) else (result,), below, strict=True):
         if value is None or child is None:
             moves.append(None)
             continue
-        flat = value.reshape(-1).tolist() if value.dtype in _EXACT else [math.nan]
-        places = [place_of.get(number) for number in flat]
-        if None in places:
+        try:
+            places = [place_of[number] for number in value.reshape(-1).tolist()]
+        except KeyError:
             return None
-        moves.append((places, tuple(value.shape), value.dtype))  # type: ignore[arg-type]
-    return moves if name(node.__class__) != "CopySlices" or _is_written(moves) else None
+        moves.append((places, tuple(value.shape)))
+    return None if writes and not _is_written(moves) else moves
 
 
 def _is_written(moves: Moves) -> bool:
@@ -666,7 +671,9 @@ def _moved_one_by_one(
     moves = _moves(node, below)
     if moves is None:
         return None
-    whole = np.broadcast_to(np.asarray(outputs[0], losses.dtype), _shape(node, 0))
+    whole: Masks = np.asarray(outputs[0], losses.dtype)
+    shape = _shape(node, 0)
+    whole = whole if whole.shape == shape else np.broadcast_to(whole, shape)
     masks: list[int] = [*whole.reshape(-1).tolist(), 0]
     results: list[Footprint] = []
     arrived = 0
@@ -677,10 +684,10 @@ def _moved_one_by_one(
         if len(set(mine)) < 2 or move is None or child is None:
             results.append(mine[0] if mine else 0)
             continue
-        array = np.array(mine, losses.dtype).reshape(move[1])
+        array: Masks = np.array(mine, losses.dtype).reshape(move[1])
         array = array if array.ndim < 2 else _short(array)
         results.append(array if array.shape == _shape(child, nr) else settled(_fitted(array, _shape(child, nr))))
-    if all(child is not None for child, _ in below) and union(whole) & ~arrived:
+    if all(child is not None for child, _ in below) and any(mask & ~arrived for mask in masks):
         return None
     known[node] = moves
     return results

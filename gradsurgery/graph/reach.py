@@ -94,19 +94,17 @@ class Stage(NamedTuple):
                 (g,) = torch.autograd.grad([edge], [edge], [g], retain_graph=True)
             below = join.next_functions
             if join in run:
-                parts = self._moved(join, g, [node is not None and node not in found for node, _ in below])
+                parts: Any = self._moved(join, g, [node is not None and node not in found for node, _ in below])
             else:
                 parts = join(g)  # type: ignore[operator]
-                parts = parts if isinstance(parts, tuple) else (parts,)
-            for place, part in zip(below, parts, strict=True):
-                node, output = place
+            for (node, output), part in zip(below, parts if isinstance(parts, tuple) else (parts,), strict=True):
                 if node is not None and part is not None and node not in found:
                     shape = metadata(node)[output].shape
                     part = part if part.shape == shape else part.sum_to_size(shape)  # what was broadcast
-                    at[place] = at[place] + part if place in at else part
+                    at[node, output] = at[node, output] + part if (node, output) in at else part
         return [at.get((edge.node, edge.output_nr)) for edge in self.edges]
 
-    def _moved(self, join: Node, g: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    def _moved(self, join: Node, g: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """What a join would hand to its inputs, which autograd has run without keeping that."""
         flat = g.reshape(-1)
         parts: list[Tensor | None] = []
@@ -114,12 +112,12 @@ class Stage(NamedTuple):
             if move is None or not is_wanted:
                 parts.append(None)
                 continue
-            places, shape, dtype = move
+            places, shape = move
             index = torch.tensor(places, device=g.device)
             part = flat.index_select(0, index.clamp(min=0))
             part = part.masked_fill(index < 0, 0) if min(places, default=0) < 0 else part
-            parts.append(part.reshape(shape).to(dtype))
-        return parts
+            parts.append(part.reshape(shape))
+        return tuple(parts)
 
 
 class Together:
@@ -236,7 +234,8 @@ def walk(given: Sequence[Root | None]) -> Graph:
     if order is None:
         return Graph(None, (), (True,) * m, (True,) * m, False, {}, tuple(roots), unread=True)
     walked = _Walk(roots, order)
-    walked.go()
+    with torch.no_grad():
+        walked.go()
     full = (1 << m) - 1
     overlapping = {mask & full for mask in walked.overlapping}
     found = {walked.seen[key]: mask & full for key, mask in walked.leaves.items() if mask & full}
@@ -365,7 +364,7 @@ class _Walk:
         self._hooked: dict[Node, bool] = {}
         self._several: set[Node] = set()
         self._joined = len(roots) > 1 and any(
-            footprints.may_join(type(node), len(below)) for node, below in order.items()
+            footprints.may_join(type(node), len(below) > 1) for node, below in order.items()
         )
         if self._joined:
             self._several = {child for below in order.values() for child, nr in below if nr and child is not None}
@@ -391,15 +390,17 @@ class _Walk:
             if outputs is not None:
                 outputs = {k: footprints.settled(f) for k, f in outputs.items()}
             if outputs is None and (not self._joined or footprints.name(kind) in footprints.PLAIN):
+                watched = self._several or self._outputs
                 for child, output in below:
                     if child is None:
                         continue
-                    if child in self._several or child in self._outputs:
+                    if watched and (child in self._several or child in self._outputs):
                         self._enter(child, output, mask, mask)
                     else:
                         masks[child] = masks.get(child, 0) | mask
             else:
                 self._spread(node, outputs or {0: mask})
+            self._several.discard(node)
             self.hidden = self.hidden or kind.__name__ == "CheckpointFunctionBackward"
 
     def _begin(self) -> None:
@@ -491,24 +492,14 @@ class _Walk:
             if node in above:
                 continue
             above.add(node)
-            if parts is not None:
-                for place, part in zip(self.order[node], parts, strict=True):
-                    child = place[0]
-                    if part & loss and child is not None:
-                        if type(child).__name__ == "AccumulateGrad":
-                            return None
-                        if child in self.splits:
-                            left.append((child, True))
-                        else:
-                            below[place] = None  # type: ignore[index]
-                continue
-            passed += 1
-            for child, _ in self.order[node]:
-                if child is None or not self.masks.get(child, 0) & loss:
-                    continue
+            passed += parts is None
+            for child, output in self._leading_on(node, loss):
                 if type(child).__name__ == "AccumulateGrad" or passed > _NEAR:
                     return None
-                left.append((child, False))
+                if parts is None or child in self.splits:
+                    left.append((child, parts is not None))
+                else:
+                    below[child, output] = None
         # What lies below one of these edges must not lie above another.
         if not below or max(at[node] for node in above) >= min(at[node] for node, _ in below):
             return None
@@ -518,6 +509,15 @@ class _Walk:
             return None
         passed_by |= above
         return Stage(tuple(tops), tuple(joins), tuple(GradientEdge(*edge) for edge in below), self.moves)
+
+    def _leading_on(self, node: Node, loss: int) -> list[tuple[Node, int]]:
+        """The inputs of a node that a loss reaches through it, or, if it is no join, through any node."""
+        below, parts = self.order[node], self.splits.get(node)
+        if parts is None:
+            return [(child, nr) for child, nr in below if child is not None and self.masks.get(child, 0) & loss]
+        return [
+            (child, nr) for (child, nr), part in zip(below, parts, strict=True) if child is not None and part & loss
+        ]
 
     def _on_one_way(self, tops: set[Node]) -> bool:
         """Whether one of some joins lies below another: a pass that stops at both would count the upper one twice."""
