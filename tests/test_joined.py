@@ -128,6 +128,38 @@ def replaced(ys: list[Tensor]) -> list[Tensor]:
     return by_columns(out)
 
 
+_MARKS = footprints._marks((M,))[0].astype(float)
+#: Takes one of the numbers that mark entries to another one.
+RATIO = float(_MARKS[1] / _MARKS[0])
+assert RATIO * _MARKS[0] == _MARKS[1]
+
+
+def rescaled_in_place(ys: list[Tensor]) -> list[Tensor]:
+    out = torch.stack(separate(ys)).clone()
+    out[0].mul_(RATIO)
+    return [out[0] / RATIO, *out[1:]]
+
+
+def added_in_place(ys: list[Tensor]) -> list[Tensor]:
+    first, *others = separate(ys)
+    out = torch.stack([first / 2, *others]).clone()
+    out[0].add_(first, alpha=RATIO)
+    return [out[0] / (0.5 + RATIO), *out[1:]]
+
+
+def a_joined_part_written_in(ys: list[Tensor]) -> list[Tensor]:
+    out = 1.0 * ys[2].expand(-1, M)
+    out[:, :2] = torch.cat(ys[:2], 1)
+    return by_columns(out)
+
+
+def filled_in_another_precision(ys: list[Tensor]) -> list[Tensor]:
+    losses = torch.zeros(M, dtype=torch.float64)
+    for i, one in enumerate(separate(ys)):
+        losses[i] = one.float()
+    return list(losses)
+
+
 def cast(ys: list[Tensor]) -> list[Tensor]:
     out = torch.cat(ys, 1).float().double().float()
     return [loss(out[:, i].double(), i) for i in range(M)]
@@ -247,6 +279,10 @@ FORMS.update(
             nn.functional.conv1d(torch.cat(ys, 1).unsqueeze(2), torch.ones(M, 1, 1).double(), groups=M).squeeze(2)
         ),
         "a column replaced by itself": replaced,
+        "an entry multiplied in place": rescaled_in_place,
+        "an entry added to in place": added_in_place,
+        "a joined part written into another tensor": a_joined_part_written_in,
+        "filled in another precision": filled_in_another_precision,
     }
 )
 METHODS = (gradsurgery.MGDA, gradsurgery.UPGrad, gradsurgery.NashMTL)
@@ -293,7 +329,7 @@ def assert_as_separate(form, build, steps=2, width=6, tolerance=1e-9, **options)
 @pytest.mark.parametrize("build", METHODS)
 @pytest.mark.parametrize("name", FORMS)
 def test_joined_losses_are_those_handed_over_one_by_one(name, build):
-    tolerance = 1e-4 if name == "casts" else 1e-9
+    tolerance = 1e-4 if name in ("casts", "filled in another precision") else 1e-9
     assert_as_separate(FORMS[name], build, tolerance=tolerance)
 
 
@@ -620,6 +656,17 @@ def test_the_losses_below_a_join_are_differentiated_in_one_pass():
     out.register_hook(lambda g: passes.append(g))
     gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(by_columns(out))
     assert len(passes) == 1
+
+
+def test_losses_that_were_filled_in_are_brought_below_all_joins_in_one_call(monkeypatch):
+    net, calls, losses = filled_by_many(5)
+    grad, made = torch.autograd.grad, []
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *args, **given: (made.append(1) and None) or grad(*args, **given)
+    )
+    gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=1e-4)).backward(losses)
+    assert len(made) == 5 + 1
+    assert sorted(calls) == [0, 1, 2, 3, 4]
 
 
 def test_no_pass_goes_through_the_head_of_another_loss():

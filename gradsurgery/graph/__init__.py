@@ -12,7 +12,6 @@ from gradsurgery.graph.reach import Stage as Stage
 from gradsurgery.graph.reach import Start as Start
 from gradsurgery.graph.reach import Together as Together
 from gradsurgery.graph.reach import deepest as deepest
-from gradsurgery.graph.reach import differentiate as differentiate
 from gradsurgery.graph.reach import inputs_first as inputs_first
 from gradsurgery.graph.reach import is_hooked as is_hooked
 from gradsurgery.graph.reach import origins as origins
