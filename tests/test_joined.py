@@ -816,6 +816,12 @@ def test_a_gradient_that_vanishes_by_its_values_is_one_all_the_same():
     assert all(graph.walk([out[:, 0].sum(), out[:, 1].sum()]).masks[p] for p in heads)
 
 
+def test_an_entry_that_an_operation_drops_is_reached_all_the_same():
+    weight = nn.Parameter(torch.ones(2, 2))
+    out = (1.0 * weight).tril()
+    assert graph.walk([out[0, 1], out[1, 0], weight.sum()]).masks[weight] == 0b111
+
+
 # ---------------------------------------------------------------------------------- names
 
 

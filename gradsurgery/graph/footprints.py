@@ -210,7 +210,7 @@ def spread(
     operation = name(node.__class__)
     if operation in _NARROWING:
         try:
-            return [settled(_NARROWING[operation](node, _shape(*below[0]), outputs, losses.dtype))]
+            return [_NARROWING[operation](node, _shape(*below[0]), outputs, losses.dtype)]
         except _UNREADABLE:
             return [losses.vague | _union_of(outputs)]
     everything = _union_of(outputs)
@@ -318,7 +318,7 @@ def _axis(number: int, dims: int) -> int:
     return axis + dims if axis < 0 else axis
 
 
-def _assembled(shape: Sequence[int], axis: int, parts: Sequence[tuple[Any, Masks]], dtype: type) -> Masks:
+def _assembled(shape: Sequence[int], axis: int, parts: Sequence[tuple[Any, Masks]], dtype: type) -> Footprint:
     """Put footprints side by side along an axis. What no part covers is reached by nothing."""
     flat = [[1 if k == axis else size for k, size in enumerate(part.shape)] for _, part in parts]
     common = list(np.broadcast_shapes(*map(tuple, flat)))
@@ -326,18 +326,20 @@ def _assembled(shape: Sequence[int], axis: int, parts: Sequence[tuple[Any, Masks
     result: Masks = np.zeros(common, dtype)
     for place, part in parts:
         result[(slice(None),) * axis + (place,)] = part
-    return result
+    return settled(result)
 
 
-def _line(shape: Sequence[int], axis: int, masks: dict[int, Any], dtype: type) -> Masks:
+def _line(shape: Sequence[int], axis: int, masks: dict[int, Any], dtype: type) -> Footprint:
     """One mask per place along an axis, and nothing in the places that have none."""
+    if len(masks) == shape[axis] and len(set(masks.values())) == 1:
+        return masks[0]
     line: Masks = np.zeros(shape[axis], dtype)
     for k, mask in masks.items():
         line[k] = mask
-    return line.reshape([-1 if k == axis else 1 for k in range(len(shape))])
+    return line if len(shape) == 1 else line.reshape([-1 if k == axis else 1 for k in range(len(shape))])
 
 
-def _select(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+def _select(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Footprint:
     axis = _axis(saved(node, "dim"), len(shape))
     index = _axis(saved(node, "index"), shape[axis])
     if isinstance(outputs[0], int):
@@ -346,13 +348,13 @@ def _select(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtyp
     return _assembled(shape, axis, [(slice(index, index + 1), part)], dtype)
 
 
-def _slice(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+def _slice(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Footprint:
     axis = _axis(saved(node, "dim"), len(shape))
     place = slice(_signed(saved(node, "start")), _signed(saved(node, "end")), saved(node, "step"))
     return _assembled(shape, axis, [(place, _as_array(outputs[0], len(shape), dtype))], dtype)
 
 
-def _split(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+def _split(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Footprint:
     axis = _axis(saved(node, "dim"), len(shape))
     if has_saved(node, "split_sizes"):
         ends = np.cumsum(saved(node, "split_sizes")).tolist()
@@ -364,7 +366,7 @@ def _split(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype
     return _assembled(shape, axis, parts, dtype)
 
 
-def _unbind(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+def _unbind(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Footprint:
     axis = _axis(saved(node, "dim"), len(shape))
     if all(isinstance(f, int) for f in outputs.values()):
         return _line(shape, axis, outputs, dtype)
@@ -372,7 +374,7 @@ def _unbind(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtyp
     return _assembled(shape, axis, parts, dtype)
 
 
-def _padded(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Masks:
+def _padded(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtype: type) -> Footprint:
     result, pads = _as_array(outputs[0], len(shape), dtype), saved(node, "pad")
     for k in range(0, len(pads), 2):
         axis = len(shape) - 1 - k // 2
@@ -384,10 +386,10 @@ def _padded(node: Any, shape: Sequence[int], outputs: dict[int, Footprint], dtyp
             part = np.take(np.broadcast_to(result, whole), places[there], axis)
             result = np.zeros([size if j != axis else shape[axis] for j, size in enumerate(whole)], dtype)
             result[(slice(None),) * axis + (there,)] = part
-    return result
+    return settled(result)
 
 
-_NARROWING: dict[str, Callable[[Any, Sequence[int], dict[int, Footprint], type], Masks]] = {
+_NARROWING: dict[str, Callable[[Any, Sequence[int], dict[int, Footprint], type], Footprint]] = {
     "Select": _select,
     "Slice": _slice,
     "Split": _split,
@@ -412,8 +414,11 @@ def _cat(node: Any, below: Below, footprint: Masks) -> list[Footprint | None] | 
     if sizes.count(None) == 1:  # a constant, whose size follows from the others
         sizes[sizes.index(None)] = footprint.shape[axis] - sum(size for size in sizes if size is not None)
     ends = list(accumulate(size for size in sizes if size is not None))
+    starts = [0, *ends][: len(ends)]
+    if footprint.size == len(below) == footprint.shape[axis] and starts == list(range(len(below))):
+        return footprint.reshape(-1).tolist()
     before = (slice(None),) * axis
-    return [footprint[(*before, slice(a, b))] for a, b in zip([0, *ends], ends, strict=False)]
+    return [footprint[(*before, slice(a, b))] for a, b in zip(starts, ends, strict=True)]
 
 
 def _stack(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
@@ -633,7 +638,7 @@ def _moves(node: Any, below: Below) -> Moves | None:
     """Run an operation backward on entries that all differ; None if it is large, or does more than to move them."""
     (entry,) = metadata(node)
     shape = tuple(entry.shape)
-    writes = name(node.__class__) == "CopySlices"
+    writes = type(node).__name__ == "CopySlices"
     if entry.dtype not in _EXACT or not 0 < math.prod(shape) <= _FEW:
         return None
     if not writes and (_runs_code(node) or any(math.prod(_shape(*at)) > _FEW for at in below if at[0] is not None)):
@@ -641,15 +646,14 @@ def _moves(node: Any, below: Below) -> Moves | None:
     marks, place_of = _marks(shape)
     result = node(torch.from_numpy(marks).to(entry.device, entry.dtype))
     moves: list[tuple[list[int], tuple[int, ...]] | None] = []
-    for value, (child, _) in zip(result if isinstance(result, tuple) else (result,), below, strict=True):
-        if value is None or child is None:
-            moves.append(None)
-            continue
-        try:
-            places = [place_of[number] for number in value.reshape(-1).tolist()]
-        except KeyError:
-            return None
-        moves.append((places, tuple(value.shape)))
+    try:
+        for value, (child, _) in zip(result if isinstance(result, tuple) else (result,), below, strict=True):
+            if value is None or child is None:
+                moves.append(None)
+            else:
+                moves.append(([place_of[number] for number in value.reshape(-1).tolist()], tuple(value.shape)))
+    except KeyError:
+        return None
     return None if writes and not _is_written(moves) else moves
 
 
@@ -657,11 +661,11 @@ def _is_written(moves: Moves) -> bool:
     """Whether some entries of the first input were replaced by the others, and the rest stayed where it was."""
     if moves[0] is None:
         return True
-    stays = moves[0][0]
-    replaced = {k for k, place in enumerate(stays) if place < 0}
-    return all(place in (k, -1) for k, place in enumerate(stays)) and all(
-        replaced.issuperset(move[0]) for move in moves[1:] if move is not None
-    )
+    expected = list(range(len(moves[0][0])))
+    for move in moves[1:]:
+        for place in move[0] if move is not None else ():
+            expected[place] = -1
+    return moves[0][0] == expected
 
 
 def _moved_one_by_one(
@@ -679,9 +683,10 @@ def _moved_one_by_one(
     arrived = 0
     for move, (child, nr) in zip(moves, below, strict=True):
         mine = [] if move is None else [masks[place] for place in move[0]]
-        for mask in set(mine):
+        different = set(mine)
+        for mask in different:
             arrived |= mask
-        if len(set(mine)) < 2 or move is None or child is None:
+        if len(different) < 2 or move is None or child is None:
             results.append(mine[0] if mine else 0)
             continue
         array: Masks = np.array(mine, losses.dtype).reshape(move[1])
