@@ -820,7 +820,8 @@ def test_an_entry_that_an_operation_drops_is_reached_all_the_same():
     upper, lower = (nn.Parameter(torch.ones(1, 2)) for _ in range(2))
     out = torch.cat([upper, lower]).tril()
     masks = graph.walk([out[0, 1], out[1, 0]]).masks
-    assert masks is not None and masks[upper] & 1
+    assert masks is not None
+    assert masks[upper] & 1
 
 
 # ---------------------------------------------------------------------------------- names
