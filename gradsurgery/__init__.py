@@ -7,6 +7,7 @@ from gradsurgery.losses import losses_by_group
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
 from gradsurgery.surgery.adatask import AdaTask
+from gradsurgery.surgery.agda import AGDA
 from gradsurgery.surgery.agem import AGEM
 from gradsurgery.surgery.aligned_mtl import AlignedMTL
 from gradsurgery.surgery.and_mask import AndMask
@@ -15,13 +16,16 @@ from gradsurgery.surgery.bloop import Bloop
 from gradsurgery.surgery.blur import BLUR
 from gradsurgery.surgery.cagrad import CAGrad
 from gradsurgery.surgery.config import ConFIG
+from gradsurgery.surgery.conicgrad import ConicGrad
 from gradsurgery.surgery.dbmtl import DBMTL
 from gradsurgery.surgery.dcgd import DCGD
 from gradsurgery.surgery.dualproj import DualProj
 from gradsurgery.surgery.epo import EPO
 from gradsurgery.surgery.excessmtl import ExcessMTL
 from gradsurgery.surgery.fairgrad import FairGrad
+from gradsurgery.surgery.ferero import FERERO
 from gradsurgery.surgery.gcond import GCond
+from gradsurgery.surgery.gcs import GCS
 from gradsurgery.surgery.graddrop import GradDrop
 from gradsurgery.surgery.gradvac import GradVac
 from gradsurgery.surgery.gru import GRU
@@ -37,6 +41,7 @@ from gradsurgery.surgery.multiadam import MultiAdam
 from gradsurgery.surgery.nash_mtl import NashMTL
 from gradsurgery.surgery.pcd import PCD
 from gradsurgery.surgery.pcgrad import PCGrad
+from gradsurgery.surgery.pivrg import PIVRG
 from gradsurgery.surgery.pmgda import PMGDA
 from gradsurgery.surgery.sago import SAGO
 from gradsurgery.surgery.sand_mask import SandMask
@@ -123,15 +128,19 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "AGDA",
     "AGEM",
     "BLUR",
     "DBMTL",
     "DCGD",
     "EPO",
+    "FERERO",
+    "GCS",
     "GRU",
     "IMTLG",
     "MGDA",
     "PCD",
+    "PIVRG",
     "PMGDA",
     "SAGO",
     "AdaTask",
@@ -142,6 +151,7 @@ __all__ = [
     "COSMOSWeighter",
     "CoVWeighter",
     "ConFIG",
+    "ConicGrad",
     "DWAWeighter",
     "Diagnosis",
     "DualProj",

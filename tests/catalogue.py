@@ -38,6 +38,8 @@ class Row:
         stationary_is_zero: Zero exactly on Pareto-stationary input, with the flag "stationary".
         zero_rows: A zero row makes the input stationary ("stationary"), or is left out ("dropped").
         golden: Rows, losses and the direction in sum scale that a paper's formula gives by hand.
+        reference: Names of exact answers, and the `reduction` that they are for.
+        given: The keyword whose value the inputs of these answers have, too.
         alone: One task gives "itself", its own gradient (up to length in the paper's scale), or is "defined".
     """
 
@@ -58,6 +60,7 @@ class Row:
     alone: Literal["itself", "defined"] = "itself"
     needs_losses: bool = False
     reference: dict[str, str] = field(default_factory=dict)
+    given: str = ""
 
     def direction(self, **switches) -> Callable[[np.ndarray], np.ndarray]:
         """The method as a function from float64 rows to a direction."""
@@ -184,6 +187,36 @@ CATALOGUE = [
         scale="paper",
         reference={"CAGrad c=0.5": "mean"},
     ),
+    *[
+        Row(
+            f"CAGrad, c = {c}",
+            lambda base, c=c, **switches: gradsurgery.CAGrad(base, c=c, rescale=0, **switches),
+            "gram",
+            golden=([[1, 0], [0, 1]], None, [1 + c, 1 + c]),
+            scale="paper",
+            common_descent=ALL,
+            reference={f"CAGrad c={c}": "mean"},
+        )
+        for c in (1.0, 1.5, 4.0)
+    ],
+    Row(
+        "ConicGrad",
+        gradsurgery.ConicGrad,
+        "gram",
+        # MGDA's direction, (1, 11), has a cosine of 0.2 with (18, 2), which is turned by 60° towards it
+        golden=([[20, 0], [-2, 2]], None, [7.26794919, 16.58845727]),
+        reference={"ConicGrad c=0.5": "mean"},
+    ),
+    *[
+        Row(
+            f"ConicGrad, c = {c}",
+            lambda base, c=c, **switches: gradsurgery.ConicGrad(base, c=c, **switches),
+            "gram",
+            golden=([[1, 0], [0, 1]], None, [1, 1]),
+            reference={f"ConicGrad c={c}": "mean"},
+        )
+        for c in (0.25, 0.9)
+    ],
     Row(
         "IMTLG",
         gradsurgery.IMTLG,
@@ -202,8 +235,21 @@ CATALOGUE = [
         descends_at_full_rank=True,
         row_scale_invariant=True,
         ignores_copies=True,
-        reference={"ConFIG": "sum"},
+        reference={"ConFIG": "sum", "ConFIG length=projection": "sum"},
     ),
+    *[
+        Row(
+            f"ConFIG, {length}",
+            lambda base, length=length, **switches: gradsurgery.ConFIG(base, length=length, **switches),
+            "gram",
+            golden=([[1, 0], [0, 4]], None, [tracked, tracked]),  # 2 L cos 45° along (1, 1) / √2
+            descends_at_full_rank=True,
+            row_scale_invariant=True,
+            ignores_copies=True,
+            reference={f"ConFIG length={length}": "sum"},
+        )
+        for length, tracked in (("min", 1), ("max", 4), ("mean", 2.5), ("harmonic", 1.6), ("geometric", 2))
+    ],
     Row(
         "NashMTL",
         gradsurgery.NashMTL,
@@ -252,6 +298,37 @@ CATALOGUE = [
         )
         for alpha in (0.5, 1.0, 2.0)
     ],
+    Row(
+        "FairGrad, alpha = 0",
+        lambda base, **switches: gradsurgery.FairGrad(base, alpha=0.0, **switches),
+        "gram",
+        golden=([[2, 1], [-10, 1]], None, [-2.4, 4.8]),
+        common_descent=ALL,
+        keeps_the_sum=True,
+        reference={"FairGrad alpha=0 (limit)": "sum", "DualProj": "mean"},
+    ),
+    Row(
+        "PIVRG",
+        gradsurgery.PIVRG,
+        "gram",
+        golden=([[1, 0], [0, 4]], None, [2 / (1 + 4 ** (-4 / 3)), 8 * 4 ** (-4 / 3) / (1 + 4 ** (-4 / 3))]),
+        common_descent=ALL,
+        stationary_is_zero=True,
+        zero_rows="dropped",
+    ),
+    Row(
+        "PIVRG, paper",
+        lambda base, **switches: gradsurgery.PIVRG(base, scale="paper", **switches),
+        "gram",
+        golden=([[1, 0], [0, 4]], None, [1, 4 * 4 ** (-4 / 3)]),
+        scale="paper",
+        common_descent=ALL,
+        homogeneous=-1 / 3,
+        stationary_is_zero=True,
+        zero_rows="dropped",
+        reference={"PIVRG": "sum"},
+        given="scores",
+    ),
     *[
         Row(
             f"AlignedMTL, {mode}",
@@ -337,6 +414,31 @@ CATALOGUE = [
         common_descent=2,
         equivariant=False,
     ),
+    Row(
+        "GCS",
+        gradsurgery.GCS,
+        "gram",
+        golden=([[3, 4], [10, 0], [-1, 0]], None, [9, 4]),
+        equivariant=False,  # the first row is the primary one
+        reference={"GCS weighted primary=0": "sum"},
+    ),
+    Row(
+        "GCS, switched",
+        lambda base, **switches: gradsurgery.GCS(base, switched=True, **switches),
+        "rows",  # it jumps where a row is at a right angle to the first one
+        golden=([[3, 4], [10, 0], [-1, 0]], None, [13, 4]),
+        equivariant=False,
+        reference={"GCS switched primary=0": "sum"},
+    ),
+    Row(
+        "AGDA",
+        gradsurgery.AGDA,
+        "gram",
+        # both as long as 4 and √18 on average, and the second without its part along the first
+        golden=([[4, 0], [-3, 3]], [1, 2], [4.121320344, 2.914213562]),
+        equivariant=False,  # the first row is the primary one
+        needs_losses=True,
+    ),
     *[
         Row(
             f"DCGD, {variant}",
@@ -360,6 +462,18 @@ CATALOGUE = [
         golden=([[1, 0], [0, 1]], [4, 1], [2, 0]),
         equivariant=False,  # the losses would have to be reordered too
         needs_losses=True,
+    ),
+    Row(
+        "FERERO",
+        gradsurgery.FERERO,
+        "gram",
+        golden=([[1, 0], [0, 1]], [4, 1], [2, -1]),
+        scale="paper",
+        homogeneous=None,  # κ is in units of one over the step
+        equivariant=False,  # the losses would have to be reordered too
+        needs_losses=True,
+        reference={"FERERO kappa=1": "sum"},
+        given="preference",
     ),
     *[
         Row(

@@ -835,7 +835,7 @@ def test_cagrad_of_nearly_opposite_rows(angle: float) -> None:
     np.testing.assert_allclose(j.T @ w, [0.0, mean[1] + sideways, 5 / 3], atol=1e-13 + 1e-14 / angle)
 
 
-@pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
+@pytest.mark.parametrize("c", [0.1, 0.4, 0.9, 1.0, 1.5, 8.0, 100.0])
 @given(j=samplers.scaled(samplers.badly_scaled(samplers.descending(), 3)))
 def test_cagrad_optimal(c: float, j: Matrix) -> None:
     assert_cagrad_optimal(cagrad(c), j, c)
@@ -878,9 +878,206 @@ def test_cagrad_of_one_row_and_of_no_radius() -> None:
     assert geometry.cagrad(np.eye(3), 0.0)[0].tolist() == [1 / 3] * 3
 
 
+@pytest.mark.parametrize("c", [1.0, 1.5, 8.0])
+@given(j=samplers.matrices())
+def test_cagrad_from_a_radius_of_one_on_raises_no_loss(c: float, j: Matrix) -> None:
+    w, _ = geometry.cagrad(j @ j.T, c, lambda: j)
+    assert (j @ (j.T @ w) >= -1e-12 * lengths(j) * size(j, w)).all()
+
+
+@given(samplers.scaled(samplers.descending()))
+def test_cagrad_of_a_large_radius_points_where_mgda_does(j: Matrix) -> None:
+    d, shortest = j.T @ cagrad(1e9)(j), j.T @ mgda(j)
+    np.testing.assert_allclose(d / np.linalg.norm(d), shortest / np.linalg.norm(shortest), atol=1e-8)
+
+
 def test_cagrad_of_many_tasks() -> None:
     j = np.random.default_rng(0).standard_normal((128, 100)) + 0.3
     assert_cagrad_optimal(cagrad(0.4), j, 0.4)
+
+
+# --- ConicGrad ---
+
+
+def conic(c: float) -> Callable[[Matrix], Matrix]:
+    return lambda j: geometry.conic(j @ j.T, c, lambda: j)[0]
+
+
+def assert_conic_optimal(solve: Callable[[Matrix], Matrix], j: Matrix, c: float) -> None:
+    """‖d‖ = ‖g_0‖, cos(d, g_0) ≥ c, and no ⟨g_i, d⟩ is below the value of the dual at the multipliers.
+
+    For every w on the simplex and μ ≥ 0 no unit d in the cone has a worst case above ‖g_w + μ g_0‖ − μ c ‖g_0‖.
+    """
+    weights, kept = solve(j), lengths(j) > 0
+    mean = j.mean(axis=0)
+    length, d = np.linalg.norm(mean), j.T @ weights
+    terms = (size(j, weights) + lengths(j).mean()) / length
+    assert np.linalg.norm(d) == pytest.approx(length, rel=1e-14 * terms + 1e-13)
+    cosine = d @ mean / length**2
+    assert cosine >= c - 1e-14 * terms
+    # What all rows have is the share of the mean; where the cosine is above c the dual has none.
+    share = weights[kept].min() if cosine <= c + 1e-14 * terms else 0.0
+    w = np.where(kept, weights - share, 0.0)
+    mu = share * len(j) / w.sum()
+    w /= w.sum()
+    assert (w >= 0).all()
+    dual = np.linalg.norm(j.T @ w + mu * mean) - mu * c * length
+    assert (j[kept] @ d / length >= dual - 1e-12 * (terms * lengths(j)[kept] + size(j, w) + mu * length)).all()
+
+
+@pytest.mark.parametrize("c", [0.0, 0.05, 0.25, 0.5, 0.9, 0.999])
+@given(j=samplers.scaled(samplers.badly_scaled(samplers.descending(), 3)))
+def test_conic_optimal(c: float, j: Matrix) -> None:
+    assert_conic_optimal(conic(c), j, c)
+    assert_conic_optimal(lambda rows: geometry.conic(rows @ rows.T, c)[0], j, c)
+
+
+@given(samplers.scaled(samplers.descending()))
+def test_conic_at_its_ends(j: Matrix) -> None:
+    mean, shortest = j.mean(axis=0), j.T @ mgda(j)
+    np.testing.assert_allclose(conic(1.0)(j), 1 / len(j), rtol=1e-15)
+    wanted = shortest * (np.linalg.norm(mean) / np.linalg.norm(shortest))
+    np.testing.assert_allclose(j.T @ conic(0.0)(j), wanted, atol=1e-11 * np.linalg.norm(mean))
+
+
+@given(samplers.badly_scaled(samplers.descending(), 3), st.integers(-12, 12))
+def test_conic_equivariance(j: Matrix, power: int) -> None:
+    assert_homogeneous(conic(0.6), j, scale=10.0**power)
+    assert_permutation_equivariant(conic(0.6), j)
+
+
+@given(samplers.scaled(samplers.descending()), st.sampled_from([0.3, 0.7]))
+def test_conic_with_the_cosine_of_cagrad_is_cagrad(j: Matrix, c: float) -> None:
+    """Both lie on one way from the mean to MGDA's direction."""
+    d, mean = j.T @ cagrad(c)(j), j.mean(axis=0)
+    cosine = d @ mean / np.linalg.norm(d) / np.linalg.norm(mean)
+    assume(cosine < 1 - 1e-6)
+    other = j.T @ conic(cosine)(j)
+    np.testing.assert_allclose(other / np.linalg.norm(other), d / np.linalg.norm(d), atol=1e-7)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize(
+    ("j", "expected"),
+    [
+        ([[1.0, 2.0], [-3.0, -6.0]], [-1.0, -2.0]),  # nothing but the mean is left
+        ([[1.0, 0.0], [-2.0, 0.0], [0.0, 0.0]], [-1 / 3, 0.0]),
+        ([[2.0, 0.0], [-0.5, 1.0], [-0.5, -1.0]], [1 / 3, 0.0]),  # by symmetry the way is straight, and ends
+    ],
+)
+def test_conic_of_stationary_rows_that_leave_nothing_is_the_mean(
+    c: float, j: list[list[float]], expected: list[float]
+) -> None:
+    rows = np.array(j)
+    w, degenerate = geometry.conic(rows @ rows.T, c, lambda: rows)
+    assert degenerate
+    np.testing.assert_allclose(rows.T @ w, expected, atol=1e-14)
+
+
+def test_conic_of_stationary_rows_with_a_free_direction_raises_no_loss() -> None:
+    """The two opposed rows forbid all but the third one's direction, at 45° from the mean."""
+    j = np.array([[1.0, 0.0], [-2.0, 0.0], [0.0, 1.0]])
+    w, degenerate = geometry.conic(j @ j.T, 0.5, lambda: j)
+    assert degenerate
+    np.testing.assert_allclose(j.T @ w, [0.0, 2**0.5 / 3], atol=1e-14)
+    w, degenerate = geometry.conic(j @ j.T, 0.8, lambda: j)  # not in this cone
+    assert not degenerate
+    assert_conic_optimal(lambda _: w, j, 0.8)
+
+
+def test_conic_zero_rows_count_in_the_mean_only() -> None:
+    j = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    w, degenerate = geometry.conic(j @ j.T, 0.5)
+    assert not degenerate
+    np.testing.assert_allclose(j.T @ w, j.mean(axis=0), rtol=1e-14)
+    assert geometry.conic(0 * j @ j.T, 0.5)[1]
+    assert geometry.conic([[4.0]], 0.5)[0].tolist() == [1.0]
+
+
+def test_conic_of_many_tasks() -> None:
+    j = np.random.default_rng(0).standard_normal((128, 100)) + 0.3
+    assert_conic_optimal(conic(0.4), j, 0.4)
+
+
+# --- FERERO ---
+
+
+def toward(j: Matrix, losses: Matrix, ratio: Matrix, rate: float = 1.0) -> tuple[Matrix, bool]:
+    return geometry.toward_ratio(j @ j.T, losses, ratio, rate, lambda: j)
+
+
+def assert_toward_ratio(
+    solve: Callable[..., tuple[Matrix, bool]], j: Matrix, losses: Matrix, ratio: Matrix, rate: float
+) -> None:
+    """The conditions of the convex problem, which suffice: B J d = κ B l, and λ_f at the least of what it costs."""
+    w, deficient = solve(j, losses, ratio, rate)
+    assert not deficient
+    p = ratio / np.linalg.norm(ratio)
+    d, levels = j.T @ w, losses / p
+    products, spread = j @ d / p - rate * levels, lengths(j) * size(j, w) / p + rate * np.abs(levels).max()
+    assert (np.abs(products - products[0]) <= 1e-10 * (spread + spread[0])).all()
+    # s = pᵀ λ_f = pᵀ w, and of all λ_f of this s none costs less.
+    share = float(p @ w)
+    assert p.min() - 1e-9 <= share <= p.max() + 1e-9
+    across = np.linalg.qr(p[:, None], mode="complete")[0][:, 1:]
+    span = j.T @ across
+    q = np.linalg.qr(span)[0]
+    r = j.T @ p
+    r = r - q @ (q.T @ r)
+    cost = share * (r @ r) * p + j @ (d - share * r)  # its gradient
+    best = linprog(cost, A_eq=np.stack((np.ones(len(p)), p)), b_eq=[1.0, share], bounds=(0, None))
+    assert best.fun <= cost.min() + 1e-7 * np.abs(cost).max()
+
+
+@given(samplers.of_rank(3, 3), st.integers(0, 99), st.sampled_from([0.0, 0.3, 1.0]))
+def test_toward_ratio(j: Matrix, seed: int, rate: float) -> None:
+    rng = np.random.default_rng(seed)
+    assert_toward_ratio(toward, j, rng.normal(size=3), rng.uniform(0.2, 2, 3), rate)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 12])
+def test_toward_ratio_of_any_number_of_losses(m: int) -> None:
+    rng = np.random.default_rng(m)
+    j = rng.standard_normal((m, m + 2)) * 10.0 ** rng.uniform(-2, 2, (m, 1))
+    assert_toward_ratio(toward, j, rng.uniform(0, 3, m), rng.uniform(0.2, 2, m), 0.7)
+    w, _ = toward(j, rng.normal(size=m), np.ones(m), 0.0)
+    products = j @ (j.T @ w)  # without a rate all losses fall alike
+    np.testing.assert_allclose(products, products[0], rtol=1e-9)
+
+
+@given(samplers.of_rank(2, 4), st.integers(0, 99))
+def test_toward_ratio_of_dependent_rows(j: Matrix, seed: int) -> None:
+    """The shortest d that corrects the ratio as far as can be, and the best λ_f by a general routine."""
+    rng = np.random.default_rng(seed)
+    losses, ratio = rng.normal(size=4), rng.uniform(0.2, 2, 4)
+    w, deficient = toward(j, losses, ratio)
+    assert deficient
+    p = ratio / np.linalg.norm(ratio)
+    across = np.linalg.qr(p[:, None], mode="complete")[0][:, 1:]
+    span = j.T @ across
+    e = np.linalg.pinv(span.T, rcond=1e-10) @ (losses @ across)
+    r = j.T @ p
+    r = r - span @ (np.linalg.pinv(span, rcond=1e-10) @ r)
+    d, cost = j.T @ w, j @ e
+    s = float((d - e) @ r / (r @ r)) if r @ r > 1e-12 * (j * j).sum() else 0.0
+    np.testing.assert_allclose(d, e + s * r, atol=1e-8 * (1 + np.linalg.norm(d)))
+    if s:
+        reached = [s**2 / 2 * (r @ r) + linear(cost, p, s)]
+        others = [t**2 / 2 * (r @ r) + linear(cost, p, t) for t in np.linspace(p.min(), p.max(), 101)]
+        assert reached[0] <= min(others) + 1e-9 * (1 + abs(reached[0]))
+
+
+def linear(cost: Matrix, p: Matrix, s: float) -> float:
+    found = linprog(cost, A_eq=np.stack((np.ones(len(p)), p)), b_eq=[1.0, s], bounds=(0, None))
+    return float(found.fun)
+
+
+def test_toward_ratio_of_nothing() -> None:
+    assert toward(np.zeros((3, 4)), np.ones(3), np.ones(3))[0].tolist() == [0.0] * 3
+    same = np.ones((2, 3))
+    w, deficient = toward(same, np.array([1.0, 1.0]), np.ones(2))
+    assert deficient
+    np.testing.assert_allclose(same.T @ w, [1.0, 1.0, 1.0], rtol=1e-12)
 
 
 # --- the closest point with given products ---

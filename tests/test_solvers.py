@@ -130,12 +130,31 @@ def aligned(s: Setting) -> Matrix:
     return balance.sum(axis=1)
 
 
+def conic(s: Setting) -> Matrix:
+    w, degenerate = geometry.conic(s.j @ s.j.T, 0.5, lambda: s.j)
+    mean, d = s.j.mean(axis=0), s.j.T @ w
+    size = float(np.abs(w) @ s.lengths)
+    close(np.linalg.norm(d) - np.linalg.norm(mean), size)
+    if not degenerate:
+        cosine = d @ mean / (np.linalg.norm(d) * np.linalg.norm(mean))
+        close(min(cosine - 0.5, 0.0), size / float(np.linalg.norm(d)))
+        x = w - (w.min() if cosine < 0.5 + 1e-9 else 0.0)
+        x[np.abs(x) <= 4 * EPS * w.max()] = 0
+        assert (x >= 0).all()
+        products = s.j @ d
+        slack = (products - products[x > 0].max()) / s.lengths
+        close(np.minimum(slack, 0), size)
+        close(slack[x > 0], size)
+    return w
+
+
 SOLVERS: dict[str, Callable[[Setting], Matrix]] = {
     "min_norm": mgda,
     "dual_cone of each row": lambda s: projections(s, np.eye(len(s.j))),
     "dual_cone of the sum": lambda s: projections(s, np.ones(len(s.j))),
     "closest_point": closest,
     "cagrad": cagrad,
+    "conic": conic,
     "power_fixed_point 1": fairgrad(1.0),
     "power_fixed_point 2": fairgrad(2.0),
     "equal_projection": equal(False),
@@ -170,6 +189,8 @@ METHODS = {
     "UPGrad": gradsurgery.UPGrad,
     "DualProj": gradsurgery.DualProj,
     "CAGrad": gradsurgery.CAGrad,
+    "CAGrad, c = 1.5": lambda base: gradsurgery.CAGrad(base, c=1.5),
+    "ConicGrad": gradsurgery.ConicGrad,
     "NashMTL": gradsurgery.NashMTL,
     "FairGrad": lambda base: gradsurgery.FairGrad(base, alpha=0.5),
     "IMTLG": gradsurgery.IMTLG,

@@ -556,7 +556,11 @@ IN_ORDER = {
     "CAGrad by groups": lambda base: gradsurgery.CAGrad(
         base, preference=[1.0, 5.0], granularity="group", shared_params=base.param_groups[0]["params"]
     ),
+    "AGDA": gradsurgery.AGDA,
     "AGEM": gradsurgery.AGEM,
+    "FERERO": lambda base: gradsurgery.FERERO(base, preference=[1.0, 5.0]),
+    "GCS": gradsurgery.GCS,
+    "PIVRG": lambda base: gradsurgery.PIVRG(base, scores=[1.0, 5.0], min_temperature=1.0),
     "PCD": gradsurgery.PCD,
     "Bloop": gradsurgery.Bloop,
     "MetaBalance": gradsurgery.MetaBalance,

@@ -38,7 +38,25 @@ NEEDS_POSITIVE = frozenset(
     }
 )
 #: Methods that came after the results that are kept; the next whole run has them, and empties this.
-LATER = frozenset({"AndMask", "BLUR", "GRU", "IGBWeighter", "LDCMTLWeighter", "SAGO", "SandMask"})
+LATER = frozenset(
+    {
+        "AGDA",
+        "AdaTask",
+        "AndMask",
+        "BLUR",
+        "ConicGrad",
+        "FERERO",
+        "GCS",
+        "GRU",
+        "IGBWeighter",
+        "LDCMTLWeighter",
+        "MTAdam",
+        "MultiAdam",
+        "PIVRG",
+        "SAGO",
+        "SandMask",
+    }
+)
 #: Methods that give the plain sum for fewer losses.
 LEAST_LOSSES = {"Krum": 3, "TrimmedMean": 3}
 #: An epoch, for methods that work by epochs, and the time between two looks at the residuals, in shares of a training.

@@ -23,8 +23,9 @@ from gradsurgery.geometry.cones import closest_point, dual_cone, frank_wolfe, mi
 from gradsurgery.geometry.descent import is_descent, moved_inside, shift
 from gradsurgery.geometry.linear import best_corner
 from gradsurgery.geometry.pairwise import gradvac_mixing, pcgrad_mixing, pcgrad_of_two, streaming_pcgrad
+from gradsurgery.geometry.ratio import toward_ratio
 from gradsurgery.geometry.units import EPS, unit, unit_rows
-from gradsurgery.geometry.worst_case import cagrad
+from gradsurgery.geometry.worst_case import cagrad, conic
 
 __all__ = [
     "EPS",
@@ -32,6 +33,7 @@ __all__ = [
     "best_corner",
     "cagrad",
     "closest_point",
+    "conic",
     "dual_cone",
     "equal_projection",
     "frank_wolfe",
@@ -45,6 +47,7 @@ __all__ = [
     "project_simplex",
     "shift",
     "streaming_pcgrad",
+    "toward_ratio",
     "unit",
     "unit_rows",
 ]

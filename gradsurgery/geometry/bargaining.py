@@ -312,7 +312,9 @@ class _Search(ABC):
         slope = float(vector @ move - q @ change)
         for _ in range(_HALVINGS):
             # Along a line the slope of a convex function only grows: stop before it has climbed too far.
-            if (vector + part * move) @ move - q * (1 + part * change) ** -self.gamma @ change <= -slope / 2:
+            with np.errstate(over="ignore", invalid="ignore"):  # high powers of a small number: too far
+                climb = (vector + part * move) @ move - q * (1 + part * change) ** -self.gamma @ change
+            if climb <= -slope / 2:
                 break
             part /= 2
         return part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,8 +20,12 @@ class CAGrad(Surgery):
 
     d maximises min ⟨gᵢ, d⟩ over ‖d − g₀‖ ≤ c ‖g₀‖, with g₀ the mean of the rows (eq. 4). The dual is min over the
     simplex of ⟨g_w, g₀⟩ + c ‖g₀‖ ‖g_w‖, and d = g₀ + c ‖g₀‖ g_w / ‖g_w‖ (algorithm 1). c = 0 is the mean; larger c
-    listens more to the worst-off task. It is positively homogeneous. It is *not* a common-descent method: a loss may
-    rise.
+    listens more to the worst-off task. It is positively homogeneous. With c < 1 it is *not* a common-descent method: a
+    loss may rise. With c ≥ 1 the ball holds 0, so that the best worst case is never negative and no loss rises to first
+    order; as c grows d turns towards MGDA's direction, and grows with it.
+
+    Which c to take (from memory, not checked against the paper): with c < 1 it converges to a minimum of the mean loss,
+    with c ≥ 1 only to a Pareto-stationary point.
 
     Paper: Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021, arXiv 2110.14048.
 
@@ -30,7 +35,7 @@ class CAGrad(Surgery):
 
     Args:
         optimizer: The optimizer that makes the step.
-        c: Radius of the ball relative to ‖g₀‖, 0 ≤ c < 1.
+        c: Radius of the ball relative to ‖g₀‖, c ≥ 0.
         rescale: What d is divided by, as in the official code: 0: nothing; 1: 1 + c²; 2: 1 + c, so that equal rows keep
             the length of the plain sum.
         **switches: See :class:`gradsurgery.surgery.base.Surgery`.
@@ -53,7 +58,8 @@ class CAGrad(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.c = self.check.number("c", c, least=0.0, below=1.0)
+        self.c = self.check.number("c", c, least=0.0)
+        self.descends = sys.maxsize if self.c >= 1 else 0
         self.rescale = self.check.choice("rescale", rescale, (0, 1, 2))
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:

@@ -18,21 +18,25 @@ if TYPE_CHECKING:
 class FairGrad(Surgery):
     """Share the improvement fairly: the direction Σ wᵢ gᵢ maximises Σ ⟨gᵢ, d⟩^(1−α) / (1−α) over a ball.
 
-    Its weights solve G w = w^(−1/α) (eq. 8). α → 0 is the plain sum, α = 1 Nash-MTL, α → ∞ the best worst case. Since
-    ⟨gᵢ, d⟩ = wᵢ^(−1/α) > 0, no loss rises to first order. In the paper's form d(sJ) = s^((1−α)/(1+α)) d(J): for α > 1
-    longer gradients give shorter steps.
+    Its weights solve G w = w^(−1/α) (eq. 8). α = 1 is Nash-MTL, α → ∞ the best worst case. Since ⟨gᵢ, d⟩ = wᵢ^(−1/α) >
+    0, no loss rises to first order. In the paper's form d(sJ) = s^((1−α)/(1+α)) d(J): for α > 1 longer gradients give
+    shorter steps.
+
+    As α goes to 0 the weights go to 1 + λ with λ ≥ 0, G w ≥ 0 and λᵀ G w = 0, which is what α = 0 stands for: the plain
+    sum without conflict, and otherwise its projection on the directions in which no loss rises, DualProj.
 
     Paper: Ban & Ji, Fair Resource Allocation in Multi-Task Learning, ICML 2024, arXiv 2402.15638.
 
     Departures: w minimises a strictly convex function and is found by Newton steps to rounding, not by a general
     least-squares routine. Where the rows are Pareto stationary no solution exists and the direction is zero, with the
-    flag "stationary"; a zero row is left out.
+    flag "stationary"; a zero row is left out. The official code divides by zero at α = 0, where there is always an
+    answer.
 
     Args:
         optimizer: The optimizer that makes the step.
-        alpha: α > 0. The paper's scripts use 2.
+        alpha: α ≥ 0. The paper's scripts use 2.
         scale: "sum": w is multiplied by m / Σw, so that equal rows keep the length of the plain sum, and the result
-            grows with the gradients. "paper": w as it is.
+            grows with the gradients. "paper": w as it is. With α = 0 both hold for w as it is, which DualProj has too.
         **switches: See :class:`gradsurgery.surgery.base.Surgery`.
 
     Raises:
@@ -55,12 +59,24 @@ class FairGrad(Surgery):
         **switches: Unpack[SurgerySwitches],
     ) -> None:
         super().__init__(optimizer, **switches)
-        self.alpha = self.check.number("alpha", alpha, above=0.0)
+        self.alpha = self.check.number("alpha", alpha, least=0.0)
         self.scale = self.check.choice("scale", scale, ("sum", "paper"))
         self.degree = 1.0 if self.scale == "sum" else (1 - self.alpha) / (1 + self.alpha)
 
+    def strength(self) -> np.ndarray:
+        """How much each task asks for: the s in G w = s w^(−1/α).
+
+        Returns:
+            (m,).
+        """
+        return np.ones(len(self.names))
+
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        weights, solved = geometry.power_fixed_point(gram, self.alpha, self.factor, noise=self.noise, flag=self.flag)
+        if self.alpha == 0:
+            return geometry.dual_cone(gram, np.ones(len(gram)), self.factor, noise=self.noise, flag=self.flag)
+        weights, solved = geometry.power_fixed_point(
+            gram, self.alpha, self.factor, strength=self.strength(), noise=self.noise, flag=self.flag
+        )
         if not solved:
             self.flag("stationary")
             return weights

@@ -697,6 +697,17 @@ def _cf7(make: Callable[..., Any]) -> None:
     assert wrong == 0, f"{wrong} of 200 are not zero"
 
 
+@_case(
+    "CF8",
+    "ConFIG",
+    asked="the length of the shortest row, with a zero row among three",
+    right="twice the shorter one of the other two rows, times their cosine with the direction",
+    seen="conflictfree: nan with each of its length models but the default one",
+)
+def _cf8(make: Callable[..., Any]) -> None:
+    _near(make(length="min")(np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 4.0]])), [1.0, 1.0])
+
+
 # --------------------------------------------------------------------------------------------- Nash-MTL and FairGrad
 
 
@@ -767,6 +778,67 @@ def _fg1(make: Callable[..., Any]) -> None:
 def _fg2(make: Callable[..., Any]) -> None:
     rows = _rows("m3_n10_zero_row")
     _near(make(alpha=1.0)(rows), make(alpha=1.0)(rows[np.abs(rows).max(axis=1) > 0]))
+
+
+@_case(
+    "FG3",
+    "FairGrad",
+    asked="[[2, 1], [-10, 1]] with α = 0",
+    right="[-2.4, 4.8], the limit as α goes to 0: no loss rises",
+    seen="the official code: a division by zero; TorchJD: the mean, along which the first loss rises",
+)
+def _fg3(make: Callable[..., Any]) -> None:
+    _near(make(alpha=0.0)(_CONFLICT), [-2.4, 4.8])
+
+
+@_case(
+    "PI1",
+    "PIVRG",
+    asked="two rows of lengths 1e-4 and 1e3 with equal scores",
+    right="weights w with G w = w^(-1/2)",
+    seen="the authors' code (MTLlib): weights 3e3 to 3e4 times off, since the search starts at 1/m",
+)
+def _pi1(make: Callable[..., Any]) -> None:
+    rows = np.array([[3e-4, 1e-4, 2e-4], [-400.0, 900.0, 100.0]])
+    d = np.asarray(make()(rows))
+    _finite(d)
+    weights = np.linalg.lstsq(rows.T / np.linalg.norm(rows, axis=1), d, rcond=None)[0] / np.linalg.norm(rows, axis=1)
+    assert (weights > 0).all(), f"weights {_shown(weights)}"
+    _near((rows @ d) ** 2 * weights, [1.0, 1.0], what="squared products times weights")
+
+
+# ----------------------------------------------------------------------------------------------- FERERO and AGDA
+
+
+@_case(
+    "FE1",
+    "FERERO",
+    asked="rows of length 5 and losses 4 and 1, which are to become equal",
+    right="a finite direction along which their difference falls by 3",
+    seen="the official code with its defaults: 200 steps diverge, to 1e106",
+)
+def _fe1(make: Callable[..., Any]) -> None:
+    rows = np.array([[3.0, 4.0, 0.0], [0.0, -3.0, 4.0]])
+    d = np.asarray(make()(rows, np.array([4.0, 1.0])))
+    _finite(d)
+    _near(rows[0] @ d - rows[1] @ d, 3.0, what="the difference")
+
+
+@_case(
+    "AG1",
+    "AGDA",
+    asked="three steps whose losses fall by half, with periods of two steps",
+    right="rows of lengths 4 and 2 come out at 3 and 3 first, at 3.4 and 2.6 then",
+    seen="PaddleScience: UnboundLocalError in each step whose number is no multiple of the period",
+)
+def _ag1(make: Callable[..., Any]) -> None:
+    direct = make(period=2)
+    rows, losses = np.array([[4.0, 0.0], [0.0, 2.0]]), np.array([2.0, 2.0])
+    _near(direct(rows, losses), [3.0, 3.0])
+    # The average goes from 0.002 to 0.002998, so that r = 1.499 / 2.499.
+    share = 1.499 / 2.499
+    _near(direct(rows, losses / 2), [4 - share, 2 + share])
+    _finite(direct(rows, losses / 4))
 
 
 # ------------------------------------------------------------------------------- Krum, GradDrop, ExcessMTL, MoCo

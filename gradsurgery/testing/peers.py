@@ -167,6 +167,13 @@ def conflictfree() -> Library:
         Its gradient operators.
     """
     operators = import_peer("conflictfree", "conflictfree.grad_operator")
+    models = {"min": "TrackMinimum", "max": "TrackMaximum", "mean": "TrackArithmeticAverage"}
+
+    def config(length: str = "projection") -> Any:
+        if length == "projection":
+            return directions(operators.ConFIGOperator)()
+        model = getattr(import_peer("conflictfree", "conflictfree.length_model"), models[length])()
+        return directions(lambda: operators.ConFIGOperator(length_model=model))()
 
     def directions(operator: Any) -> Callable[[], Any]:
         return lambda: lambda rows, losses=None: operator().calculate_gradient(_tensor(rows)).numpy()
@@ -174,7 +181,7 @@ def conflictfree() -> Library:
     return Library(
         "conflictfree",
         directions={
-            "ConFIG": directions(operators.ConFIGOperator),
+            "ConFIG": config,
             "PCGrad": directions(operators.PCGradOperator),
             "IMTLG": directions(operators.IMTLGOperator),
         },
