@@ -194,6 +194,24 @@ def test_micro_batches_add_up(build):
     torch.testing.assert_close(p.grad, build(any_optimizer()).combine(rows.sum(0)), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_loss_scale_does_not_change_the_variance(relative):
+    rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
+    steps = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        p = nn.Parameter(torch.zeros(8))
+        optimizer = SandMask(torch.optim.SGD([p], lr=1.0), tau=0.3, k=1.0, relative=relative)
+        losses = [row @ p for row in rows]
+        if scaler is None:
+            optimizer.backward(losses)
+            optimizer.step()
+        else:
+            optimizer.backward(losses, scaler=scaler)
+            scaler.step(optimizer)
+        steps.append(p.detach())
+    torch.testing.assert_close(steps[1], steps[0])
+
+
 @both()
 def test_switches_that_need_weights_are_refused(build):
     with pytest.raises(ValueError, match="need a method that works by one weight per loss"):

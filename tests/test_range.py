@@ -319,7 +319,8 @@ def assert_preferred(name, preference, size, expected):
 
 
 @pytest.mark.parametrize("exponent", [-900, 900])
-@pytest.mark.parametrize("name", [name for name in PREFERRED if name != "EPO"])  # its bounds know their size
+# The bounds of EPO know their size, and no coordinate of these rows is one that all agree on.
+@pytest.mark.parametrize("name", [name for name in PREFERRED if name not in ("EPO", "AndMask")])
 def test_a_common_factor_of_the_priorities_does_what_a_small_one_does(name, exponent):
     usual = preferred(name, PREFERENCE)[0]
     power = float((preferred(name, [4 * p for p in PREFERENCE])[0].norm() / usual.norm()).log2()) / 2

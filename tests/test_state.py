@@ -563,6 +563,10 @@ IN_ORDER = {
     "PIVRG": lambda base: gradsurgery.PIVRG(base, scores=[1.0, 5.0], min_temperature=1.0),
     "PCD": gradsurgery.PCD,
     "Bloop": gradsurgery.Bloop,
+    "SAGO": gradsurgery.SAGO,
+    "BLUR": gradsurgery.BLUR,
+    "GRU": gradsurgery.GRU,
+    "LDCMTLWeighter": gradsurgery.LDCMTLWeighter,
     "MetaBalance": gradsurgery.MetaBalance,
     "LRAnnealingWeighter": gradsurgery.LRAnnealingWeighter,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -61,12 +62,13 @@ class AndMask(Surgery):
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         return np.where(gram.diagonal() > 0, 1.0, 0.0)
 
-    def mask(self, rows: Sequence[Tensor], votes: Tensor) -> Tensor:
+    def mask(self, rows: Sequence[Tensor], votes: Tensor, unit: float) -> Tensor:
         """How much of each coordinate is kept.
 
         Args:
-            rows: The gradients of those losses that reach a tensor, dense.
+            rows: The gradients of those losses that reach a tensor, dense, divided by `unit`.
             votes: The sum of their signs, without its own sign.
+            unit: A number > 0.
 
         Returns:
             From 0 to 1, of the shape of the tensor.
@@ -78,17 +80,20 @@ class AndMask(Surgery):
     def direct(
         self, column: Sequence[Tensor | None], applied: Sequence[float], like: Tensor, share: float
     ) -> Tensor | None:
-        rows = [rows_module.wide(g) * (w / share) for g, w in zip(column, applied, strict=True) if g is not None and w]
-        if not rows:
+        terms = [(rows_module.wide(g), w) for g, w in zip(column, applied, strict=True) if g is not None and w]
+        if not terms:
             return rows_module.combine(column, applied, like)
-        votes, moved = rows[0].sign(), rows[0] != 0
-        for g in rows[1:]:
-            votes, moved = votes + g.sign(), moved | (g != 0)
-        kept = self.mask(rows, votes.abs()) * moved
+        # Signs are those of rows before anything multiplies them, since entries may underflow.
+        signs = [g.sign() * math.copysign(1.0, w) for g, w in terms]
+        moved = torch.stack([sign != 0 for sign in signs]).any(dim=0)
+        unit = max(abs(w) for _, w in terms)
+        rows = [g * (w / unit) for g, w in terms]
+        kept = self.mask(rows, torch.stack(signs).sum(dim=0).abs(), unit / share) * moved
         total = kept.sum(dtype=torch.float64)
         longer = torch.where(total > 0, moved.sum() / total, 0.0)
-        voters = sum(w != 0 for w in applied)  # who is left out counts in no mean either
-        factor = 1 / voters if self.reduction == "mean" else 1.0
-        found = rows_module.combine_wide(rows, [factor] * len(rows), like)
+        # Who is left out counts in no mean either.
+        voters = sum(w != 0 for w in applied)
+        factor = len(applied) / voters if self.reduction == "mean" else 1.0
+        found = rows_module.combine_wide(rows, [unit * factor] * len(rows), like)
         assert found is not None
-        return rows_module.combine([found * (kept * longer)], [1.0], like)
+        return rows_module.combine([torch.where(kept > 0, found * (kept * longer), 0.0)], [1.0], like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -84,14 +85,17 @@ class SAGO(Unlearning):
         i = self.forget_row()
         f = None if i is None else column[i]
         others = [None if j == i else g for j, g in enumerate(column)]
-        r = rows_module.combine_wide(others, applied, like)
-        if i is None or f is None or r is None:
+        # Signs are those of rows before what multiplies all of them, and products of signs: entries may underflow.
+        most = max((abs(w) for j, w in enumerate(applied) if j != i), default=0.0) or 1.0
+        signs = rows_module.combine_wide(others, [w / most for w in applied], like)
+        if i is None or f is None or signs is None:
             return rows_module.combine(column, applied, like)
+        r = signs * most
         if applied[i] == 0:
             return rows_module.combine([r], [self.alpha], like)
-        f = rows_module.wide(f) * applied[i]
-        # Signs are multiplied, since a product of entries may underflow.
-        opposed = f.sign() * r.sign() < 0
+        f = rows_module.wide(f)
+        opposed = f.sign() * signs.sign() * math.copysign(1.0, applied[i]) < 0
+        f = f * applied[i]
         followed = self.gamma * f + self.alpha * r if self.prefer_retain else self.gamma * f
         d = torch.where(opposed, self.alpha * r, followed)
         # What has overflowed has no sign, and is told of later.

@@ -39,7 +39,7 @@ class SandMask(AndMask):
         relative: Divide v by the mean square of the entries of all gradients in the tensor. Then it is positively
             homogeneous.
         **switches: See :class:`gradsurgery.surgery.base.Surgery`. It has no weights, so those that need them are
-            refused.
+            refused, and so are `row_dtype` and `row_device` without `relative`.
 
     Raises:
         ValueError: An argument is out of range.
@@ -59,6 +59,8 @@ class SandMask(AndMask):
         relative: bool = False,
         **switches: Unpack[SurgerySwitches],
     ) -> None:
+        # The variance is that of rows without a loss scale, which those are that a method observes.
+        self.observes = not relative
         super().__init__(optimizer, tau=tau, **switches)
         if self.tau == 1:
             raise ValueError(
@@ -70,22 +72,17 @@ class SandMask(AndMask):
         if not self.relative:
             self.degree = None
 
-    def mask(self, rows: Sequence[Tensor], votes: Tensor) -> Tensor:
+    def mask(self, rows: Sequence[Tensor], votes: Tensor, unit: float) -> Tensor:
         excess = (votes.double() / len(rows) - self.tau).clamp(min=0)
         if len(rows) == 1:
             return torch.ones_like(excess)
         peak = torch.stack([g.abs().amax() for g in rows]).amax().double()
-        unit = torch.where(peak > 0, peak, 1.0)
-        first = rows[0].double() / unit
-        total, squares, size = torch.zeros_like(first), torch.zeros_like(first), first.square().mean()
-        for g in rows[1:]:
-            # Equal gradients have differences of 0, and so no variance at all.
-            scaled = g.double() / unit
-            total, squares, size = (
-                total + (scaled - first),
-                squares + (scaled - first).square(),
-                size + scaled.square().mean(),
-            )
+        peak = torch.where(peak > 0, peak, 1.0)
+        # Equal gradients have differences of 0, and so no variance at all.
+        scaled = [g.double() / peak for g in rows]
+        apart = [g - scaled[0] for g in scaled[1:]]
+        total = torch.stack(apart).sum(dim=0)
+        squares = torch.stack(apart).square().sum(dim=0)
         variance = (squares - total.square() / len(rows)).clamp(min=0) / (len(rows) - 1)
-        by = size / len(rows) if self.relative else 1 / unit / unit
+        by = torch.stack(scaled).square().mean() if self.relative else 1 / (peak * unit).square()
         return torch.where(excess > 0, torch.tanh(self.k * excess * by / variance), 0.0)
