@@ -97,7 +97,8 @@ def run(text: str, names: dict) -> object:
 
 def test_the_page_has_rows():
     authors = "The authors' MultiAdam, AdaTask and MTAdam"
-    assert {row.section for row in ROWS} == {"Pytorch-PCGrad", "LibMTL", authors, *PEERS}
+    others = "MTLlib, PaddleScience, AuxiLearn, conflictfree"
+    assert {row.section for row in ROWS} == {"Pytorch-PCGrad", "LibMTL", authors, others, *PEERS}
     assert all(code(row.new) for row in ROWS)
     assert {row.section for row in WITH_PEER} == set(PEERS)
 
