@@ -771,9 +771,9 @@ class MultiLossOptimizer(Optimizer):
         Returns:
             (m,).
         """
-        if self.weight_momentum:
+        if momentum := self.settings.weight_momentum:
             last = self.recall("smoothed_weights", weights)
-            weights = self.weight_momentum * last + (1 - self.weight_momentum) * weights
+            weights = momentum * last + (1 - momentum) * weights
             self.keep("smoothed_weights", weights)
         return self.settings.bounded(weights)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,7 @@ _FAR_APART = 1000
 _NEGLIGIBLE = 60
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a method is asked, as its own functions see it.
 
     Attributes:
@@ -56,8 +54,10 @@ def solve(
     Returns:
         Weights of the multiplied rows, (m,), or fewer or more if the method has rows of its own.
     """
+    if reaching is None:
+        return _weights(method, problem, seen, factors)
     m, rows = len(seen), len(problem.gram)
-    keep = [i for i in range(m) if reaching is None or reaching[i]]
+    keep = [i for i in range(m) if reaching[i]]
     if len(keep) == m or (rows != m and not method.rows_repeat_tasks):
         return _weights(method, problem, seen, factors)
     weights = np.ones(m)

@@ -162,15 +162,21 @@ class Transaction:
         Yields:
             Nothing.
         """
-        self._draft = dict(self.learnt if self.proposed is None else self.proposed)
-        self.names, self.present, self.flags, self.projections = names, present, [], None
-        self.is_open, self.rejected, self.stepped = True, False, False
+        self._begin(names, present)
         try:
             yield
             if not self.rejected:
                 self.proposed = self._draft
         finally:
-            self.is_open, self.rejected, self._draft = False, False, {}
+            self._end()
+
+    def _begin(self, names: tuple[str, ...], present: tuple[str, ...]) -> None:
+        self._draft = dict(self.learnt if self.proposed is None else self.proposed)
+        self.names, self.present, self.flags, self.projections = names, present, [], None
+        self.is_open, self.rejected, self.stepped = True, False, False
+
+    def _end(self) -> None:
+        self.is_open, self.rejected, self._draft = False, False, {}
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -183,6 +189,30 @@ class Transaction:
         try:
             yield
         finally:
+            self.proposed = proposed
+
+    @contextmanager
+    def apart(self, names: tuple[str, ...], keeps: bool) -> Iterator[None]:
+        """Draft a memory for a call that is a step of its own, and leave alone what was proposed.
+
+        Args:
+            names: Names of the losses, all of them present.
+            keeps: Commit the draft, and forget what was proposed, if nothing raises.
+
+        Yields:
+            Nothing.
+        """
+        proposed, self.proposed = self.proposed, None
+        self._begin(names, names)
+        try:
+            yield
+            if keeps:
+                self.proposed = self._draft
+                self.update()
+                self.commit()
+                proposed = None
+        finally:
+            self._end()
             self.proposed = proposed
 
     @property

@@ -88,19 +88,19 @@ def min_norm(
     """
     norms, cosines = unit(gram)
     m = len(norms)
-    zero = norms == 0
-    if zero.any():
+    if not norms.all():
+        zero = norms == 0
         return zero / np.count_nonzero(zero), True
     columns, pivot = half(cosines)
     order = None
     if pivot < DEPENDENT:
         order, norms, cosines, factor = arranged(norms, cosines, factor)
         columns, pivot = half(cosines)
-    a = norms.min() / norms
+    a = norms[norms.argmin()] / norms
     unsure: list[str] = []
     v, point, gap = least_distance(columns, a, unsure.append)
-    total, length = v.sum(), sqrt(point @ point)
-    tolerance = np.sqrt(m * noise)
+    total, length = v.sum(), sqrt(point.dot(point))
+    tolerance = sqrt(m * noise)
     if factor is not None and (unsure or pivot * length * AMPLIFICATION < total):
         slack = point @ columns - gap * a
         active = (v > 0) | (slack <= 100 * m * noise * total)
@@ -193,8 +193,8 @@ def dual_cone(
     m = len(norms)
     with np.errstate(over="ignore", under="ignore"):
         wanted = (u * norms).reshape(-1, m)
-    sizes, exponents = np.abs(wanted).max(axis=1), None
-    if not ((sizes == 0) | ((sizes > 1e-100) & (sizes < 1e100))).all():
+    sizes, exponents = np.abs(wanted).max(axis=1).tolist(), None
+    if not all(size == 0 or 1e-100 < size < 1e100 for size in sizes):
         # The answer for a multiple is a multiple of the answer: one whose squares are numbers.
         (u_fraction, u_exponent), (n_fraction, n_exponent) = np.frexp(u.reshape(-1, m)), np.frexp(norms)
         powers = u_exponent + n_exponent

@@ -61,6 +61,12 @@ class Now:
         self.early: np.ndarray | None = None  # what the rows were multiplied by
         self.sent: Tensor | None = None
 
+    def __enter__(self) -> Now:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.problem = None
+
 
 class SurgerySwitches(Switches, total=False):
     """Arguments that every surgery method takes; see :class:`Surgery`."""
@@ -573,30 +579,22 @@ class Surgery(MultiLossOptimizer):
         where = f"{self._name}.combine"
         if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
             raise TypeError(f"{where}: `rows` must be a real floating point tensor of shape (m, n).")
-        m = len(rows)
+        m = rows.shape[0]
         if m == 0:
             raise ValueError(f"{where}: `rows` must have at least one row, got shape {tuple(rows.shape)}.")
         if losses is None and self.needs_losses:
             raise ValueError(f"{where}: `losses` must be given; this method reads them.")
         given = losses.detach().cpu() if isinstance(losses, Tensor) else losses
-        values = np.full(m, np.nan) if given is None else np.asarray(given, dtype=np.float64)
+        values = np.array([math.nan] * m) if given is None else np.asarray(given, dtype=np.float64)
         if values.shape != (m,):
             raise ValueError(f"{where}: `losses` must have shape ({m},), one value per row, got {values.shape}.")
         rows = rows.detach()
         names = self._names_of_rows(rows)
-        with self.transaction.aside():
-            with self.proposing(names, names):
-                factors = self._logarithmic(values) if self.log_losses else None
-                seen = self.seen(values, factors)
-                out = (
-                    self._added_up(rows, seen, factors) if self.needs_gram_only else self._combined(rows, seen, factors)
-                )
-            if update:
-                self.transaction.update()
-                self.transaction.commit()
-        if update:
-            self.transaction.proposed = None
-        return out
+        with self.transaction.apart(names, update):
+            self._check_names(names)
+            factors = self._logarithmic(values) if self.settings.log_losses else None
+            seen = self.seen(values, factors)
+            return self._added_up(rows, seen, factors) if self.needs_gram_only else self._combined(rows, seen, factors)
 
     def _added_up(self, rows: Tensor, seen: np.ndarray, factors: np.ndarray | None) -> Tensor:
         """``combine`` for methods that need inner products only."""
@@ -607,7 +605,7 @@ class Surgery(MultiLossOptimizer):
         weights = solve(self, Problem(self.names, Gram.of(table, products)), seen, factors)
         if factors is not None:
             weights = weights * factors
-        share = self.settings.share(len(rows))
+        share = self.settings.share(len(products))
         applied = weights if share == 1.0 else share * weights
         held = self._held(table, products, applied, rows)
         total = sum(map(abs, applied.tolist()))
@@ -690,8 +688,7 @@ class Surgery(MultiLossOptimizer):
 
     def _held(self, table: Table, products: np.ndarray, applied: np.ndarray, like: Tensor) -> descent.Direction | None:
         """The direction, where its rounding could break what the method promises; see :mod:`descent`."""
-        finite = all(map(math.isfinite, applied.tolist()))
-        if not (finite and self.promises(len(products))):
+        if not (self.promises(len(products)) and all(map(math.isfinite, applied.tolist()))):
             return None
         found = descent.held(table, products, applied, [like])
         if found is not None and not found.descends:
@@ -707,7 +704,9 @@ class Surgery(MultiLossOptimizer):
         Returns:
             True if that is so by the method and its switches.
         """
-        return count == len(self.names) <= self.descends and not self.weight_momentum and not self.settings.is_bounded
+        if count > self.descends or self.settings.weight_momentum or self.settings.is_bounded:
+            return False
+        return count == len(self.names)
 
     def _require_finite(self, rows: Tensor) -> None:
         if not torch.isfinite(rows).all():
@@ -756,7 +755,7 @@ class Surgery(MultiLossOptimizer):
     @property
     def needs_gram_only(self) -> bool:
         """The method sees nothing of the rows but their inner products."""
-        return self.adds_rows and not self.observes and self.granularity == "all"
+        return self.adds_rows and not self.observes and self.settings.granularity == "all"
 
     @property
     def adds_rows(self) -> bool:
@@ -803,21 +802,17 @@ class Surgery(MultiLossOptimizer):
     def smoothed(self, weights: np.ndarray) -> np.ndarray:
         return weights if self.is_alone else super().smoothed(weights)
 
-    @contextmanager
-    def asked(self, problem: Problem) -> Iterator[None]:
+    def asked(self, problem: Problem) -> AbstractContextManager[object]:
         """Let the method's own functions see a problem.
 
         Args:
             problem: The problem.
 
-        Yields:
-            Nothing.
+        Returns:
+            A context, at whose end it is forgotten.
         """
         self._now.problem = problem
-        try:
-            yield
-        finally:
-            self._now.problem = None
+        return self._now
 
     @contextmanager
     def _acting(self, batch: Batch | None, layout: Layout) -> Iterator[None]:
@@ -918,7 +913,7 @@ class Surgery(MultiLossOptimizer):
         Returns:
             (m,).
         """
-        if self.log_losses:
+        if self.settings.log_losses:
             self.require_positive(values, "log_losses=True takes its logarithm")
             return np.log(values)
         return values if factors is None else factors * values
