@@ -260,7 +260,7 @@ class Found(Table):
     @property
     def noise(self) -> float:
         """How far products may be off, relative to the lengths of the two rows."""
-        return gram_module.precision([list(self.shared)])
+        return gram_module.precision([list(self.shared)] * len(self._roots))
 
     def part(self, keep: Sequence[int]) -> Found:
         """Some of the rows.

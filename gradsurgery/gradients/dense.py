@@ -191,7 +191,7 @@ class Sharded(Dense):
         params = [self.shared[j] for j in part]
         counted = list(map(self.comm.counts, params))
         rows = [[row[j] if mark else None for j, mark in zip(part, counted, strict=True)] for row in self.rows]
-        return Table(rows, self.comm, precision([[shards.empty(p) for p in params]]))
+        return Table(rows, self.comm, precision([[shards.empty(p) for p in params]], double=True))
 
     def products(self) -> list[Tensor]:
         return [table.products() for table in self.tables]

@@ -18,9 +18,9 @@ from gradsurgery import geometry
 from gradsurgery.gradients import gram as gram_module
 from gradsurgery.gradients.gram import Row, Table
 
-# What products and sums may be off at most, relative to the lengths of what is multiplied: in single precision over one
-# chunk, and in double precision. Where products are in double precision and sums in single, so much a row.
-_SINGLE, _DOUBLE, _SUM = 6e-4, 2e-12, 2.0**-24
+# What products and sums in double precision may be off at most, relative to the lengths of what is multiplied, and what
+# sums in single precision may be off for each row.
+_DOUBLE, _SUM = 2e-12, 2.0**-24
 # What products without rows, and sums of them, are off: in single precision, and in double.
 _UNFORMED = (4e-6, _DOUBLE)
 # The least and the largest weight with which rows in single precision may be added up.
@@ -72,8 +72,10 @@ def is_certain(table: Table, gram: np.ndarray, weights: np.ndarray) -> bool:
     if table.noise < 1e-12:
         return geometry.is_descent(gram, weights, _DOUBLE)
     low, high = _SAFE_WEIGHTS
-    safe = all(w == 0 or low <= abs(w) <= high for w in weights.tolist())
-    return safe and geometry.is_descent(gram, weights, (len(weights) + 8) * _SUM if table.is_double else _SINGLE)
+    sizes = [abs(w) for w in weights.tolist() if w] or [1.0]
+    safe = low <= min(sizes) and max(sizes) <= high
+    products = 0.0 if table.is_double else 1.2 * gram_module.rounding_of_products(len(table))
+    return safe and geometry.is_descent(gram, weights, products + (len(weights) + 8) * _SUM)
 
 
 def moved_inside(table: Table, gram: np.ndarray, weights: np.ndarray) -> np.ndarray | None:

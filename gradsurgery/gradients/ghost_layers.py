@@ -423,7 +423,8 @@ def _summed_products(a: Tensor, b: Tensor) -> Tensor:
     if k >= m:
         return torch.bmm(a, b.transpose(1, 2)).sum(0, dtype=torch.float64)
     # n products would hold more entries than what is multiplied.
-    return gram_module.product(*(x.transpose(0, 1).reshape(m, -1) for x in (a, b)))
+    left, right = (x.transpose(0, 1).reshape(m, -1) for x in (a, b))
+    return gram_module.product(left, right)
 
 
 def _widest(least: torch.dtype, *tensors: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from gradsurgery import graph as graph_module
 from gradsurgery.gradients import gram as gram_module
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.base import Request
+from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.formed import Formed, refusal
 from gradsurgery.gradients.ghost_graph import Reader
 from gradsurgery.gradients.ghost_layers import Convolution, Embedding, Layer, Linear
@@ -109,7 +110,7 @@ class Found(Table):
         if kept is None or k >= len(self._plan.layers):
             return kept
         layer = self._plan.layers[k]
-        with _exactly(kept.device):
+        with exactly(kept.device):
             return layer.combine([kept], [1.0])[layer.places.index(place)]
 
     def whole(self) -> list[Row]:
@@ -127,7 +128,7 @@ class Found(Table):
             (m, m + 1), float64: the Gram matrix, and in the last column the size of what was added up in its diagonal.
             To be handed to :meth:`repaired` on the host.
         """
-        return self._products(torch.float32 if _is_single_exact() else torch.float64)
+        return self._products(torch.float32)
 
     def gram(self) -> np.ndarray:
         """Inner products of the rows.
@@ -224,7 +225,7 @@ class Found(Table):
             if k >= len(self._plan.layers):
                 gradients[places[0]] = rows_module.combine(column, weights, self._plan.shared[places[0]])
             elif present:
-                with _exactly(present[0][0].device):
+                with exactly(present[0][0].device):
                     combined = self._plan.layers[k].combine([g for g, _ in present], [w for _, w in present])
                 for place, g in zip(places, combined, strict=True):
                     gradients[place] = g
@@ -246,7 +247,7 @@ class Found(Table):
             if not kept:
                 continue
             layer.check()
-            with _exactly(kept[0].device):
+            with exactly(kept[0].device):
                 if formed:
                     part = gram_module.gram_in([list(layer.combine([g], [1.0])) for g in kept], least)
                     size = part.new_zeros(len(kept))
@@ -486,24 +487,10 @@ def _share(calls: Sequence[GradientEdge], masks: Mapping[Node, int], m: int) -> 
     return sum(masks.get(call.node, 0).bit_count() for call in calls) / (m * len(calls))
 
 
-def _is_single_exact() -> bool:
-    """Whether products of float32 matrices are made in float32."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # it was set for one backend alone
-        return False
-
-
 def _see(seen: dict[int, Tensor], k: int, gradients: Sequence[Tensor | None]) -> None:
     """Called before a node: notes what it is given."""
     if gradients[0] is not None:
         seen[k] = gradients[0]
-
-
-def _exactly(device: torch.device) -> AbstractContextManager[object]:
-    """Without autocast, which would multiply in half precision. Entering it costs as much as a small product."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def gather(request: Request) -> Formed | str:

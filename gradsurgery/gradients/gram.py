@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 
 from gradsurgery.communication import ALONE, Communicator
+from gradsurgery.gradients.exact import exactly
 
 #: The gradient of one loss: one entry per parameter, ``None`` where the loss does not reach it.
 Row = list["Tensor | None"]
 
-# A float32 product over millions of columns loses three to four digits. Over 8k columns it loses none that float32 has;
-# the partial products are then added up in float64.
-_CHUNK = 8192
+# A float32 product over n columns may be off by n roundoffs, and is off by n/20 of them where all terms are alike. So
+# products run over chunks, which are then added up in float64. Those of rows are as short as costs little. Where both
+# factors have many rows, as the inputs of a layer, short ones would cost memory.
+_CHUNK, _WIDE_CHUNK = 128, 8192
 # Entries that are copied side by side for one product: what fits a cache on the CPU, what fills a GPU elsewhere.
 _BUCKET_CPU, _BUCKET_GPU = 2**19, 2**24
+
+_EPS = float(np.finfo(np.float64).eps)
+# How far products of rows that were rounded to single precision are off those of the rows before: a few roundoffs.
+_SINGLE_ROWS = 2e-7
 
 # Least eigenvalue of the cosines from which a Gram matrix in double precision tells all that single precision holds.
 _WELL = 1e-6
@@ -61,6 +67,7 @@ class Table:
         #: Some rows are so short beside others that their squares are lost at any unit.
         self.far_apart = False
         self._noise = noise
+        self._double: bool | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -149,12 +156,16 @@ class Table:
     @property
     def is_double(self) -> bool:
         """Whether products are made in double precision."""
-        return not self.comm.is_alone or few(as_rows(self.rows))
+        if self._double is None:
+            self._double = not self.comm.is_alone or few(self.rows)
+        return self._double
 
     @property
     def noise(self) -> float:
         """How far products may be off, relative to the lengths of the two rows."""
-        return precision(self.rows) if self._noise is None else self._noise
+        if self._noise is None:
+            self._noise = precision(self.rows, self.is_double)
+        return self._noise
 
 
 class Scaled:
@@ -217,7 +228,7 @@ class Scaled:
             return np.asarray(np.ldexp(self.fraction, self.exponent))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gram:
     """Inner products of rows, as a method sees them.
 
@@ -322,16 +333,18 @@ def as_rows(rows: Sequence[Row] | Tensor) -> Sequence[Row]:
     return [[row] for row in rows] if isinstance(rows, Tensor) else rows
 
 
-def few(rows: Sequence[Row], times: int = 1) -> bool:
+def few(rows: Sequence[Row] | Tensor, times: int = 1) -> bool:
     """Whether all rows together have so few entries, on the host, that double precision costs nothing that shows.
 
     Args:
-        rows: The rows.
+        rows: The rows, or a matrix.
         times: How often each is there.
 
     Returns:
         False on an accelerator.
     """
+    if isinstance(rows, Tensor):
+        return rows.device.type == "cpu" and times * rows.numel() <= _FEW
     entries = sum(g.numel() if g.device.type == "cpu" else _FEW for row in rows for g in row if g is not None)
     return times * entries <= _FEW
 
@@ -339,7 +352,7 @@ def few(rows: Sequence[Row], times: int = 1) -> bool:
 def gram(rows: Sequence[Row]) -> Tensor:
     """Inner products of the rows.
 
-    Products run in float32 over chunks of 8k columns and are summed in float64; float64 rows stay float64. Complex
+    Products run in float32 over chunks of 128 columns and are summed in float64; float64 rows stay float64. Complex
     entries count as pairs of reals.
 
     Args:
@@ -365,11 +378,11 @@ def gram_of_matrix(rows: Tensor) -> np.ndarray:
         if rows.dtype is torch.float64:
             j = rows.numpy()
             with np.errstate(over="ignore", invalid="ignore"):  # such products are made again, of smaller rows
-                return j @ j.T
+                return np.asarray(j.dot(j.T))
         if rows.dtype is torch.float32 and rows.numel() <= _FEW:
             j = rows.numpy().astype(np.float64)
-            return np.asarray(j @ j.T)
-    return gram_in(as_rows(rows), torch.float64 if few(as_rows(rows)) else torch.float32).cpu().numpy()
+            return np.asarray(j.dot(j.T))
+    return gram_in(as_rows(rows), torch.float64 if few(rows) else torch.float32).cpu().numpy()
 
 
 def in_range(gram: np.ndarray) -> bool:
@@ -382,7 +395,10 @@ def in_range(gram: np.ndarray) -> bool:
         False for zero rows too.
     """
     low, high = SAFE_SQUARES
-    return all(low <= square <= high for square in gram.diagonal().tolist())
+    for square in gram.diagonal().tolist():  # noqa: SIM110  # on a few numbers a generator costs as much as all else
+        if not low <= square <= high:
+            return False
+    return True
 
 
 def gram_outside_float32(rows: Sequence[Row] | Tensor, found: np.ndarray) -> np.ndarray:
@@ -448,28 +464,34 @@ def gram_in(rows: Sequence[Row], least: torch.dtype, factor: float = 1.0) -> Ten
     m = len(rows)
     total: Tensor | None = None
     for bucket in buckets(rows, least):
-        with torch.autocast(bucket.device.type, enabled=False):  # it would multiply in half precision
+        with exactly(bucket.device):
             bucket = bucket if factor == 1.0 else bucket * factor
-            part = product(bucket, bucket)
+            part = product(bucket, bucket, _width(m) if bucket.dtype == torch.float32 else _WIDE_CHUNK)
         total = part if total is None else total + part.to(total.device)
     return torch.zeros(m, m, dtype=torch.float64) if total is None else total
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def _width(m: int) -> int:
+    """Columns that m rows are multiplied over in single precision; the products hold no more entries than the rows."""
+    return max(_CHUNK, m)
+
+
+def product(a: Tensor, b: Tensor, chunk: int = _WIDE_CHUNK) -> Tensor:
     """A Bᵀ, in products over chunks of the columns.
 
     Args:
         a: (m, n), single or double precision.
         b: (k, n), of the same dtype.
+        chunk: Columns of a chunk.
 
     Returns:
         (m, k), float64.
     """
     width = a.shape[1]
-    if width <= _CHUNK:
+    if width <= chunk:
         return (a @ b.T).double()
-    whole = width - width % _CHUNK
-    left, right = (x[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1) for x in (a, b))
+    whole = width - width % chunk
+    left, right = (x[:, :whole].unflatten(1, (-1, chunk)).transpose(0, 1) for x in (a, b))
     total = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.float64)
     return total + (a[:, whole:] @ b[:, whole:].T) if whole < width else total
 
@@ -537,7 +559,7 @@ def buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
             pieces, held = [], 0
         kind = (like.device, dtype)
         entries = _BUCKET_CPU if like.device.type == "cpu" else _BUCKET_GPU
-        width = max(1, entries // m // _CHUNK) * _CHUNK
+        width = max(1, entries // m // _WIDE_CHUNK) * _WIDE_CHUNK
         n, start = flats[0].numel(), 0
         while start < n:
             stop = min(n, start + width - held)
@@ -609,20 +631,40 @@ def square_root(gram: np.ndarray) -> np.ndarray:
     return np.asarray(norms[:, None] * vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
-def precision(rows: Sequence[Row] | Tensor) -> float:
-    """How far entries of :func:`gram` may be off, relative to the lengths of the two rows.
+def rounding_of_products(m: int) -> float:
+    """How far products of single precision rows may be off, relative to the lengths of the two rows.
+
+    Whatever the number of their columns, the order in which a chunk is added up, and the signs: γₖ for k columns a
+    chunk (Higham 2002, section 3.1), since Σ |aₖ| |bₖ| ≤ ‖a‖ ‖b‖.
+
+    Args:
+        m: Number of rows.
+
+    Returns:
+        7.7e-6 up to 128 rows.
+    """
+    k = _width(m) * 2.0**-24
+    return k / (1 - k)
+
+
+def precision(rows: Sequence[Row] | Tensor, double: bool = False) -> float:
+    """How far inner products may be off, relative to the lengths of the two rows.
 
     Args:
         rows: m rows.
+        double: All products are made in double precision.
 
     Returns:
-        Rounding of float64 if all rows are in double precision, else of a float32 product over one chunk.
+        Rounding of float64 if all rows are in double precision; where they are not, that of the rows if their products
+        are, and else that of float32 products.
     """
     if isinstance(rows, Tensor):
         single = rows.dtype != torch.float64
     else:
         single = any(g is not None and g.dtype not in (torch.float64, torch.complex128) for row in rows for g in row)
-    return 2e-7 if single else float(np.finfo(np.float64).eps)
+    if not single:
+        return _EPS
+    return _SINGLE_ROWS if double else rounding_of_products(len(rows))
 
 
 def _any_double(rows: Sequence[Row]) -> bool:

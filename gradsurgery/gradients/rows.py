@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.gram import Row as Row
 from gradsurgery.graph import Root, Start
 from gradsurgery.graph.torch_private import foreach_add_, foreach_mul, foreach_norm
@@ -312,9 +313,10 @@ def mixed(rows: Tensor, weights: np.ndarray) -> Tensor:
     if rows.device.type == "cpu" and rows.dtype in (torch.float64, torch.float32):
         j = rows.numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # whoever asks looks at what comes of it
-            return torch.from_numpy(weights.astype(j.dtype, copy=False) @ j)
+            return torch.from_numpy(weights.astype(j.dtype, copy=False).dot(j))
     w = torch.from_numpy(weights).to(rows.device, torch.promote_types(rows.dtype, torch.float32))
-    return (w @ rows.to(w.dtype)).to(rows.dtype)
+    with exactly(rows.device):
+        return (w @ rows.to(w.dtype)).to(rows.dtype)
 
 
 def plain(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor | None:

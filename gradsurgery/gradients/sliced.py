@@ -12,6 +12,7 @@ from torch import Tensor
 from gradsurgery.communication.processes import Processes, all_gather, flattened, reduce_scatter
 from gradsurgery.gradients import descent
 from gradsurgery.gradients.base import Add, Gradients, Request, collect
+from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.gram import Gram, Row, Table
 
 
@@ -113,7 +114,7 @@ class Sliced(Gradients):
     ) -> dict[Tensor, Tensor | None]:
         wide = torch.promote_types(self._rows.dtype, torch.float32)
         direction = held[0]
-        with torch.autocast(self._rows.device.type, enabled=False):  # it would multiply in half precision
+        with exactly(self._rows.device):
             if direction is None:
                 mine = torch.from_numpy(weights[0]).to(self._rows.device, wide) @ self._rows.to(wide)
             else:
