@@ -1,6 +1,7 @@
 """Who gets which case right: this library and others, on every defect that was seen somewhere, and on exact answers.
 
 python -m benchmarks.conformance [--peers torchjd conflictfree] [--write docs/conformance.md]
+python -m benchmarks.conformance --again docs/conformance.md    writes the pages from the verdicts beside them
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import forms
+from benchmarks import forms, two_pages
 from gradsurgery import testing
 
 SIGNS = {"right": "right", "wrong": "**wrong**", "error": "**error**", "not offered": "–"}
@@ -78,13 +79,13 @@ def exactness(libraries: list[testing.Library]) -> list[dict]:
 def table(cases: list[dict], names: list[str]) -> str:
     """A Markdown table library × defect."""
     lines = [
-        "| case | method | asked | right | " + " | ".join(names) + " |",
-        "| --- | --- | --- | --- |" + " --- |" * len(names),
+        "| case | method | asked: *the right answer* | " + " | ".join(names) + " |",
+        "| --- | --- | --- |" + " --- |" * len(names),
     ]
     for case in cases:
         cells = [SIGNS[case["verdicts"][name]["outcome"]] for name in names]
-        asked = [case[key].replace("|", "\\|") for key in ("asked", "right")]
-        lines.append("| " + " | ".join([case["id"].split()[0], case["method"], *asked, *cells]) + " |")
+        asked = [case["asked"].replace("|", "\\|"), "*" + case["right"].replace("|", "\\|").replace("*", "\\*") + "*"]
+        lines.append("| " + " | ".join([case["id"].split()[0], case["method"], ": ".join(asked), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -117,22 +118,40 @@ def misses(cases: list[dict], names: list[str]) -> str:
 
 PAGE = """# Conformance
 
-Written by `make conformance ARGS="--write docs/conformance.md"`; the verdicts are those of that run, with torch {torch}
-and {versions}.
+Which known defects does each library have? Every case was seen in a published library or in widely copied code. The
+same question is put to this library and to those on PyPI that offer the method and install next to a current torch.
 
-Every case below was seen in a published library or in widely copied code. The same question is put to this library and
-to those on PyPI that offer the method and install next to a current torch. "–": not offered. "error": an exception
-instead of an answer. The cases are defects that somebody had, some of them these very libraries, and this library was
-changed until it had none: they are no sample of anything, each library is asked another part of them, and so there are
-no totals. `gradsurgery.testing` has the cases and the adapters; your own implementation can be asked too:
+![A square for each case and library: right, wrong, error or not offered](_static/conformance/conformance.png)
+
+*Error*: an exception instead of an answer. The cases are defects that somebody had, some of them these very libraries,
+and this library was changed until it had none. So they are no sample of anything, each library is asked a different
+part of them, and there are no totals. [The tables](conformance-tables.md) say what was asked, what is right and what
+was seen.
+
+## Ask your own
+
+`gradsurgery.testing` has the cases and the adapters:
 
 ```python
 from gradsurgery.testing import DEFECTS, Library, examine
 
-mine = Library("mine", directions={{"MGDA": lambda: lambda rows, losses=None: rows.mean(axis=0)}})
+mine = Library("mine", directions={"MGDA": lambda: lambda rows, losses=None: rows.mean(axis=0)})
 wrong = [case.id for case in DEFECTS if examine(mine, case).outcome in ("wrong", "error")]
 assert "MG1" in wrong
 ```
+"""
+
+TABLES = """---
+hide-toc: true
+---
+
+# Conformance: the tables
+
+What [the page on conformance](conformance.md) is about, in full. Written by
+`make conformance ARGS="--write docs/conformance.md"`; the verdicts are those of that run, with torch {torch}
+and {versions}. "–": not offered. "error": an exception instead of an answer.
+
+## All cases
 
 {table}
 
@@ -150,6 +169,40 @@ to 1e-3. The inputs include near-parallel and opposite rows, zero rows, rank def
 """
 
 
+def tables(data: dict) -> str:
+    """The second page.
+
+    Args:
+        data: What is kept as JSON.
+
+    Returns:
+        Markdown.
+    """
+    cases, names = data["cases"], list(data["cases"][0]["verdicts"])
+    others = {name: version for name, version in data["versions"].items() if name != "torch"}
+    return TABLES.format(
+        torch=data["versions"]["torch"],
+        versions=", ".join(f"{name} {version}" for name, version in others.items()) or "nothing else",
+        table=table(cases, names),
+        written=forms.section(data["written"]),
+        exactness=exactness_table(data["exact"], names),
+        misses=misses(cases, names),
+    )
+
+
+def write(path: Path, data: dict) -> None:
+    """Write both pages and the picture.
+
+    Args:
+        path: The first page.
+        data: What is kept as JSON.
+    """
+    names = list(data["cases"][0]["verdicts"])
+    outcomes = {(name, case["id"]): case["verdicts"][name]["outcome"] for case in data["cases"] for name in names}
+    figure = two_pages.squares(names, [case["id"] for case in data["cases"]], outcomes)
+    two_pages.save(path, PAGE, tables(data), figure)
+
+
 def main() -> int:
     """Run what the command line asks for, and print or write the tables.
 
@@ -159,34 +212,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="*", choices=list(testing.PEERS), default=list(testing.PEERS))
     parser.add_argument("--write", type=Path, help="write the page here, and the verdicts beside it as JSON")
+    parser.add_argument("--again", type=Path, help="write this page from the verdicts beside it, and ask nobody")
     options = parser.parse_args()
+    if options.again:
+        write(options.again, json.loads(options.again.with_suffix(".json").read_text(encoding="utf-8")))
+        return 0
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of the solvers of others
-    libraries, versions = [testing.ours()], []
+    libraries, versions = [testing.ours()], {"torch": torch.__version__}
     for package in options.peers:
         try:
             libraries.append(testing.PEERS[package]())
         except RuntimeError as error:
             print(f"left out: {error}")
         else:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
+            versions[package] = importlib.metadata.version(package)
     names = [library.name for library in libraries]
     cases, found, written = verdicts(libraries), exactness(libraries), forms.ask_all()
     parts = [table(cases, names), forms.section(written), exactness_table(found, names), misses(cases, names)]
     print(*parts, sep="\n\n")
     if options.write:
-        options.write.write_text(
-            PAGE.format(
-                torch=torch.__version__,
-                versions=", ".join(versions) or "nothing else",
-                table=parts[0],
-                written=parts[1],
-                exactness=parts[2],
-                misses=parts[3],
-            )
-        )
-        kept = {"cases": cases, "written": written, "exact": found}
+        kept = {"versions": versions, "cases": cases, "written": written, "exact": found}
         options.write.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+        write(options.write, kept)
     ours = [case["verdicts"]["gradsurgery"]["outcome"] for case in cases]
     ours += [form["answers"]["gradsurgery"]["outcome"] for form in written["forms"]]
     return int(any(outcome != "right" for outcome in ours))

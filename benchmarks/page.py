@@ -9,15 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.two_pages import beside
 from benchmarks.workloads import WORKLOADS
 
 WEIGHTERS = ("FixedWeighter", "UncertaintyWeighter", "GradNormWeighter")
 
 PAGE = """# Performance
 
-What the backward phase of a step costs: from the losses to `.grad`. Written by
-`make bench ARGS="--curves --write docs/performance.md"`, in one run or in several that complement each other;
-`performance.json` beside this page has all figures.
+What the backward phase of a step costs: from the losses to `.grad`, relative to the *floor*, which is m bare backward
+passes for m losses.
+
+{short}
+{picture}All figures are in [the tables](performance-tables.md).
+
+## How it was measured
 
 *The floor* is m bare `torch.autograd.grad` calls over the same parameters, with nothing done to the result: what a
 method on single gradients must cost if it differentiates the losses one by one. The *plain sum* is one backward pass.
@@ -46,6 +51,18 @@ which in float32 discards true directions once there are some millions. The auto
 derivative contributes.
 
 Workloads: {workloads}.
+"""
+
+TABLES = """---
+hide-toc: true
+---
+
+# Performance: the tables
+
+What [the page on performance](performance.md) is about, in full. Written by
+`make bench ARGS="--curves --write docs/performance.md"`, in one run or in several that complement each other;
+`performance.json` beside this page has all figures. A cell such as `0.72 / 0.70 (0.68–0.77)` says: median over the
+rounds of the time relative to the floor in the same round / ratio of the shortest times / middle half of the rounds.
 """
 
 
@@ -78,17 +95,78 @@ def write(path: Path | None, run: dict[str, Any]) -> None:
     merged["cheap"] = [r for r in before.get("cheap", []) if (r["workload"], r["tasks"]) not in modes] + run["cheap"]
     runs = sorted([r for r in runs if identity(r) != identity(run)] + [merged], key=identity)
     data.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    again(path)
+
+
+def again(path: Path) -> None:
+    """Write both pages and their pictures from the figures beside them.
+
+    Args:
+        path: The first page.
+    """
+    runs = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["runs"]
+    for r in runs:
+        if r.get("curves"):
+            draw(r["curves"], curves_picture(r, path))
+    first, tables = pages(runs, path)
+    path.write_text(first, encoding="utf-8")
+    beside(path).write_text(tables, encoding="utf-8")
+
+
+def pages(runs: list[dict[str, Any]], path: Path) -> tuple[str, str]:
+    """Both pages, from what is kept as JSON.
+
+    Args:
+        runs: What was measured, a run for each machine and number of threads.
+        path: The first page.
+
+    Returns:
+        Markdown of the first and the second.
+    """
     workloads = "; ".join(f"*{name}*: {text}" for name, (text, _) in WORKLOADS.items())
-    text = PAGE.format(workloads=workloads)
+    drawn = [curves_picture(r, path).relative_to(path.parent) for r in runs if r.get("curves")]
+    shown = "Time and memory against the number of tasks and of parameters"
+    picture = f"![{shown}]({drawn[0].as_posix()})\n\n" if drawn else ""
+    text = PAGE.format(workloads=workloads, short="".join(map(short, runs)), picture=picture)
     if all(r["device"] == "cpu" for r in runs):
         text += "\nNothing here was measured on a GPU. `--device cuda` runs the same there.\n"
-    path.write_text(text + "".join(section(r, path) for r in runs))
+    text += "".join(f"\n## {title(r)}, in short\n\n{summary(r['steps'])}" for r in runs if r["steps"])
+    return text, TABLES + "".join(section(r, path) for r in runs)
+
+
+def short(run: dict[str, Any]) -> str:
+    """The first sentences of the page: over all workloads and numbers of losses."""
+    choices = {
+        "`PCGrad`": "PCGrad",
+        '`PCGrad(..., engine="blocks")`': 'PCGrad, engine="blocks"',
+        "TorchJD's PCGrad, each time at its fastest setting,": "TorchJD",
+    }
+    lines = []
+    for name, start in choices.items():
+        cells: dict[tuple[str, int], dict] = {}
+        for r in run["steps"]:
+            chosen = r["candidate"].startswith(start) if start == "TorchJD" else r["candidate"] == start
+            place = r["workload"], r["tasks"]
+            if chosen and "shortest" in r and r["to_floor"] < cells.get(place, {"to_floor": np.inf})["to_floor"]:
+                cells[place] = r
+        if cells:
+            times, memory = ([r[key] for r in cells.values()] for key in ("to_floor", "memory"))
+            lines.append(
+                f"* {title(run)}: {name} takes {np.median(times):.2f} times the floor in the median of {len(times)} "
+                f"cases, {min(times):.2f} to {max(times):.2f} over all; memory {np.median(memory):.1f} sizes of the "
+                "shared parameters in the median.\n"
+            )
+    return "".join(lines)
+
+
+def title(run: dict[str, Any]) -> str:
+    """Where a run was made."""
+    return f"{run['device'].upper()}, {run['threads']} thread{'s' * (run['threads'] > 1)}"
 
 
 def section(run: dict[str, Any], path: Path) -> str:
-    title = f"{run['device'].upper()}, {run['threads']} thread{'s' * (run['threads'] > 1)}"
     used = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    text = f"\n## {title}\n\nMeasured on {run['machine']}, with {used}.\n"
+    text = f"\n## {title(run)}\n\nMeasured on {run['machine']}, with {used}.\n"
     if run["missing"]:
         text += f"\nNot installed, and so not in the tables: {', '.join(run['missing'])}.\n"
     rows = run["steps"]
@@ -99,7 +177,6 @@ def section(run: dict[str, Any], path: Path) -> str:
     if absent := [name for name in WORKLOADS if name not in {r["workload"] for r in rows}]:
         text += f"\nNot measured here: {', '.join(absent)}.\n"
     if rows:
-        text += "\n### In short\n\n" + summary(rows)
         for name in dict.fromkeys(r["workload"] for r in rows):
             text += f"\n### {name[0].upper()}{name[1:]}\n\n{workload_table(rows, name)}\n"
         text += f"\n### Weighting methods\n\nTime relative to the plain sum.\n\n{weighter_table(rows)}\n"
@@ -244,10 +321,14 @@ def exponents(points: list[dict], key: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def curves_picture(run: dict[str, Any], path: Path) -> Path:
+    """The picture of a run, for the page at `path`."""
+    return path.parent / "_static" / "performance" / f"{run['device']}-{run['threads']}.png"
+
+
 def curve_text(run: dict[str, Any], path: Path) -> str:
     points = run["curves"]
-    picture = Path("_static") / "performance" / f"{run['device']}-{run['threads']}.png"
-    draw(points, path.parent / picture)
+    picture = curves_picture(run, path).relative_to(path.parent)
     text = "On an MLP of 4 layers, batch 128: left against m with 4 layers of 512, right against the number of "
     text += "parameters with m = 4. For TorchJD the fastest setting and the most frugal one at each point.\n\n"
     text += f"![Time and memory against the number of tasks and of parameters]({picture.as_posix()})\n\n"

@@ -1,6 +1,7 @@
 """What the mathematics costs: time of one ``combine`` against TorchJD's aggregators, with the distance from the truth.
 
     python -m benchmarks.solvers [--rounds 15] [--tasks 4 8 20] [--methods MGDA CAGrad] [--write docs/solvers.md]
+    python -m benchmarks.solvers --again docs/solvers.md    writes the pages from the figures beside them
 
 Both libraries get the same matrices, in turn, in one process. Figures are medians of ratios over rounds. The exact
 answers are those of this library for the rows in float64; before anything is timed they are compared with the
@@ -211,11 +212,16 @@ def wide_table(results: list[dict]) -> str:
 
 PAGE = """# Solvers
 
-Written by `make bench-solvers ARGS="--write docs/solvers.md"`; the figures are those of that run.
+What the mathematics costs: one call of `combine` against one call of TorchJD's aggregator, on the same matrices, in
+turn in one process. The inner products, the weights and the direction, without any model.
 
-One call of `combine` against one call of TorchJD's aggregator, on the same matrices, interleaved in one process: the
-inner products, the weights and the direction, without any model. *Faster*: their time over ours, the median over
-{rounds} rounds. The rows conflict and still have a common descent direction; `n` is their length.
+{short}
+![Their time over ours, for each method and size](_static/solvers/solvers.png)
+
+*A dot per size and dtype: their time over ours, to the right of 1 where this library is faster.* All figures are in
+[the tables](solvers-tables.md).
+
+## How it was measured
 
 *Error*: distance from the exact answer for the same rows, relative to its length (median over the matrices). In float32
 it is the rounding of the result at best. The exact answer is ours in float64, which the same run first compared with
@@ -229,6 +235,20 @@ hold, active sets of this library go on from the guess. Where even these do not 
 "not-converged".
 
 Measured on {machine}, one thread, torch {torch}, TorchJD {torchjd}, Python {python}, on the CPU.
+"""
+
+TABLES = """---
+hide-toc: true
+---
+
+# Solvers: the tables
+
+What [the page on solvers](solvers.md) is about, in full. Written by
+`make bench-solvers ARGS="--write docs/solvers.md"`; the figures are those of that run.
+*Faster*: their time over ours, the median over {rounds} rounds. The rows conflict and
+still have a common descent direction; `n` is their length.
+
+## Both libraries
 
 {table}
 
@@ -238,6 +258,65 @@ Milliseconds of one call, rows of length {wide} in float64.
 
 {large}
 """
+
+
+def short(pairs: list[dict]) -> str:
+    """The first sentences of the page.
+
+    Args:
+        pairs: What was measured.
+
+    Returns:
+        A list in Markdown.
+    """
+    ratios = [pair["ratio"] for pair in pairs]
+    slower = dict.fromkeys(pair["method"] for pair in pairs if pair["ratio"] < 1)
+    missed = dict.fromkeys(pair["method"] for pair in pairs if not pair["met"])
+    # In float64 the exact answer is ours.
+    single = [pair for pair in pairs if pair["dtype"] == "float32" and pair["ours_error"] is not None]
+    ours, theirs = (max((pair[key] for pair in single), default=0.0) for key in ("ours_error", "theirs_error"))
+    return "".join(
+        f"* {sentence}\n"
+        for sentence in (
+            f"In the median of {len(pairs)} settings TorchJD takes {statistics.median(ratios):.1f} times as long; "
+            f"the range is {min(ratios):.1f} to {max(ratios):.0f}.",
+            f"This library is the slower one for: {', '.join(slower) or 'no method'}. It misses its own target in "
+            f"speed for: {', '.join(missed) or 'no method'}.",
+            f"The largest relative error in float32, of the methods that have an exact answer, is {ours:.0e} here and "
+            f"{theirs:.0e} there.",
+        )
+    )
+
+
+def pages(data: dict) -> tuple[str, str]:
+    """Both pages.
+
+    Args:
+        data: What is kept as JSON.
+
+    Returns:
+        Markdown of the first and the second.
+    """
+    run = data["run"]
+    first = PAGE.format(**run, short=short(data["pairs"]))
+    return first, TABLES.format(**run, table=table(data["pairs"]), large=wide_table(data["large"]))
+
+
+def write(path: Path, data: dict) -> None:
+    """Write both pages and the picture.
+
+    Args:
+        path: The first page.
+        data: What is kept as JSON.
+    """
+    from benchmarks import two_pages
+
+    ratios: dict[str, list[float]] = {}
+    for pair in data["pairs"]:
+        ratios.setdefault(pair["method"], []).append(pair["ratio"])
+    ranked = dict(sorted(ratios.items(), key=lambda item: -statistics.median(item[1])))
+    figure = two_pages.dots(ranked, "TorchJD's time over ours", "slower  ←  1  →  faster")
+    two_pages.save(path, *pages(data), figure)
 
 
 def main() -> int:
@@ -253,7 +332,11 @@ def main() -> int:
     parser.add_argument("--large", type=int, nargs="*", default=[32, 64, 128], help="task counts of the second table")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--write", type=Path, help="write the page here, and the figures beside it as JSON")
+    parser.add_argument("--again", type=Path, help="write this page from the figures beside it, and measure nothing")
     options = parser.parse_args()
+    if options.again:
+        write(options.again, json.loads(options.again.with_suffix(".json").read_text(encoding="utf-8")))
+        return 0
     torch.set_num_threads(1)
     try:
         jd = testing.import_peer("torchjd", "torchjd.aggregation")
@@ -275,19 +358,17 @@ def main() -> int:
     if large:
         print(wide_table(large))
     if options.write:
-        options.write.write_text(
-            PAGE.format(
-                rounds=options.rounds,
-                machine=f"{platform.system()} {platform.machine()}",
-                torch=torch.__version__,
-                torchjd=importlib.metadata.version("torchjd"),
-                python=platform.python_version(),
-                table=table(results),
-                wide=wide,
-                large=wide_table(large),
-            )
-        )
-        options.write.with_suffix(".json").write_text(json.dumps({"pairs": results, "large": large}, indent=1) + "\n")
+        run = {
+            "rounds": options.rounds,
+            "machine": f"{platform.system()} {platform.machine()}",
+            "torch": torch.__version__,
+            "torchjd": importlib.metadata.version("torchjd"),
+            "python": platform.python_version(),
+            "wide": wide,
+        }
+        kept = {"run": run, "pairs": results, "large": large}
+        options.write.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+        write(options.write, kept)
     return 0
 
 

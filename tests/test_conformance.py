@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import conformance, forms, solvers
+from benchmarks import conformance, forms, page, solvers, two_pages
 from gradsurgery import testing
 from gradsurgery.testing import DEFECTS, PEERS, Library, examine
 
@@ -374,9 +374,12 @@ def test_the_section_on_code_as_people_write_it(monkeypatch):
 
 
 def test_the_page_says_what_was_measured():
-    page = Path(conformance.__file__).parent.parent / "docs" / "conformance.md"
-    written = json.loads(page.with_suffix(".json").read_text())["written"]
-    assert forms.section(written) in page.read_text()
+    first = Path(conformance.__file__).parent.parent / "docs" / "conformance.md"
+    data = json.loads(first.with_suffix(".json").read_text())
+    written = data["written"]
+    assert first.read_text(encoding="utf-8") == conformance.PAGE
+    assert two_pages.beside(first).read_text(encoding="utf-8") == conformance.tables(data)
+    assert two_pages.picture(first).exists()
     assert {form["answers"]["gradsurgery"]["outcome"] for form in written["forms"]} == {"right"}
 
 
@@ -385,6 +388,48 @@ def test_what_is_not_installed_takes_no_part(monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, name, None)
     assert [one.name for one in forms.contenders()] == ["gradsurgery", "LibMTL-style loop"]
     assert capsys.readouterr().out.count("left out: ") == 2
+
+
+def test_the_pages_on_solvers_are_written_from_their_figures():
+    path = Path(conformance.__file__).parent.parent / "docs" / "solvers.md"
+    data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    first, second = solvers.pages(data)
+    assert path.read_text(encoding="utf-8") == first
+    assert two_pages.beside(path).read_text(encoding="utf-8") == second
+    assert two_pages.picture(path).exists()
+
+
+def test_the_pages_on_performance_are_written_from_their_figures():
+    first = Path(conformance.__file__).parent.parent / "docs" / "performance.md"
+    runs = json.loads(first.with_suffix(".json").read_text(encoding="utf-8"))["runs"]
+    text, tables = page.pages(runs, first)
+    assert first.read_text(encoding="utf-8") == text
+    assert two_pages.beside(first).read_text(encoding="utf-8") == tables
+    assert all(page.curves_picture(run, first).exists() for run in runs if run.get("curves"))
+
+
+def test_the_short_version_of_the_costs():
+    def cell(candidate, tasks, ratio, memory):
+        place = {"candidate": candidate, "workload": "MLP", "tasks": tasks}
+        return place | {"to_floor": ratio, "memory": memory, "shortest": 1.0}
+
+    steps = [cell("PCGrad", 2, 1.0, 3.0), cell("PCGrad", 4, 2.0, 5.0), cell("TorchJD, vmapped", 2, 9.0, 1.0)]
+    steps += [cell("TorchJD, sequential", 2, 4.0, 7.0), cell("TorchJD, autogram", 2, 5.0, 8.0)]
+    ours, theirs = page.short({"device": "cpu", "threads": 2, "steps": steps}).splitlines()
+    assert ours.startswith(
+        "* CPU, 2 threads: `PCGrad` takes 1.50 times the floor in the median of 2 cases, 1.00 to 2.00"
+    )
+    assert "memory 4.0 sizes" in ours
+    assert "takes 4.00 times the floor in the median of 1 cases" in theirs
+    assert "memory 7.0 sizes" in theirs
+
+
+def test_the_short_version_names_what_is_slower():
+    pair = {"method": "MGDA", "dtype": "float32", "ratio": 3.0, "met": True, "ours_error": 1e-16, "theirs_error": 1e-3}
+    text = solvers.short([pair, pair | {"method": "Krum", "ratio": 0.5, "met": False, "ours_error": None}])
+    assert "takes 1.8 times as long; the range is 0.5 to 3." in text
+    assert "the slower one for: Krum. It misses its own target in speed for: Krum." in text
+    assert "is 1e-16 here and 1e-03 there" in text
 
 
 def test_solver_figures(monkeypatch):
