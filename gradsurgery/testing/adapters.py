@@ -233,6 +233,9 @@ def ours() -> Library:
             "Krum": _directions(g.Krum, "mean"),
             "GradDrop": _directions(GradDrop, "sum"),
             "PCD": _directions(g.PCD, "sum"),
+            "AndMask": _directions(g.AndMask, "mean"),
+            "SandMask": _directions(g.SandMask, "mean", tau=0.5),  # which has no default here
+            "BLUR": _directions(g.BLUR, "sum"),
             "MoCo": _directions(MoCo, "mean"),
             "ExcessMTL": _directions(ExcessMTL, "mean"),
         },

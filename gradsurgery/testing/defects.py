@@ -1055,6 +1055,49 @@ def _am6(make: Callable[..., Any]) -> None:
     _near(np.array(p.item()), -0.2, what="step")
 
 
+# ------------------------------------------------------------------------------------------- masks, unlearning
+
+_AGREEING = np.array([[1.0, 2.0, -1.0], [2.0, 1.0, 1.0]])
+
+
+@_case(
+    "SM1",
+    "SandMask",
+    asked="rows that agree on two of three signs, with the library's own τ",
+    right="an update of these two",
+    seen="DomainBed: zero, always, since its τ of 1 is the most that signs can agree",
+)
+def _sm1(make: Callable[..., Any]) -> None:
+    d = np.asarray(make()(_AGREEING))
+    _finite(d)
+    assert (d[:2] > 0).all(), f"the direction is {_shown(d)}"
+    assert d[2] == 0, f"the direction is {_shown(d)}"
+
+
+@_case(
+    "AM1",
+    "AndMask",
+    asked="the same rows, and a loss whose gradient is zero",
+    right="the answer without that loss",
+    seen="DomainBed: zero, since a sign of 0 is a vote against",
+)
+def _am1(make: Callable[..., Any]) -> None:
+    _near(make()(np.vstack([_AGREEING, np.zeros(3)])), [2.25, 2.25, 0.0])
+
+
+@_case(
+    "BL1",
+    "BLUR",
+    asked="forget and retain gradients of length 1e-6",
+    right="1e-6 times the answer at length 1",
+    seen="the official code: 3 % off, by an epsilon of 1e-10 beside the squared length",
+)
+def _bl1(make: Callable[..., Any]) -> None:
+    rows = np.array([[2.0, 0.0], [3.0, 1.0]])
+    _near(make()(rows), [2.0, 1.0])
+    _near(make()(rows * 1e-6) * 1e6, [2.0, 1.0])
+
+
 # ---------------------------------------------------------------------------------------------- loss weighting
 
 
