@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 import re
 
 import pytest
@@ -420,6 +421,59 @@ def test_one_cycle_moves_the_momentum(method):
 
 
 @every_method
+def test_it_is_an_optimizer_like_any_other(method):
+    """Hooks run once, pickling keeps the moments, and a twin that replays ``.grad`` gets the same parameters."""
+    params, twins = fresh(SHAPES), fresh(SHAPES)
+    optimizer = method(params, lr=0.01, weight_decay=0.1)
+    replay = method(twins, lr=0.01, weight_decay=0.1).base
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(optimizer.transaction.learnt["step"]))
+    steps = draws(SHAPES, 4)
+    for gradients in steps[:3]:
+        train(optimizer, params, [gradients])
+        for p, q in zip(params, twins, strict=True):
+            q.grad = p.grad.clone()
+        replay.step()
+    assert seen == [1, 2, 3]
+    assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert method.__name__ in repr(optimizer)
+    again, other = pickle.loads(pickle.dumps((params, method(params, lr=0.01))))
+    other.load_state_dict(optimizer.state_dict())
+    train(other, again, steps[3:])
+    train(optimizer, params, steps[3:])
+    assert all(torch.equal(p, q) for p, q in zip(params, again, strict=True))
+
+
+SCHEDULERS = {
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2, base_momentum=0.5, max_momentum=0.9),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "swa": lambda o: torch.optim.swa_utils.SWALR(o, 0.2, anneal_epochs=3),
+}
+
+
+@every_method
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_set_the_step(method, name):
+    params = fresh(SHAPES)
+    optimizer = method(params, lr=0.05)
+    scheduler = SCHEDULERS[name](optimizer)
+    twin, rates = Literal(method, [p.detach().clone() for p in params], lr=0.0), set()
+    for gradients in draws(SHAPES, 5):
+        (group,) = optimizer.param_groups
+        twin.lr, twin.betas = group["lr"], group["betas"]
+        rates.add(twin.lr)
+        train(optimizer, params, [gradients])
+        twin.step(gradients)
+        scheduler.step(*([1.0] if name == "plateau" else []))
+    assert len(rates) > 1
+    for p, q in zip(params, twin.params, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=0, atol=1e-12)
+
+
+@every_method
 def test_a_resumed_run_is_the_same_bit_for_bit(method):
     steps = draws(SHAPES, 6)
     steps[1]["a"] = None
@@ -624,5 +678,5 @@ def test_sparse_gradients_are_refused(method):
     trunk = nn.Linear(2, 1)
     optimizer, own = method(trunk.parameters()), SGD(table.parameters(), lr=0.1)
     out = trunk(table(torch.tensor([1, 2])))
-    optimizer.backward([out.sum(), out.square().sum()], others=own)
+    optimizer.backward([out.sum(), out.square().sum()], other_optimizers=own)
     assert table.weight.grad.is_sparse

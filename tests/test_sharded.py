@@ -258,7 +258,7 @@ def cases(rank, size):
         fsdp_refuses, debug_compares_what_is_whole_everywhere, a_parameter_that_nobody_exchanges,
     ):  # fmt: skip
         found[case.__name__.replace("_", " ")] = lambda case=case: case(*here)
-    for name in ("PCGrad", "MGDA", "GradDrop", "MoCo", "ExcessMTL", "DWAWeighter"):
+    for name in ("PCGrad", "MGDA", "GradDrop", "MoCo", "ExcessMTL", "MTAdam", "DWAWeighter"):
         build = next(row.build for row in (*CATALOGUE, *WEIGHTERS) if row.name == name)
         found[f"tensor parallel: {name}"] = lambda build=build: tensor_parallel(build, *here)
         found[f"distributed checkpoint: {name}"] = lambda build=build: fsdp_checkpoint(build, *here)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradsurgery.communication import shards
 from gradsurgery.gradients.gram import Row
 from gradsurgery.graph.torch_private import (
     foreach_add_,
@@ -179,16 +180,17 @@ def descend(params: Sequence[Tensor], directions: Sequence[Tensor], lr: float, d
     """Step along directions, after a decay that is not part of them: p ← (1 − lr λ) p − lr d.
 
     Args:
-        params: p, changed in place.
+        params: p, changed in place, without a graph.
         directions: d.
         lr: The learning rate.
         decay: λ.
     """
     if not params:
         return
+    pieces = list(map(shards.local, params))  # some may be spread over processes, and some not
     if decay:
-        foreach_mul_(list(params), 1 - lr * decay)
-    foreach_add_(list(params), list(directions), alpha=-lr)
+        foreach_mul_(pieces, 1 - lr * decay)
+    foreach_add_(pieces, list(map(shards.local, directions)), alpha=-lr)
 
 
 def _multiply(tensors: Sequence[Tensor], by: Sequence[float]) -> None:

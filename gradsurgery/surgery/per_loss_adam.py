@@ -109,7 +109,7 @@ class PerLossAdam(Surgery):
     degree = None
     sparse_refused = (
         "every entry has moments that change in every step. Build the embedding with sparse=False, or give it to "
-        "another optimizer, which you pass in `others`"
+        "another optimizer, which you pass in `other_optimizers`"
     )
 
     def __init__(
