@@ -26,7 +26,7 @@ def averages(before: Sequence[Tensor | None], now: Sequence[Tensor], beta: float
     """First moments: β m + (1 − β) g.
 
     Args:
-        before: m, one tensor an entry; None: 0.
+        before: m, one tensor per entry; None: 0.
         now: g.
         beta: β.
 
@@ -42,7 +42,7 @@ def mixtures(before: Sequence[Tensor], now: Sequence[Tensor], betas: Sequence[fl
     Args:
         before: N.
         now: n.
-        betas: β, one number an entry.
+        betas: β, one number per entry.
 
     Returns:
         New tensors, of the dtype of n.
@@ -56,7 +56,7 @@ def square_averages(before: Sequence[Tensor | None], now: Sequence[Tensor], beta
     """Second moments: β v + (1 − β) g².
 
     Args:
-        before: v, one tensor an entry; None: 0.
+        before: v, one tensor per entry; None: 0.
         now: g.
         beta: β.
 
@@ -73,7 +73,7 @@ def roots(second: Sequence[Tensor], corrections: Sequence[float], eps: float) ->
 
     Args:
         second: v.
-        corrections: c, one number an entry.
+        corrections: c, one number per entry.
         eps: ε.
 
     Returns:
@@ -92,7 +92,7 @@ def quotients(first: Row, by: Row, corrections: Sequence[float], vanishing: bool
     Args:
         first: m, None where there is none.
         by: r, likewise.
-        corrections: c, one number an entry.
+        corrections: c, one number per entry.
         vanishing: r may be 0, and 0 / 0 is 0.
 
     Returns:
@@ -148,7 +148,7 @@ def scaled(row: Row, by: Sequence[Tensor]) -> Row:
 
     Args:
         row: A gradient.
-        by: Scalars, one an entry.
+        by: Scalars, one per entry.
 
     Returns:
         New tensors.

@@ -246,7 +246,7 @@ class PerLossAdam(Surgery):
         """What the moments are moments of.
 
         Args:
-            rows: The gradients, one row a present loss.
+            rows: The gradients, one row per present loss.
             lengths: The lengths of their entries, scalars.
             params: The parameters.
 
@@ -259,7 +259,7 @@ class PerLossAdam(Surgery):
         """What the first moments are divided by.
 
         Args:
-            roots: √v̂ᵢ + ε, one row a present loss.
+            roots: √v̂ᵢ + ε, one row per present loss.
 
         Returns:
             Rows of the same form.
@@ -346,7 +346,7 @@ class _Moments(NamedTuple):
     Attributes:
         first: m, a row.
         root: √v̂ + ε, a row.
-        corrections: What m is divided by, one number an entry.
+        corrections: What m is divided by, one number per entry.
     """
 
     first: Row
