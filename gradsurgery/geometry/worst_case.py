@@ -27,6 +27,8 @@ from gradsurgery.geometry.units import (
 )
 
 _ROUNDS = 100
+# How many pieces are walked through one by one, before the interval is halved: of many rows there are hundreds.
+_WALKED = 8
 # What may be left of the conditions where the multipliers come from the last step of the search.
 _SEARCHED = 1e-12
 # How close to zero, relative to where the search begins, the direction still shows where the way of a cone ends.
@@ -180,7 +182,7 @@ class _Line:
         # and `high` is not, unless it is infinite.
         m = len(self.a)
         inside = np.zeros(m)
-        for _ in range(_ROUNDS):
+        for k in range(_ROUNDS):
             x, e, gap = self.at(tau)
             has = region.has(self.mean, e, gap)
             if has:
@@ -197,7 +199,7 @@ class _Line:
                     return x, slack
             if high < inf and high - low <= 2 * EPS * max(abs(low), abs(high)):
                 break
-            if guess is None and piece is not None:
+            if guess is None and piece is not None and k < _WALKED:
                 guess = piece.end(tau, up=has)
             middle = (low + high) / 2 if high < inf else 4 * max(1.0, low)
             tau = guess if guess is not None and low < guess < high else middle
