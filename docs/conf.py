@@ -55,7 +55,8 @@ html_static_path = ["_static"]  # for the playground and the style sheet; pictur
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
-html_theme_options = {"navigation_with_keys": True}
+# Arrow keys turn gradients in the playground and scroll wide tables; they must not leave the page on the way.
+html_theme_options = {"navigation_with_keys": False}
 
 
 # Napoleon takes "words: more" at the start of a property's docstring for its type. Such docstrings are plain text here,

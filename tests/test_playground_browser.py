@@ -374,6 +374,25 @@ def test_keyboard(open_page):
     assert rows_of(page)[1] == [-0.9, 0.5]
 
 
+def test_arrow_keys_stay_with_the_gradient_that_was_dragged(open_page):
+    """The site has keys of its own, which lead to other pages: they must not hear these."""
+    page = open_page()
+    page.evaluate("window.heard = []; document.addEventListener('keydown', (event) => heard.push(event.key))")
+    address = page.url.partition("#")[0]
+    x, y = centre(page, 1)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 40, y - 20, steps=4)
+    page.mouse.up()
+    scrolled, (before, up) = page.evaluate("scrollY"), rows_of(page)[1]
+    for key in ("ArrowRight", "ArrowRight", "ArrowUp", "ArrowDown", "ArrowDown", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert rows_of(page)[1] == pytest.approx([before + 0.05, up - 0.05], abs=1e-9)
+    assert page.evaluate("heard") == []
+    assert page.evaluate("scrollY") == scrolled
+    assert page.url.partition("#")[0] == address
+
+
 def test_every_control_is_reached_by_tab_and_shows_its_focus(open_page):
     page = open_page("#g=1,0;0,1;-1,0.5")
     page.locator("[data-preset=conflict]").focus()

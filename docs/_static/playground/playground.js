@@ -348,6 +348,7 @@
     const move = moves[event.key];
     if (move === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
+    event.stopPropagation(); // the site's own keys go to the page before and the page after
     const size = event.shiftKey ? BIG_STEP : STEP;
     setRow(i, state.rows[i].map((x, k) => (Math.abs(x) < 1e3 ? rounded(x + size * move[k]) : x + size * move[k])));
   }
