@@ -1081,7 +1081,7 @@ def _sm1(make: Callable[..., Any]) -> None:
     right="the answer without that loss",
     seen="DomainBed: zero, since a sign of 0 is a vote against",
 )
-def _am1(make: Callable[..., Any]) -> None:
+def _am1_masked(make: Callable[..., Any]) -> None:
     _near(make()(np.vstack([_AGREEING, np.zeros(3)])), [2.25, 2.25, 0.0])
 
 
