@@ -50,6 +50,9 @@ def test_all_methods_are_there_and_nothing_else():
 def test_every_method_is_made_by_its_name(name):
     base = sgd()
     base = torch.optim.SGD(base.param_groups[0]["params"], lr=0.1)
+    if "params" in inspect.signature(getattr(gradsurgery, name)).parameters:  # it is the optimizer itself
+        assert type(gradsurgery.create(name, base.param_groups[0]["params"], lr=0.1)) is getattr(gradsurgery, name)
+        return
     made = gradsurgery.create(name, base, **needed(name, base))
     assert type(made) is getattr(gradsurgery, name)
     assert made.base is base

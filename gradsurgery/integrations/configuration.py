@@ -59,7 +59,8 @@ def create(name: str, optimizer: Optimizer, **options: Any) -> MultiLossOptimize
 
     Args:
         name: Its name, as in :func:`method`.
-        optimizer: The optimizer that makes the step; for a surgery it may be a weighter.
+        optimizer: The optimizer that makes the step; for a surgery it may be a weighter. The methods that are the
+            optimizer themselves, such as MultiAdam, take the parameters here.
         **options: Arguments of the method, by name.
 
     Returns:
@@ -100,8 +101,9 @@ def _found(asking: str, name: str) -> type[MultiLossOptimizer]:
 
 def _own_options(cls: type[MultiLossOptimizer]) -> tuple[list[str], list[str]]:
     """Options that not every method of the kind has, and those of them without a default."""
-    own = [key for key in options_of(cls) if key not in options_of(_base(cls))]
     given = inspect.signature(cls).parameters
+    first = next(iter(given))  # the optimizer, or the parameters of a method that is one itself
+    own = [key for key in options_of(cls) if key not in (first, *options_of(_base(cls)))]
     return own, [key for key in own if key in given and given[key].default is inspect.Parameter.empty]
 
 
