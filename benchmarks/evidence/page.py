@@ -67,7 +67,11 @@ DONE = """## What was done
   family of problems: what does not survive that is not concluded.
 """
 
-TABLES = """# Which method helps? All tables
+TABLES = """---
+hide-toc: true
+---
+
+# Which method helps? All tables
 
 What [the page on evidence](evidence.md) is about, in full. Both are written by
 `make evidence ARGS="--write docs/evidence.md"`; `evidence.json` beside them has all figures, and every sentence that
