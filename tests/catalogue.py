@@ -62,6 +62,26 @@ class Row:
     reference: dict[str, str] = field(default_factory=dict)
     given: str = ""
 
+    @property
+    def promises(self) -> dict[str, object]:
+        """What `gradsurgery.testing.check` is to hold."""
+        stationary = "stationary" if self.zero_rows == "stationary" else "left out"
+        made = {
+            "common descent": self.common_descent or None,
+            "common descent at full rank": self.descends_at_full_rank or None,
+            "homogeneous": self.homogeneous,
+            "row scale": self.row_scale_invariant or None,
+            "permutation": self.equivariant or None,
+            "rotation": True if self.kind == "gram" else None,
+            "copies": self.ignores_copies or None,
+            "plain sum": self.keeps_the_sum or None,
+            "equal rows": None if self.scale == "paper" else self.scale,
+            "one loss": None if self.alone == "defined" else "direction" if self.scale == "paper" else "gradient",
+            "stationary": self.stationary_is_zero or None,
+            "zero rows": stationary if self.stationary_is_zero else None,
+        }
+        return {name: value for name, value in made.items() if value is not None}
+
     def direction(self, **switches) -> Callable[[np.ndarray], np.ndarray]:
         """The method as a function from float64 rows to a direction."""
         optimizer = self.build(any_optimizer(), **switches)

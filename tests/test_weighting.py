@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import json
 import math
@@ -133,42 +132,6 @@ def test_scale_of_one_loss(row, factor):
 def test_scale_of_all_losses(row, factor):
     plain, scaled = (run(row.build, history, epochs=row.epochs) for history in (A, A * factor))
     np.testing.assert_allclose(scaled, plain * factor**row.homogeneous, rtol=1e-6)
-
-
-@every()
-def test_resume_is_bitwise(row):
-    def steps(optimizer, p, history):
-        found = []
-        for values in history:
-            found.append(step(optimizer, p, values))
-            if row.epochs:
-                optimizer.epoch_end()
-        return np.array(found)
-
-    p, whole = setting(row.build)
-    expected = steps(whole, p, A)
-    p, first = setting(row.build)
-    steps(first, p, A[:4])
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    q, second = setting(row.build)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    assert (steps(second, q, A[4:]) == expected[4:]).all()
-    assert memory(second) == memory(whole)
-
-
-@every()
-def test_zero_grad_discards(row):
-    p, optimizer = setting(row.build)
-    for values in A[:3]:
-        step(optimizer, p, values)
-    before = memory(optimizer)
-    first = optimizer.backward(dict(zip(NAMES, tied(p, A[3]), strict=True))).weights
-    optimizer.zero_grad()
-    assert memory(optimizer) == before
-    second = optimizer.backward(dict(zip(NAMES, tied(p, A[3]), strict=True))).weights
-    assert first == second
 
 
 @every()

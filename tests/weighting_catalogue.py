@@ -82,6 +82,19 @@ class Row:
     after: int = 0
     tolerance: float = 1e-9
 
+    @property
+    def promises(self) -> dict[str, object]:
+        """What `gradsurgery.testing.check` is to hold, whose gradients are scaled with the losses."""
+        by_values = type(self.build(any_optimizer())).measure is Weighter.measure
+        scaled = by_values and not self.after
+        made = {
+            "permutation": self.equivariant or None,
+            "total": self.total if by_values else None,
+            "loss scale": self.scaling if scaled else None,
+            "homogeneous": self.homogeneous if scaled else None,
+        }
+        return {name: value for name, value in made.items() if value is not None}
+
 
 def any_optimizer() -> torch.optim.Optimizer:
     """An optimizer for calls that never touch a parameter."""

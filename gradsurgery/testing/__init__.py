@@ -1,11 +1,12 @@
 """What is right, as functions that can be pointed at any implementation.
 
-Three kinds of question: the properties that papers promise (``assert_…``), fixed inputs with exact answers
-(:func:`check_reference`), and the places where public implementations went wrong (``DEFECTS``, put to a
-:class:`Library` by :func:`examine`).
+Four kinds of question: a method of your own as a whole (:func:`check`), the properties that papers promise
+(``assert_…``), fixed inputs with exact answers (:func:`check_reference`), and the places where public implementations
+went wrong (``DEFECTS``, put to a :class:`Library` by :func:`examine`).
 """
 
 from gradsurgery.testing.adapters import Library, Training, import_peer, ours
+from gradsurgery.testing.contract import Checked, check
 from gradsurgery.testing.defects import DEFECTS, Defect, Verdict, examine
 from gradsurgery.testing.peers import PEERS
 from gradsurgery.testing.properties import (
@@ -31,6 +32,7 @@ from gradsurgery.testing.reference import (
 __all__ = [
     "DEFECTS",
     "PEERS",
+    "Checked",
     "Defect",
     "Library",
     "ReferenceCase",
@@ -45,6 +47,7 @@ __all__ = [
     "assert_plain_sum_without_conflict",
     "assert_rotation_equivariant",
     "assert_row_scale_invariant",
+    "check",
     "check_reference",
     "examine",
     "import_peer",
