@@ -64,7 +64,9 @@ class Report:
         self.engine = engine
         self.reason = reason
         self.projections = projections
-        self.weights = None if weights is None else dict(zip(self.names, weights.tolist(), strict=True))
+        self.weights: dict[str, float] | None = (
+            None if weights is None else dict(zip(self.names, weights.tolist(), strict=True))
+        )
         self._losses = losses
         self._gram = gram
         self._norms = norms
