@@ -19,7 +19,7 @@ MINUTES ?= 10
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-old-processor test-browser explore lint format docs bench bench-compare structure bench-joined bench-solvers published conformance evidence clean
+.PHONY: help demo test test-all test-old-processor test-browser explore lint format docs bench bench-compare structure bench-joined bench-solvers mutants published conformance evidence clean
 
 help: ## Say what the targets are
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -78,6 +78,9 @@ bench-joined: $(VENV)/demo.stamp ## Measure what joined losses cost beside separ
 # One thread: on matrices this small, waiting for a second one costs more than it brings.
 bench-solvers: $(VENV)/peers.stamp ## Time the methods against TorchJD's on the same matrices
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.solvers $(ARGS)
+
+mutants: $(TESTED) ## Change single operators of the core, and name the changes that no test notices (ARGS="--files step --count 40")
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants $(ARGS)
 
 published: $(VENV)/demo.stamp ## Reproduce what papers show on small problems (ARGS=--quick for a first look)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.published $(ARGS)
