@@ -291,7 +291,7 @@ class Batch:
         if not params:
             return []
         used = [i for i, root in enumerate(self.tasks.roots) if root is not None]
-        starts = [self.seeds[i] if weights[i] == 1.0 else self.seeds[i] * float(weights[i]) for i in used]
+        starts = rows_module.multiplied([self.seeds[i] for i in used], weights[used].tolist())
         engine = "backward" if self.graph.hidden else "accumulate" if self.comm.in_place else "grad"
         leaves = list(dict.fromkeys([*params, *self.leaves])) if engine == "backward" else list(params)
         # All of them: DistributedDataParallel may write to parameters that this pass does not reach.

@@ -789,6 +789,8 @@ class MultiLossOptimizer(Optimizer):
             (m,), float64.
         """
         kept, names = self.memory.get(key, {}), self.names if names is None else names
+        if isinstance(default, (int, float)):
+            return np.array([kept.get(name, default) for name in names], dtype=np.float64)
         defaults = np.broadcast_to(default, len(names)).tolist()
         return np.array([kept.get(name, d) for name, d in zip(names, defaults, strict=True)], dtype=np.float64)
 

@@ -84,7 +84,7 @@ class Sharing:
         ):  # what is private shows when the gradients are there
             return list(params)
         if not habits.keeps_rows:
-            return [p for p in params if masks[p] & (masks[p] - 1)]
+            return [p for p in params if (mask := masks[p]) & (mask - 1)]
         ever = self._reached_ever()
         here = {p: {n for i, n in enumerate(batch.names) if masks.get(p, 0) >> i & 1} for p in params}
         return [p for p in params if len(here[p] | ever.get(self._layout.place(p), set())) > 1]
@@ -148,7 +148,7 @@ class Sharing:
         """
         masks = self._batch.masks
         if masks is not None:
-            twice = [p for p in shared if masks[p] & (masks[p] - 1)]
+            twice = [p for p in shared if (mask := masks[p]) & (mask - 1)]
             if len(self._batch.undecided(twice)) < len(twice):
                 return True
             covered = functools.reduce(operator.or_, (masks[p] for p in shared), 0)

@@ -14,6 +14,7 @@ from gradsurgery import gradients
 from gradsurgery.gradients import blocks
 from gradsurgery.gradients.dense import Dense
 from gradsurgery.gradients.flat import Flat
+from gradsurgery.graph import torch_private
 from tests import test_blocks
 
 
@@ -98,7 +99,8 @@ def test_parameters_with_strides_of_their_own_keep_them(monkeypatch):
 
 
 def test_large_models_stay_apart(monkeypatch):
-    assert held_by(gradients.ENGINES, monkeypatch, net=Net(width=400), engine="rows")[2] is Dense
+    assert held_by(gradients.ENGINES, monkeypatch, net=Net(width=400), engine="rows")[2] is Flat
+    assert held_by(gradients.ENGINES, monkeypatch, net=Net(width=600), engine="rows")[2] is Dense
 
 
 def test_a_row_with_a_gap_stays_apart(monkeypatch):
@@ -134,3 +136,86 @@ def test_a_resumed_run_knows_what_an_engine_could_not_do(monkeypatch):
     again.load_state_dict(state)
     monkeypatch.setattr(blocks.Found, "sweep", lambda *_: pytest.fail("tried again"))
     assert again.backward(test_blocks.hooked(net, x, test_blocks.HOOKS["new"])).engine == "rows"
+
+
+# ------------------------------------------------------------------------------------------- autograd's engine
+
+
+@pytest.mark.parametrize("build", [gradsurgery.UPGrad, gradsurgery.UncertaintyWeighter], ids=lambda c: c.__name__)
+def test_without_the_engine_below_the_checks_the_public_calls_do(build, monkeypatch):
+    assert torch_private._ENGINE is not None
+    found = []
+    for engine in (torch_private._ENGINE, None):
+        monkeypatch.setattr(torch_private, "_ENGINE", engine)
+        net = Net()
+        optimizer = build(torch.optim.SGD(net.parameters(), lr=0.1))
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.backward(net(X))
+            optimizer.step()
+        found.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        None,
+        lambda outputs, seeds, retain: (),
+        lambda outputs, seeds, *more: (torch.zeros(()), None),
+        lambda outputs, seeds, *more: 1 / 0,
+    ],
+    ids=["missing", "other arguments", "wrong", "raises"],
+)
+def test_an_engine_that_does_not_do_is_left_alone(engine, monkeypatch):
+    monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward", engine)
+    assert torch_private._probed() is None
+
+
+def test_subclasses_of_tensors_may_handle_the_call(monkeypatch):
+    class Own(torch.Tensor):
+        pass
+
+    monkeypatch.setattr(torch_private, "_ENGINE", lambda *_: 1 / 0)
+    p = torch.ones(2).as_subclass(Own).requires_grad_()
+    (g,) = torch_private.engine_backward(((p * 3).sum(),), (torch.ones(()),), (p,), retain=True, accumulate=False)
+    assert g.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_plain_gradients_of_many_kinds_are_what_torch_writes(m):
+    """Small and large, transposed and broadcast, in two precisions, reached by one loss or several."""
+    torch.manual_seed(0)
+    shared = nn.Parameter(torch.randn(3))
+    kinds = [torch.randn(4), torch.randn(3, 2).T, torch.randn(2, 3, dtype=torch.float64), torch.randn(200, 100)]
+    own = [[nn.Parameter(t.clone(memory_format=torch.preserve_format)) for t in kinds] for _ in range(m)]
+    other = nn.Parameter(torch.randn(5))
+
+    def losses():
+        return [
+            shared.sum() * other.sum() + sum((p.double() * (k + i + 1)).sum() for k, p in enumerate(own[i])).float()
+            for i in range(m)
+        ]
+
+    params = [shared, *(p for ps in own for p in ps)]
+    sum(losses()).backward()
+    plain = {p: p.grad for p in [*params, other]}
+    for p in plain:
+        p.grad = None
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(params, lr=0.1))
+    optimizer.backward(losses(), others=torch.optim.SGD([other], lr=0.1))
+    for p, g in plain.items():
+        assert p.grad.dtype == p.dtype
+        assert p.grad.stride() == p.stride()
+        torch.testing.assert_close(p.grad, g)
+    assert len({p.grad.untyped_storage().data_ptr() for p in plain}) == len(plain)
+
+
+def test_a_gradient_that_is_not_finite_is_found_where_all_are_small():
+    net = Net()
+    losses = net(X)
+    losses["b"] = losses["b"] + (net.heads[1].bias * 0).sqrt().sum()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match=r"the gradient of 'b' is not finite"):
+        optimizer.backward(losses)
+    assert all(p.grad is None for p in net.parameters())

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from gradsurgery import graph
-from gradsurgery.graph import footprints
+from gradsurgery.graph import footprints, torch_private
 
 M = 3
 SCALES = (1.0, 10.0, 100.0)
@@ -437,14 +437,18 @@ def witnesses(losses: list[Tensor]) -> list[weakref.ref[Witness]]:
 )
 @pytest.mark.parametrize("name", FORMS)
 def test_after_a_step_nothing_of_the_graph_or_the_rows_is_alive(name, build, monkeypatch):
-    grad, rows = torch.autograd.grad, []
+    rows = []
 
-    def watched(*args, **kwargs):
-        found = grad(*args, **kwargs)
-        rows.extend(weakref.ref(g) for g in found if g is not None)
-        return found
+    def watch(grad):
+        def watched(*args, **kwargs):
+            found = grad(*args, **kwargs)
+            rows.extend(weakref.ref(g) for g in found or () if g is not None)
+            return found
 
-    monkeypatch.setattr(torch.autograd, "grad", watched)
+        return watched
+
+    monkeypatch.setattr(torch.autograd, "grad", watch(torch.autograd.grad))
+    monkeypatch.setattr(torch_private, "_ENGINE", watch(torch_private._ENGINE))
     net = Net()
     optimizer = build(torch.optim.SGD(net.parameters(), lr=1e-4))
     gc.disable()  # nothing may wait for it
@@ -660,6 +664,7 @@ def test_the_losses_below_a_join_are_differentiated_in_one_pass():
 
 def test_losses_that_were_filled_in_are_brought_below_all_joins_in_one_call(monkeypatch):
     net, calls, losses = filled_by_many(5)
+    monkeypatch.setattr(torch_private, "_ENGINE", None)  # then the public calls are made
     grad, made = torch.autograd.grad, []
     monkeypatch.setattr(
         torch.autograd, "grad", lambda *args, **given: (made.append(1) and None) or grad(*args, **given)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -64,8 +63,7 @@ class Stream(NamedTuple):
     learns: bool
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a step wants to have of the gradients.
 
     Attributes:
@@ -102,7 +100,7 @@ class Request:
     stand_in: Callable[[Tensor], Tensor]
     stream: Stream | None
     share: float
-    failed: set[str] = field(default_factory=set)
+    failed: set[str]
 
     @property
     def m(self) -> int:
@@ -132,6 +130,7 @@ class Private:
         self.params = list(params)
         self._terms: list[list[tuple[int, Tensor]]] = [[] for _ in params]
         self._norms: list[list[Tensor]] = [[] for _ in range(m)]
+        self._unlooked: list[list[Tensor]] = [[] for _ in range(m)]
         self._apart = apart
         self._device = device
 
@@ -142,7 +141,11 @@ class Private:
             i: Which loss.
             row: The gradients, one entry per parameter.
         """
-        self._norms[i] = rows_module.largest([g for g in row if g is not None], self._device)
+        there = [g for g in row if g is not None]
+        if rows_module.are_small(there):  # all losses are looked at together then
+            self._unlooked[i] = there
+        else:
+            self._norms[i] = rows_module.largest(there, self._device)
         for j, terms in enumerate(self._terms):
             g, row[j] = row[j], None
             if g is None:
@@ -172,6 +175,7 @@ class Private:
         Returns:
             A scalar, float64.
         """
+        self._look()
         norms = self._norms[i]
         if not norms:
             return torch.zeros((), dtype=torch.float64, device=self._device)
@@ -183,11 +187,27 @@ class Private:
         Returns:
             (m,), float64.
         """
+        self._look()
         count, norms = len(self._norms[0]), [norm for row in self._norms for norm in row]
         alike = count and len({len(row) for row in self._norms}) == 1 and len({norm.dtype for norm in norms}) == 1
         if alike:
             return torch.stack(norms).view(-1, count).amax(1).double()
         return torch.stack([self.peak(i) for i in range(len(self._norms))])
+
+    def _look(self) -> None:
+        """Look at the gradients that were not looked at when they came, in one call for all losses."""
+        waiting, self._unlooked = self._unlooked, [[] for _ in self._unlooked]
+        together = [g for row in waiting for g in row]
+        if not together:
+            return
+        norms = rows_module.largest(together, self._device)
+        if len(norms) == len(together):
+            found = iter(norms)
+            for i, row in enumerate(waiting):
+                self._norms[i] += [next(found) for _ in row]
+        else:  # of several kinds
+            for i, row in enumerate(waiting):
+                self._norms[i] += rows_module.largest(row, self._device)
 
     def combine(self, factors: np.ndarray, comm: Communicator) -> dict[Tensor, Tensor | None]:
         """Add up; nothing is left afterwards.
@@ -199,11 +219,15 @@ class Private:
         Returns:
             The sums by parameter, as pieces where it is spread.
         """
-        by, found = factors.tolist(), []
-        for p, terms in zip(self.params, self._terms, strict=True):
-            found.append(rows_module.plain([(by[i], g) for i, g in terms], shards.empty(p)))
+        if not self.params:
+            return {}
+        by = factors.tolist()
+        found = rows_module.scaled_alone(self.params, self._terms, by)
+        for j, (p, terms) in enumerate(zip(self.params, self._terms, strict=True)):
+            if found[j] is None:
+                found[j] = rows_module.plain([(by[i], g) for i, g in terms], shards.empty(p))
             terms.clear()
-        return dict(zip(self.params, comm.totals(found, self.params) if found else [], strict=True))
+        return dict(zip(self.params, comm.totals(found, self.params), strict=True))
 
 
 class Marks(NamedTuple):

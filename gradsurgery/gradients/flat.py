@@ -13,7 +13,11 @@ from gradsurgery.gradients import descent
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.base import Add, Request, collect
 from gradsurgery.gradients.dense import Dense
-from gradsurgery.gradients.gram import Gram, Table, few
+from gradsurgery.gradients.gram import Gram, Table
+
+# Entries of all rows together that are copied into one matrix. For more, one tensor per parameter costs no more calls
+# than the copy, and twice the memory would show.
+_MOST = 2**19
 
 
 class Flat(Dense):
@@ -76,6 +80,8 @@ def _fits(request: Request) -> bool:
     params = request.shared
     if not request.gram_only or request.doubtful or request.m < 2 or not params or not request.batch.comm.is_alone:
         return False
-    if not few([list(params)], request.m) or len({(p.dtype, p.device) for p in params}) > 1:
+    kinds = {(p.dtype, p.device.type) for p in params}
+    if len(kinds) > 1 or request.m * sum(p.numel() for p in params) > _MOST:
         return False
-    return params[0].dtype in (torch.float32, torch.float64) and all(p.is_contiguous() for p in params)
+    ((dtype, device),) = kinds
+    return device == "cpu" and dtype in (torch.float32, torch.float64) and all(p.is_contiguous() for p in params)

@@ -95,6 +95,9 @@ class Table:
         if isinstance(self.rows, Tensor) and self.is_double:
             wide = self.rows.double()
             return wide @ wide.T
+        if isinstance(self.rows, Tensor) and self.rows.dtype == torch.float32:
+            with exactly(self.rows.device):
+                return product(self.rows, self.rows, _width(len(self.rows)))
         return gram_in(as_rows(self.rows), torch.float64 if self.is_double else torch.float32)
 
     def repaired(self, found: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.gram import Row as Row
 from gradsurgery.graph import Root, Start
-from gradsurgery.graph.torch_private import foreach_add_, foreach_mul, foreach_norm
+from gradsurgery.graph.torch_private import engine_backward, foreach_add_, foreach_mul, foreach_norm
 
 #: Adds up the rows of one parameter with weights.
 Add = Callable[[list["Tensor | None"], list[float], Tensor], "Tensor | None"]
@@ -56,7 +56,7 @@ def gradient(root: Root, params: Sequence[Tensor], seed: Tensor, retain_graph: b
     try:
         if isinstance(root, Start):
             return _gradient_below_joins(root, params, seed, retain_graph)
-        return list(torch.autograd.grad(root, params, grad_outputs=seed, retain_graph=retain_graph, allow_unused=True))
+        return list(engine_backward((root,), (seed,), tuple(params), retain_graph, accumulate=False))
     except RuntimeError as error:
         raise _explained(error) from error
 
@@ -76,8 +76,8 @@ def _gradient_below_joins(root: Start, params: Sequence[Tensor], seed: Tensor, r
     reached = [(edge, g) for edge, g in zip(root.stages[-1].edges, found, strict=True) if g is not None]
     if not reached:
         return [None] * len(params)
-    places, starts = zip(*reached, strict=True)
-    return list(torch.autograd.grad(places, params, starts, retain_graph=retain_graph, allow_unused=True))
+    edges, starts = zip(*reached, strict=True)
+    return list(engine_backward(edges, starts, tuple(params), retain_graph, accumulate=False))
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
@@ -176,14 +176,14 @@ def one_pass(
     """
     if not params or not roots:
         return [None] * len(params)
-    losses = [_whole(root) for root in roots]
+    losses = tuple(map(_whole, roots))
     try:
-        if engine == "grad":
-            return list(
-                torch.autograd.grad(losses, params, starts, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
-            )
-        inputs = list(params) if engine == "accumulate" else None
-        torch.autograd.backward(losses, starts, retain_graph=retain_graph, inputs=inputs)  # type: ignore[arg-type]
+        if engine == "backward":
+            torch.autograd.backward(losses, starts, retain_graph=retain_graph)  # type: ignore[arg-type]
+        else:
+            found = engine_backward(losses, tuple(starts), tuple(params), retain_graph, engine == "accumulate")
+            if engine == "grad":
+                return list(found)
         return [p.grad for p in params]
     except RuntimeError as error:
         raise _explained(error) from error
@@ -191,6 +191,55 @@ def one_pass(
         if engine != "grad":
             for p in params:
                 p.grad = None
+
+
+def are_small(tensors: Sequence[Tensor]) -> bool:
+    """Whether gradients are so small that calls cost more than what they do.
+
+    Args:
+        tensors: The gradients.
+
+    Returns:
+        True if they have few entries together.
+    """
+    return sum(g.numel() for g in tensors) <= _SMALL
+
+
+def scaled_alone(
+    params: Sequence[Tensor], terms: Sequence[Sequence[tuple[int, Tensor]]], by: Sequence[float]
+) -> list[Tensor | None]:
+    """Multiply the gradients of small parameters that one loss alone reaches, in one call for all of a kind.
+
+    Args:
+        params: The parameters.
+        terms: For each the losses that reach it, by number, and their gradients.
+        by: What multiplies each loss, (m,).
+
+    Returns:
+        For each a new tensor; None where there are none or several, or where its form is another.
+    """
+    found: list[Tensor | None] = [None] * len(params)
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for j, (p, those) in enumerate(zip(params, terms, strict=True)):
+        if len(those) == 1 and _has_form_of(those[0][1], p):
+            groups.setdefault((p.dtype, p.device), []).append(j)
+    for places in groups.values():
+        products = foreach_mul([terms[j][0][1] for j in places], [by[terms[j][0][0]] for j in places])
+        for j, g in zip(places, products, strict=True):
+            found[j] = g
+    return found
+
+
+def _has_form_of(g: Tensor, p: Tensor) -> bool:
+    """Whether a gradient times a number is, in every respect, what a small parameter wants to have."""
+    return (
+        p.dtype in (torch.float32, torch.float64)
+        and p.numel() <= _SMALL
+        and g.dtype == p.dtype
+        and not g.is_sparse
+        and g.stride() == p.stride()
+        and g.device == p.device
+    )
 
 
 def largest_factor(params: Iterable[Tensor]) -> float:
@@ -202,8 +251,8 @@ def largest_factor(params: Iterable[Tensor]) -> float:
     Returns:
         The largest number.
     """
-    dtypes = {torch.promote_types(p.dtype, torch.float32) for p in params}
-    return min((torch.finfo(dtype).max for dtype in dtypes), default=float("inf"))
+    dtypes = {p.dtype for p in params}
+    return min((torch.finfo(torch.promote_types(t, torch.float32)).max for t in dtypes), default=float("inf"))
 
 
 def may_overflow(bound: float, params: Iterable[Tensor]) -> bool:
@@ -460,6 +509,25 @@ def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> lis
     return [s.to(t.dtype) for s, t in zip(scaled, tensors, strict=True)]
 
 
+def multiplied(starts: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """Multiply what backward passes start from, in one call where all are of a kind.
+
+    Args:
+        starts: k scalars.
+        weights: (k,).
+
+    Returns:
+        k scalars; those with weight 1 as they are.
+    """
+    changed = [i for i, w in enumerate(weights) if w != 1.0]
+    if not changed:
+        return list(starts)
+    found = list(starts)
+    for i, start in zip(changed, foreach_mul([starts[i] for i in changed], [weights[i] for i in changed]), strict=True):
+        found[i] = start
+    return found
+
+
 def write(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Add gradients to ``.grad``; ``None`` leaves it as it is.
 
@@ -523,5 +591,6 @@ def parameters(optimizer: HasGroups) -> list[Tensor]:
     Returns:
         Its parameters that require grad.
     """
+    found = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     # By id: hashing a tensor takes longer than anything else here.
-    return list({id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}.values())
+    return found if len(set(map(id, found))) == len(found) else list({id(p): p for p in found}.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -233,6 +234,9 @@ def walk(given: Sequence[Root | None]) -> Graph:
     order = inputs_first(starts)
     if order is None:
         return Graph(None, (), (True,) * m, (True,) * m, False, {}, tuple(roots), unread=True)
+    kinds = set(map(type, order))
+    if m == 1 or not _may_join(order, kinds):
+        return _plain(roots, order, any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds))
     walked = _Walk(roots, order)
     with torch.no_grad():
         walked.go()
@@ -252,6 +256,47 @@ def walk(given: Sequence[Root | None]) -> Graph:
         below,
         suspects,
         walked.hidden and walked.uneven,
+    )
+
+
+def _may_join(order: Nodes, kinds: set[type]) -> bool:
+    """Whether a node tells its inputs or its entries apart, so that losses may part below it."""
+    joins = {kind for kind in kinds if footprints.may_join(kind, 2)}
+    return bool(joins) and any(
+        type(node) in joins and footprints.may_join(type(node), len(below)) for node, below in order.items()
+    )
+
+
+def _plain(roots: Sequence[Tensor | GradientEdge | None], order: Nodes, hidden: bool) -> Graph:
+    """What there is to know of a graph without joins: what reaches a node reaches all that is below it."""
+    masks: defaultdict[Node, int] = defaultdict(int)
+    found: defaultdict[Tensor, int] = defaultdict(int)
+    for i, root in enumerate(roots):
+        node = _node(root)
+        if node is not None:
+            masks[node] |= 1 << i
+        elif isinstance(root, Tensor):  # the loss is a leaf itself
+            found[root] |= 1 << i
+    overlapping: set[int] = set()
+    for node in reversed(order):
+        mask, below = masks[node], order[node]
+        if below:
+            if mask & (mask - 1):
+                overlapping.add(mask)
+            for child, _ in below:
+                if child is not None:
+                    masks[child] |= mask
+        elif type(node).__name__ == "AccumulateGrad":
+            found[node.variable] |= mask  # type: ignore[attr-defined]
+    leaves, m = dict(found), range(len(roots))
+    return Graph(
+        None if hidden else leaves,
+        tuple(leaves),
+        tuple(any(mask >> i & 1 for mask in overlapping) for i in m),
+        tuple(any(mask >> i & 1 and mask >> (i + 1) for mask in overlapping) for i in m),
+        hidden,
+        order,
+        tuple(roots),
     )
 
 
@@ -611,9 +656,34 @@ def inputs_first(starts: Sequence[Node]) -> Nodes | None:
     Returns:
         All nodes below the starts, each after those below it; None if the graph is too deep.
     """
+    most = min(500, _DEEPEST)  # as deep as most graphs are; the stack is looked at beyond
+    found = _inputs_first_shallow(starts, most)
+    return _inputs_first_deep(starts, most) if found is None else found
+
+
+def _inputs_first_shallow(starts: Sequence[Node], most: int) -> Nodes | None:
+    """The order, if no more nodes than so many ever wait for those below them: a graph is not deeper than that."""
+    order: Nodes = {}
+    opened: Nodes = {}
+    waiting = list(starts)
+    while waiting:
+        node = waiting[-1]
+        if node in opened:  # all below it is in order, or it was met from elsewhere before
+            del waiting[-1]
+            order[node] = opened[node]
+            continue
+        opened[node] = below = node.next_functions
+        for child, _ in below:
+            if child is not None and child not in opened:
+                waiting.append(child)
+        if len(waiting) > most:
+            return None
+    return order
+
+
+def _inputs_first_deep(starts: Sequence[Node], most: int) -> Nodes | None:
     order: Nodes = {}
     seen: set[Node] = set()
-    most = min(500, _DEEPEST)  # as deep as most graphs are; the stack is looked at beyond
     for start in starts:
         if start in seen:
             continue

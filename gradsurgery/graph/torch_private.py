@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 # ------------------------------------------------------------------------------------------- nodes of a graph
 
@@ -218,6 +219,55 @@ def profiler_is_on() -> bool:
         True if one does.
     """
     return bool(torch._C._autograd._profiler_enabled())
+
+
+# ------------------------------------------------------------------------------------------------ autograd's engine
+
+
+def engine_backward(
+    outputs: tuple[Any, ...], seeds: tuple[Tensor, ...], inputs: tuple[Tensor, ...], retain: bool, accumulate: bool
+) -> tuple[Tensor | None, ...]:
+    """A backward pass from seeds that fit their outputs: what is below the checks of ``torch.autograd``.
+
+    On small networks the checks, of seeds above all, take as long as the pass. The public calls take their place in a
+    version of torch that has no such function, and for tensor subclasses, which may handle the call themselves.
+
+    Args:
+        outputs: Where the pass starts.
+        seeds: Gradients with respect to them, of their shapes, dtypes and devices.
+        inputs: What to differentiate with respect to.
+        retain: Keep the graph for another pass.
+        accumulate: Write ``.grad`` instead.
+
+    Returns:
+        A gradient for each input, None where it is not reached; nothing where ``.grad`` was written.
+    """
+    if _ENGINE is not None and not has_torch_function((*outputs, *inputs)):
+        found: tuple[Tensor | None, ...] = _ENGINE(outputs, seeds, retain, False, inputs, True, accumulate)
+        return found or ()  # nothing comes back of what was accumulated
+    if accumulate:
+        torch.autograd.backward(outputs, seeds, retain_graph=retain, inputs=inputs)
+        return ()
+    return torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain, allow_unused=True)
+
+
+def _probed() -> Any:
+    """The function below the checks, if it does here what it is called for."""
+    engine = getattr(torch.autograd.graph, "_engine_run_backward", None)
+    try:
+        x, y = (torch.ones((), requires_grad=True) for _ in range(2))
+        with torch.enable_grad():
+            out = 2 * x
+        one = torch.ones(())
+        found = engine((out,), (one,), True, False, (x, y), True, False)  # type: ignore[misc]
+        engine((out,), (one,), False, False, (x,), True, True)  # type: ignore[misc]
+        works = len(found) == 2 and float(found[0]) == 2 and found[1] is None and float(x.grad) == 2  # type: ignore[arg-type]
+    except Exception:  # whatever a version of torch does instead
+        works = False
+    return engine if works else None
+
+
+_ENGINE = _probed()
 
 
 # --------------------------------------------------------------------------------------------------- Lightning
