@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What `make test` hands to pytest: make test ARGS="-x tests/test_docs.py"
+# What `make test` hands to pytest: make test ARGS="-x tests/docs/test_docs.py"
 ARGS ?=
 # What the tests need: the library, what it works with, and what it is compared with, as far as that installs.
 TESTED := $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp $(VENV)/peers.stamp
@@ -37,15 +37,15 @@ test-all: $(TESTED) ## Run the slow tests too
 test-old-processor: $(TESTED) ## Run the numeric tests with the instructions of an older processor
 	ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Prescott \
 	NPY_DISABLE_CPU_FEATURES="$$($(BIN)/python -c 'from numpy import show_config as c; print(*c("dicts")["SIMD Extensions"].get("found", []))')" \
-	$(BIN)/python -m pytest -m "not slow and not browser" $(PARALLEL) $(addprefix tests/test_,$(addsuffix .py,$(NUMERIC))) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not browser" $(PARALLEL) $(addprefix tests/*/test_,$(addsuffix .py,$(NUMERIC))) $(ARGS)
 
 # Draws are the same in every run elsewhere. What fails is printed with the line that repeats it, and tried first next time.
 explore: $(TESTED) ## Draw new examples for the tests that draw, and new settings for the literal reference (MINUTES=240 for hours)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/literal.py --minutes $(MINUTES)
-	EXPLORE=1 $(BIN)/python -m pytest -m "not browser" $(PARALLEL) $$(grep -l hypothesis tests/test_*.py) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.literal --minutes $(MINUTES)
+	EXPLORE=1 $(BIN)/python -m pytest -m "not browser" $(PARALLEL) $$(grep -l hypothesis tests/*/test_*.py) $(ARGS)
 
 test-browser: $(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/docs.stamp $(VENV)/browser.stamp ## Test the playground in Chromium, which must be installed
-	$(BIN)/python -m pytest -m browser tests/test_playground_browser.py $(ARGS)
+	$(BIN)/python -m pytest -m browser tests/docs/test_playground_browser.py $(ARGS)
 
 # All four checks run, so that one report shows all there is to mend.
 lint: $(VENV)/demo.stamp $(VENV)/lint.stamp ## Check format, style, types and documented arguments

@@ -128,7 +128,7 @@ def run(root: Path, files: list[str], count: int, seed: int, seconds: float) -> 
         tree = copied(root, Path(folder))
         for file in files:
             source = (tree / "gradsurgery" / f"{file}.py").read_text("utf-8")
-            tests = [f"tests/{name}.py" for name in TESTS[file]]
+            tests = [str(next((tree / "tests").rglob(f"{name}.py")).relative_to(tree)) for name in TESTS[file]]
             if not survives(tree, file, source, tests, seconds):
                 raise SystemExit(f"{file}: its tests fail, or take over {seconds:g} s, without any change.")
             every = mutants(source)

@@ -1,0 +1,248 @@
+"""Models under torch.compile: plain steps, surgery steps and mixtures of both.
+
+A backward that was compiled for one use frees its buffers ("donates" them), and refuses a second use. What decides is
+how the graph was used first.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+
+import gradsurgery
+from tests.support.loops import NAMES, inputs, losses_of, memory_of, same
+
+BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+# The first use of inductor imports a module of torch that warns about torch.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+OVER_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code_of_other_tests():
+    torch._dynamo.reset()
+    # The cache on disk would hand over what an earlier run compiled, donated or not.
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    """A trunk and three heads; the losses are part of what is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(5, 4)
+        self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in NAMES)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / 2)
+
+    def forward(self, x):
+        z = torch.tanh(self.trunk(x))
+        targets = (1.0, -3.0, 9.0)
+        return losses_of({name: h(z) - t for name, h, t in zip(NAMES, self.heads, targets, strict=True)})
+
+
+def setting(build, backend=None, **switches):
+    net = Net()
+    base = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    if issubclass(build, gradsurgery.Surgery):
+        switches["shared_params"] = net.trunk.parameters()
+    return net, build(base, **switches), torch.compile(net, backend=backend) if backend else net
+
+
+def run(build, schedule, backend=None, **switches):
+    """Steps of the method ("m") and plain ones ("p")."""
+    net, optimizer, model = setting(build, backend, **switches)
+    for t, kind in enumerate(schedule):
+        optimizer.zero_grad()
+        losses = model(inputs(t, torch.float32))
+        if kind == "m":
+            optimizer.backward(losses)
+        else:
+            sum(losses.values()).backward()
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+def assert_like_eager(build, schedule, backend, **switches):
+    found, expected = (run(build, schedule, b, **switches) for b in (backend, None))
+    for p, q in zip(found, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@OVER_BACKENDS
+@pytest.mark.parametrize(
+    ("build", "schedule", "switches"),
+    [
+        (gradsurgery.PCGrad, "mmmm", {}),
+        (gradsurgery.PCGrad, "mmppmp", {}),
+        (gradsurgery.MGDA, "mmmmmm", {"every": 2, "warmup": 2}),
+        (gradsurgery.GradDrop, "mmmm", {"warmup": 2}),
+        (gradsurgery.UncertaintyWeighter, "pmpm", {}),
+    ],
+    ids=["surgery", "plain steps after surgery", "cadence", "warmup", "weighting"],
+)
+def test_a_compiled_model_trains_as_an_eager_one(build, schedule, switches, backend):
+    assert_like_eager(build, schedule, backend, **switches)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_surgery_after_a_plain_step_is_refused_with_the_cure(backend):
+    net, optimizer, model = setting(gradsurgery.MGDA, backend)
+    sum(model(inputs(0, torch.float32)).values()).backward()
+    before = copy.deepcopy([p.grad for p in net.parameters()]), memory_of(optimizer)
+    with pytest.raises(RuntimeError, match=r"compiled.*donated_buffer = False.*before the first compilation"):
+        optimizer.backward(model(inputs(1, torch.float32)))
+    assert same([p.grad for p in net.parameters()], before[0])
+    assert same(memory_of(optimizer), before[1])
+
+    # The cure works, also in the process that has compiled already.
+    torch._dynamo.reset()
+    with functorch.patch(donated_buffer=False):
+        assert_like_eager(gradsurgery.MGDA, "pmpm", backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_a_batch_of_another_size_may_be_refused_with_the_cures(backend):
+    """Torch then compiles for all sizes, backward and all, before it can know how often that one will run."""
+
+    def run_sizes(chosen, dynamic=None):
+        net, optimizer, _ = setting(gradsurgery.MGDA)
+        model = torch.compile(net, backend=chosen, dynamic=dynamic) if chosen else net
+        for t, size in enumerate((8, 8, 5, 8, 3)):
+            optimizer.zero_grad()
+            optimizer.backward(model(inputs(t, torch.float32)[:size]))
+            optimizer.step()
+        return [p.detach() for p in net.parameters()]
+
+    wanted = run_sizes(None)
+    with pytest.raises(RuntimeError, match=r"donated_buffer = False.*sizes that change.*dynamic=False"):
+        run_sizes(backend)
+    torch._dynamo.reset()
+    torch.testing.assert_close(run_sizes(backend, dynamic=False), wanted, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+    with functorch.patch(donated_buffer=False):
+        torch.testing.assert_close(run_sizes(backend), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("switches", [{}, {"warmup": 1}], ids=["surgery", "warmup"])
+def test_losses_as_functions_run_after_a_plain_step(switches, backend):
+    """One forward pass per loss: each compiled backward runs once, whatever buffers it gives away."""
+    ends = []
+    for chosen in (backend, None):
+        net, optimizer, model = setting(gradsurgery.MGDA, chosen, **switches)
+        sum(model(inputs(0, torch.float32)).values()).backward()
+        for t in range(3):
+            optimizer.zero_grad()
+            x = inputs(t, torch.float32)
+            optimizer.backward({name: lambda name=name, x=x, model=model: model(x)[name] for name in NAMES})
+            optimizer.step()
+        ends.append([p.detach() for p in net.parameters()])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_training_step_keeps_backward_out():
+    def run_steps(backend):
+        net, optimizer, _ = setting(gradsurgery.PCGrad)
+        backward = torch.compiler.disable(optimizer.backward)
+
+        def step(x):
+            optimizer.zero_grad()
+            report = backward(net(x))
+            optimizer.step()
+            return report.total
+
+        step = torch.compile(step, backend=backend) if backend else step
+        return [step(inputs(t, torch.float32)) for t in range(3)]
+
+    assert run_steps("aot_eager") == pytest.approx(run_steps(None), rel=1e-5)
+
+
+# What is joined inside of a compiled model cannot be read off the graph. Each case has a process of its own: what was
+# compiled before decides whether a compiled backward may run twice.
+JOINED = """
+import sys
+
+import torch
+import torch._functorch.config
+from torch import nn
+
+import gradsurgery
+
+torch._functorch.config.donated_buffer = False
+form, backend, compiled = sys.argv[1:]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(4, 8)
+        self.heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(3))
+
+    def forward(self, x):
+        z = self.trunk(x).tanh()
+        ys = [head(z) for head in self.heads]
+        if form == "break":
+            torch._dynamo.graph_break()
+        if form == "cat":
+            return torch.cat(ys, 1)
+        return torch.stack(losses(ys)) if form == "losses" else ys
+
+
+def losses(ys):
+    return [10**i * (y - i).square().mean() for i, y in enumerate(ys)]
+
+
+def train(method, compiled):
+    torch.manual_seed(0)
+    net, told = Net(), []
+    if compiled == "heads":
+        net.heads = nn.ModuleList(torch.compile(head, backend=backend) for head in net.heads)
+    model = torch.compile(net, backend=backend) if compiled == "whole" else net
+    optimizer = method(torch.optim.SGD(net.parameters(), lr=1e-3))
+    for step in range(4):
+        out = model(torch.randn(16, 4, generator=torch.Generator().manual_seed(step)))
+        optimizer.zero_grad()
+        optimizer.backward(out if form == "losses" else losses(out.unbind(1) if form == "cat" else out))
+        told.append([p.grad.clone() for p in net.parameters()])
+        optimizer.step()
+        if step == 1:  # a checkpoint carries what was learnt about sharing
+            saved = optimizer.state_dict()
+            optimizer = method(torch.optim.SGD(net.parameters(), lr=1e-3))
+            optimizer.load_state_dict(saved)
+    return told
+
+
+for method in (gradsurgery.MGDA, gradsurgery.NashMTL):
+    for found, wanted in zip(train(method, compiled), train(method, ""), strict=True):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+"""
+
+
+@pytest.mark.parametrize("compiled", ["whole", "heads"])
+@pytest.mark.parametrize("form", ["cat", "losses", "list", "break"])
+@OVER_BACKENDS
+def test_heads_of_a_compiled_model_are_private(form, backend, compiled, tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", JOINED, form, backend, compiled],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert not run.returncode, run.stderr

@@ -1,0 +1,221 @@
+"""Every way of holding gradients, behind one interface."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import gradsurgery
+from gradsurgery import gradients
+from gradsurgery.gradients import blocks
+from gradsurgery.gradients.dense import Dense
+from gradsurgery.gradients.flat import Flat
+from gradsurgery.graph import torch_private
+from tests.unit import test_blocks
+
+
+class Net(nn.Module):
+    """A trunk and two heads; one layer serves the first head only."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, width))
+        self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in range(2))
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return {"a": 3 * self.heads[0](z).square().mean(), "b": (self.heads[1](z) - 1).square().mean()}
+
+
+X = torch.linspace(-1, 1, 15).reshape(5, 3)
+
+
+def held_by(engines, monkeypatch, build=gradsurgery.PCGrad, net=None, **options):
+    """The gradients that a step writes, its report, and the class of what held them."""
+    seen = []
+
+    def noted(engine):
+        def gather(request):
+            found = engine(request)
+            if not isinstance(found, str):
+                seen.append(type(found))
+            return found
+
+        return gather
+
+    monkeypatch.setattr(gradients, "ENGINES", tuple(map(noted, engines)))
+    net = Net() if net is None else net
+    optimizer = build(torch.optim.SGD(net.parameters(), lr=0.1), **options)
+    report = optimizer.backward(net(X.to(next(net.parameters()).dtype)))
+    return [p.grad for p in net.parameters()], report, seen[0]
+
+
+WITHOUT_FLAT = tuple(engine for engine in gradients.ENGINES if engine != Flat.gather)
+
+
+@pytest.mark.parametrize("build", [gradsurgery.PCGrad, gradsurgery.MGDA, gradsurgery.UPGrad, gradsurgery.ConFIG])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flat_rows_give_what_separate_ones_give(build, dtype, monkeypatch):
+    flat, ours, kind = held_by(gradients.ENGINES, monkeypatch, build, Net().to(dtype))
+    assert kind is Flat
+    dense, theirs, kind = held_by(WITHOUT_FLAT, monkeypatch, build, Net().to(dtype))
+    assert kind is Dense
+    torch.testing.assert_close(flat, dense, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours.gram, theirs.gram, rtol=1e-6, atol=0)
+    assert ours.engine == theirs.engine == "rows"
+
+
+def test_flat_gradients_share_no_memory(monkeypatch):
+    grads, _, _ = held_by(gradients.ENGINES, monkeypatch)
+    assert len({g.untyped_storage().data_ptr() for g in grads}) == len(grads)
+
+
+def test_parameters_of_two_dtypes_stay_apart(monkeypatch):
+    class Two(Net):
+        def __init__(self):
+            super().__init__()
+            self.trunk[0].double()
+
+        def forward(self, x):
+            z = self.trunk[2](self.trunk[0](x.double()).float().tanh())
+            return {"a": self.heads[0](z).square().mean(), "b": self.heads[1](z).mean()}
+
+    net = Two()
+    assert held_by(gradients.ENGINES, monkeypatch, net=net)[2] is Dense
+
+
+def test_parameters_with_strides_of_their_own_keep_them(monkeypatch):
+    net = Net()
+    weight = net.trunk[2].weight
+    weight.data = weight.data.t().contiguous().t()
+    grads, _, kind = held_by(gradients.ENGINES, monkeypatch, net=net)
+    assert kind is Dense
+    assert grads[2].stride() == weight.stride()
+
+
+def test_large_models_stay_apart(monkeypatch):
+    assert held_by(gradients.ENGINES, monkeypatch, net=Net(width=400), engine="rows")[2] is Flat
+    assert held_by(gradients.ENGINES, monkeypatch, net=Net(width=600), engine="rows")[2] is Dense
+
+
+def test_a_row_with_a_gap_stays_apart(monkeypatch):
+    class Three(Net):
+        def forward(self, x):
+            return {**super().forward(x), "c": self.trunk[0](x).square().mean()}
+
+    grads, report, kind = held_by(gradients.ENGINES, monkeypatch, net=Three())
+    assert kind is Dense
+    assert all(g is not None for g in grads)
+    assert report.gram.shape == (3, 3)
+
+
+@pytest.mark.parametrize("old", ["call.Call", "kept.Kept", "world.World"])
+def test_what_has_moved_says_where(old):
+    module, name = old.split(".")
+    with pytest.warns(DeprecationWarning, match=r"is now gradsurgery\..*The old name goes in version 1\.0"):
+        assert isinstance(getattr(importlib.import_module(f"gradsurgery.{module}"), name), type)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        importlib.import_module(f"gradsurgery.{module}").nothing  # noqa: B018
+
+
+def test_a_resumed_run_knows_what_an_engine_could_not_do(monkeypatch):
+    net = test_blocks.Net()
+    x = torch.randn(2, 3, test_blocks.WIDTH, dtype=torch.float64)
+    losses = test_blocks.hooked(net, x, test_blocks.HOOKS["new"])
+    optimizer = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1), engine="blocks")
+    assert optimizer.backward(losses).reason == "a hook at a border would act twice"
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["gradsurgery"]["memory"]["failed"] == ["hooked"]
+    again = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1), engine="blocks")
+    again.load_state_dict(state)
+    monkeypatch.setattr(blocks.Found, "sweep", lambda *_: pytest.fail("tried again"))
+    assert again.backward(test_blocks.hooked(net, x, test_blocks.HOOKS["new"])).engine == "rows"
+
+
+# ------------------------------------------------------------------------------------------- autograd's engine
+
+
+@pytest.mark.parametrize("build", [gradsurgery.UPGrad, gradsurgery.UncertaintyWeighter], ids=lambda c: c.__name__)
+def test_without_the_engine_below_the_checks_the_public_calls_do(build, monkeypatch):
+    assert torch_private._ENGINE is not None
+    found = []
+    for engine in (torch_private._ENGINE, None):
+        monkeypatch.setattr(torch_private, "_ENGINE", engine)
+        net = Net()
+        optimizer = build(torch.optim.SGD(net.parameters(), lr=0.1))
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.backward(net(X))
+            optimizer.step()
+        found.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        None,
+        lambda outputs, seeds, retain: (),
+        lambda outputs, seeds, *more: (torch.zeros(()), None),
+        lambda outputs, seeds, *more: 1 / 0,
+    ],
+    ids=["missing", "other arguments", "wrong", "raises"],
+)
+def test_an_engine_that_does_not_do_is_left_alone(engine, monkeypatch):
+    monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward", engine)
+    assert torch_private._probed() is None
+
+
+def test_subclasses_of_tensors_may_handle_the_call(monkeypatch):
+    class Own(torch.Tensor):
+        pass
+
+    monkeypatch.setattr(torch_private, "_ENGINE", lambda *_: 1 / 0)
+    p = torch.ones(2).as_subclass(Own).requires_grad_()
+    (g,) = torch_private.engine_backward(((p * 3).sum(),), (torch.ones(()),), (p,), retain=True, accumulate=False)
+    assert g.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_plain_gradients_of_many_kinds_are_what_torch_writes(m):
+    """Small and large, transposed and broadcast, in two precisions, reached by one loss or several."""
+    torch.manual_seed(0)
+    shared = nn.Parameter(torch.randn(3))
+    kinds = [torch.randn(4), torch.randn(3, 2).T, torch.randn(2, 3, dtype=torch.float64), torch.randn(200, 100)]
+    own = [[nn.Parameter(t.clone(memory_format=torch.preserve_format)) for t in kinds] for _ in range(m)]
+    other = nn.Parameter(torch.randn(5))
+
+    def losses():
+        return [
+            shared.sum() * other.sum() + sum((p.double() * (k + i + 1)).sum() for k, p in enumerate(own[i])).float()
+            for i in range(m)
+        ]
+
+    params = [shared, *(p for ps in own for p in ps)]
+    sum(losses()).backward()
+    plain = {p: p.grad for p in [*params, other]}
+    for p in plain:
+        p.grad = None
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(params, lr=0.1))
+    optimizer.backward(losses(), others=torch.optim.SGD([other], lr=0.1))
+    for p, g in plain.items():
+        assert p.grad.dtype == p.dtype
+        assert p.grad.stride() == p.stride()
+        torch.testing.assert_close(p.grad, g)
+    assert len({p.grad.untyped_storage().data_ptr() for p in plain}) == len(plain)
+
+
+def test_a_gradient_that_is_not_finite_is_found_where_all_are_small():
+    net = Net()
+    losses = net(X)
+    losses["b"] = losses["b"] + (net.heads[1].bias * 0).sqrt().sum()
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match=r"the gradient of 'b' is not finite"):
+        optimizer.backward(losses)
+    assert all(p.grad is None for p in net.parameters())
