@@ -36,6 +36,13 @@ def pytest_report_header():
     return f"peers: {', '.join(found)}"
 
 
+def pytest_collection_modifyitems(items):
+    """Refuse names that differ from process to process, with which tests cannot be shared out."""
+    named = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if named:
+        raise pytest.UsageError(f"{len(named)} tests have an address in their name, such as {named[0]}: give them ids.")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Seed torch before each test, so that no test depends on those before it."""

@@ -25,12 +25,13 @@ from benchmarks.evidence.reading import (
 )
 from benchmarks.evidence.results import TOYS, dumps, scores
 from benchmarks.page import grid
+from gradsurgery.cli import catalogue
 from gradsurgery.cli.comparing import NEAR
 
 HEAD = """# Which method helps?
 
-Every method of [the catalogue](methods.md), with its defaults, on {problems} small problems, against the plain sum and
-against constant weights that were tuned.
+{methods} methods of [the catalogue](methods.md), with their defaults, on {problems} small problems, against the plain
+sum and against constant weights that were tuned. {later}
 
 {short}
 ![Error of every contender relative to the plain sum](_static/evidence/overall.png)
@@ -156,13 +157,20 @@ def text(data: Data) -> str:
     }
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     parts = [
-        HEAD.format(**facts, short="".join(f"* {sentence}\n" for sentence in short(data))),
+        HEAD.format(**facts, **_who(plan), short="".join(f"* {sentence}\n" for sentence in short(data))),
         "## What can be concluded\n\n" + "".join(f"* {sentence}\n" for sentence in conclusions(data)),
         CANNOT.format(**facts) + unsolved(data),
         DONE.format(**facts),
         f"{ran(data)} With {versions}.\n",
     ]
     return "\n".join(parts)
+
+
+def _who(plan: Data) -> dict[str, object]:
+    """How many methods were run, and those that came afterwards."""
+    ran = [name for name in plan["contenders"] if name not in (SUM, TUNED)]
+    later = [f"`{name}`" for name in catalogue.facts() if name not in ran]
+    return {"methods": len(ran), "later": f"Not measured yet: {', '.join(later)}." if later else "These are all."}
 
 
 def tables(data: Data) -> str:

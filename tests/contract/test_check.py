@@ -225,7 +225,7 @@ def test_a_broken_weighter_is_rejected(name):
         ({"zero rows": "stationary"}, lambda self, gram, losses: np.ones(len(gram))),
         ({"one loss": "direction"}, lambda self, gram, losses: -np.ones(len(gram))),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )
 def test_what_exactly_is_promised_counts(promises, weights):
     with pytest.raises(AssertionError, match=next(iter(promises))):
