@@ -18,6 +18,7 @@ SUM, TUNED, ALONE = "plain sum", "tuned fixed weights", "alone: "
 #: What refuses a loss below zero; a test asks each method.
 NEEDS_POSITIVE = frozenset(
     {
+        "AGDA",
         "CoVWeighter",
         "DBMTL",
         "EPO",

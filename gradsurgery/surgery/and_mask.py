@@ -89,8 +89,8 @@ class AndMask(Surgery):
         unit = max(abs(w) for _, w in terms)
         rows = [g * (w / unit) for g, w in terms]
         kept = self.mask(rows, torch.stack(signs).sum(dim=0).abs(), unit / share) * moved
-        total = kept.sum(dtype=torch.float64)
-        longer = torch.where(total > 0, moved.sum() / total, 0.0)
+        total, left = self.over_pieces(torch.stack([moved.sum(dtype=torch.float64), kept.sum(dtype=torch.float64)]))
+        longer = torch.where(left > 0, total / left, 0.0)
         # Who is left out counts in no mean either.
         voters = sum(w != 0 for w in applied)
         factor = len(applied) / voters if self.reduction == "mean" else 1.0

@@ -348,6 +348,21 @@ class Surgery(MultiLossOptimizer):
         """
         return rows_module.combine(column, applied, like)
 
+    def over_pieces(self, numbers: Tensor) -> Tensor:
+        """Add up numbers of one parameter over the processes that hold its pieces, for shares in :meth:`direct`.
+
+        Every process has to ask, parameter by parameter in the same order. Only ratios of such sums have a meaning,
+        since a piece may be held more than once.
+
+        Args:
+            numbers: What this process has found in its piece.
+
+        Returns:
+            The sums; the numbers themselves where parameters are whole.
+        """
+        batch = self._now.batch
+        return numbers if batch is None or not batch.comm.is_sharded else batch.comm.total(numbers.clone())
+
     def count_projections(self, mixing: np.ndarray) -> None:
         """Note for the report how many projections were made.
 

@@ -76,7 +76,8 @@ class SandMask(AndMask):
         excess = (votes.double() / len(rows) - self.tau).clamp(min=0)
         if len(rows) == 1:
             return torch.ones_like(excess)
-        peak = torch.stack([g.abs().amax() for g in rows]).amax().double()
+        # A unit in which nothing overflows, the same for all pieces of a tensor.
+        peak = self.over_pieces(torch.stack([g.abs().amax() if g.numel() else g.sum() for g in rows]).amax().double())
         peak = torch.where(peak > 0, peak, 1.0)
         # Equal gradients have differences of 0, and so no variance at all.
         scaled = [g.double() / peak for g in rows]
@@ -84,5 +85,10 @@ class SandMask(AndMask):
         total = torch.stack(apart).sum(dim=0)
         squares = torch.stack(apart).square().sum(dim=0)
         variance = (squares - total.square() / len(rows)).clamp(min=0) / (len(rows) - 1)
-        by = torch.stack(scaled).square().mean() if self.relative else 1 / (peak * unit).square()
+        by = self._mean_square(scaled) if self.relative else 1 / (peak * unit).square()
         return torch.where(excess > 0, torch.tanh(self.k * excess * by / variance), 0.0)
+
+    def _mean_square(self, rows: Sequence[Tensor]) -> Tensor:
+        entries = torch.stack(list(rows))
+        total, count = self.over_pieces(torch.stack([entries.square().sum(), entries.new_tensor(entries.numel())]))
+        return total / count

@@ -131,7 +131,9 @@ def test_what_is_declared_is_what_is_held():
     for name, row in PROMISING.items():
         optimizer = row.build(any_optimizer())
         optimizer.combine(torch.eye(2), losses=[1.0, 2.0])
-        assert min(optimizer.descends, ALL) == row.common_descent, name
+        # Entry by entry nothing cancels, so that there is no sum to be held.
+        held = row.common_descent if optimizer.has_weights else 0
+        assert min(optimizer.descends, ALL) == held, name
     for row in CATALOGUE:
         if not row.common_descent:
             assert row.build(any_optimizer()).descends == 0, row.name
