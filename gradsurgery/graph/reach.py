@@ -665,7 +665,7 @@ def _inputs_first_shallow(starts: Sequence[Node], most: int) -> Nodes | None:
     """The order, if no more nodes than so many ever wait for those below them: a graph is not deeper than that."""
     order: Nodes = {}
     opened: Nodes = {}
-    waiting = list(starts)
+    waiting = list(reversed(starts))
     while waiting:
         node = waiting[-1]
         if node in opened:  # all below it is in order, or it was met from elsewhere before
@@ -673,7 +673,7 @@ def _inputs_first_shallow(starts: Sequence[Node], most: int) -> Nodes | None:
             order[node] = opened[node]
             continue
         opened[node] = below = node.next_functions
-        for child, _ in below:
+        for child, _ in reversed(below):  # the first one is opened first, as in `_inputs_first_deep`
             if child is not None and child not in opened:
                 waiting.append(child)
         if len(waiting) > most:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
 from gradsurgery import graph
-from gradsurgery.graph import footprints, torch_private
+from gradsurgery.graph import footprints, reach, torch_private
 
 M = 3
 SCALES = (1.0, 10.0, 100.0)
@@ -987,3 +987,18 @@ def test_how_deep_a_graph_may_be_follows_from_the_stack():
     thread.join()
     # 4900 nodes overflow a stack of 1 MiB.
     assert 1000 < found[0] < 3000
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_nodes_come_in_one_order_however_deep_the_graph_may_be(name):
+    """Where a model is cut into blocks depends on it."""
+    losses = list(FORMS[name](Net()(batch(0))))
+    starts = [loss.grad_fn for loss in losses]
+    shallow = reach._inputs_first_shallow(starts, 500)
+    assert shallow is not None
+    assert list(shallow) == list(reach._inputs_first_deep(starts, 500))
+    assert reach._inputs_first_shallow(starts, 2) is None
+    seen = set()
+    for node, below in shallow.items():
+        assert all(child is None or child in seen for child, _ in below)
+        seen.add(node)
