@@ -636,7 +636,9 @@ def _marks(shape: tuple[int, ...]) -> tuple[NDArray[np.float32], dict[float, int
 
 def _moves(node: Any, below: Below) -> Moves | None:
     """Run an operation backward on entries that all differ; None if it is large, or does more than to move them."""
-    (entry,) = metadata(node)
+    entry, *others = metadata(node)
+    if others:
+        return None
     shape = tuple(entry.shape)
     writes = type(node).__name__ == "CopySlices"
     if entry.dtype not in _EXACT or not 0 < math.prod(shape) <= _FEW:
