@@ -1075,7 +1075,7 @@ def _sm1(make: Callable[..., Any]) -> None:
 
 
 @_case(
-    "AM1",
+    "AN1",
     "AndMask",
     asked="the same rows, and a loss whose gradient is zero",
     right="the answer without that loss",
