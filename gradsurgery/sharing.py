@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,7 +206,7 @@ class Sharing:
             there, unreached = self._told_by_zeros(there, marks, shared)
         if self._habits.keeps_rows and self._phase == "solve":
             self._remember_reached(there, shared)
-        counts = there.sum(dim=0).tolist()
+        counts = np.add.reduce(there.numpy(), dtype=np.int64).tolist()  # fewer microseconds than torch's
         gradients.silent = {p for p, n in zip(shared, counts, strict=True) if not n}
         # A method that keeps rows has averages there, and leaves them where they are.
         stays = self._habits.keeps_rows and not self._habits.moves_unreached

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,6 +47,19 @@ class Seen(NamedTuple):
     columns: np.ndarray | None
     norms: np.ndarray | None
 
+    def is_finite(self) -> bool:
+        """Whether everything surely is: sums of finite numbers may overflow.
+
+        Returns:
+            False where it has to be looked at one by one.
+        """
+        found = sum(self.values.tolist()) + sum(self.peaks.tolist())
+        for gram in self.grams:
+            found += sum(gram.values.diagonal().tolist())
+        for numbers in self.measured:
+            found += float(numbers.sum())
+        return math.isfinite(found if self.norms is None else found + float(self.norms.sum()))
+
     @property
     def unit(self) -> float:
         """What the rows of :meth:`gram` were divided by."""
@@ -59,6 +73,8 @@ class Seen(NamedTuple):
         """
         if not self.grams:
             return None
+        if len(self.grams) == 1:
+            return self.grams[0].values
         unit = self.unit
         parts = (g.values if g.unit == unit else g.values * (g.unit / unit) ** 2 for g in self.grams)
         return np.asarray(sum(parts, np.zeros_like(self.grams[0].values)))
@@ -153,11 +169,11 @@ class SurgeryStep:
             shared = sharing.settled(shared)
         if one_pass and self.m > 1 and self.phase != "warmup" and not sharing.is_balanced(shared):
             shared = []
-        is_shared = set(shared)
+        is_shared = set(map(id, shared))
         return Request(
             batch=batch,
             shared=shared,
-            plain=[p for p in (*batch.owned, *batch.foreign) if p not in is_shared],
+            plain=[p for p in (*batch.owned, *batch.foreign) if id(p) not in is_shared],
             solves=self.phase == "solve",
             one_pass=one_pass,
             engine=settings.engine,
@@ -264,6 +280,8 @@ class SurgeryStep:
 
     def _stopped(self, seen: Seen) -> bool:
         """Whether something is not finite, and nothing is to be written."""
+        if seen.is_finite():  # as almost always
+            return False
         finite = np.isfinite(seen.peaks)
         for gram in seen.grams:
             squares = np.isfinite(gram.values.diagonal())
@@ -351,7 +369,9 @@ class SurgeryStep:
     ) -> tuple[Gradients, list[np.ndarray], list[Direction | None]]:
         """Keep the promise that no loss rises where rounding could break it."""
         # A loss that is multiplied by 0 or less takes no part in what the method promises.
-        promised = self.phase == "solve" and self.transaction.writable and bool((weighed.factors > 0).all())
+        promised = (
+            self.phase == "solve" and self.transaction.writable and all(f > 0 for f in weighed.factors.tolist())
+        )
         if not promised:
             return gradients, applied, [None for _ in applied]
         promises = [self.method.promises(len(gram)) for gram in seen.grams]
@@ -395,12 +415,12 @@ class SurgeryStep:
         if self.method.lengthens:
             return True
         if gram is not None:
-            lengths = seen.unit * np.sqrt(gram.diagonal())
+            lengths = [seen.unit * math.sqrt(square) for square in gram.diagonal().tolist()]
         else:
-            lengths = np.zeros(self.m) if seen.norms is None else seen.norms
-        with np.errstate(over="ignore"):
-            bounds = [float(np.abs(w) @ lengths[: len(w)]) for w in applied] + [float(np.abs(factors) @ seen.peaks)]
-        return rows_module.may_overflow(max(bounds), [*gradients.shared, *gradients.private.params])
+            lengths = [0.0] * self.m if seen.norms is None else seen.norms.tolist()
+        terms = [*((w.tolist(), lengths) for w in applied), (factors.tolist(), seen.peaks.tolist())]
+        bound = max(sum([abs(w) * most for w, most in zip(*pair, strict=False)]) for pair in terms)
+        return rows_module.may_overflow(bound, [*gradients.shared, *gradients.private.params])
 
     def _adder(self, request: Request) -> rows_module.Add:
         """What adds up the rows of one parameter: the method, if it has its own way."""

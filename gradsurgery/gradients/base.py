@@ -133,6 +133,8 @@ class Private:
         self._unlooked: list[list[Tensor]] = [[] for _ in range(m)]
         self._apart = apart
         self._device = device
+        self._is_summed = False
+        self._joined: rows_module.Joined | None = None
 
     def add(self, i: int, row: Row) -> None:
         """Take the gradients of one loss; they leave the row.
@@ -152,6 +154,7 @@ class Private:
                 continue
             if terms and not self._apart:
                 g = rows_module.total(terms.pop()[1], g)
+                self._is_summed = True
             terms.append((i, g))
 
     def take(self, p: Tensor, terms: list[tuple[int, Tensor]]) -> None:
@@ -187,6 +190,11 @@ class Private:
         Returns:
             (m,), float64.
         """
+        if not self._is_summed and not any(self._norms):
+            self._joined = rows_module.Joined.of(self.params, self._terms)
+        if self._joined is not None:
+            self._unlooked = [[] for _ in self._unlooked]
+            return torch.from_numpy(self._joined.peaks(len(self._norms)))
         self._look()
         count, norms = len(self._norms[0]), [norm for row in self._norms for norm in row]
         alike = count and len({len(row) for row in self._norms}) == 1 and len({norm.dtype for norm in norms}) == 1
@@ -222,10 +230,16 @@ class Private:
         if not self.params:
             return {}
         by = factors.tolist()
-        found = rows_module.scaled_alone(self.params, self._terms, by)
-        for j, (p, terms) in enumerate(zip(self.params, self._terms, strict=True)):
-            if found[j] is None:
-                found[j] = rows_module.plain([(by[i], g) for i, g in terms], shards.empty(p))
+        found: list[Tensor | None]
+        if self._joined is not None:
+            found = self._joined.scaled(factors, self.params)
+        else:
+            found = rows_module.scaled_alone(self.params, self._terms, by)
+            for j, (p, terms) in enumerate(zip(self.params, self._terms, strict=True)):
+                if found[j] is None:
+                    found[j] = rows_module.plain([(by[i], g) for i, g in terms], shards.empty(p))
+        self._joined = None
+        for terms in self._terms:
             terms.clear()
         return dict(zip(self.params, comm.totals(found, self.params), strict=True))
 
@@ -433,7 +447,7 @@ def collect(request: Request, private: Private, arrive: Callable[[int, Row], Non
             signs.append(signs_of(row, request.doubtful, private.peak(i)))
         arrive(i, row)
         del row
-    table = torch.tensor(there, dtype=torch.uint8, device="cpu").reshape(request.m, count)
+    table = torch.from_numpy(np.array(there, dtype=np.uint8).reshape(request.m, count))
     return Marks(table, torch.stack(signs) if signs else None, reached)
 
 

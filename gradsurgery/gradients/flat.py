@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,9 +65,7 @@ class Flat(Dense):
     ) -> dict[Tensor, Tensor | None]:
         (w,), (direction,) = weights, held
         flat = rows_module.mixed(self._matrix, w) if direction is None else direction.flat.to(self._matrix)
-        # One call that copies, so that no gradient shares its memory with another. Its stub says that it returns None.
-        split: Any = torch.split_with_sizes_copy
-        pieces = split(flat, [p.numel() for p in self.shared])
+        pieces = rows_module.apart(flat, [p.numel() for p in self.shared])
         found: dict[Tensor, Tensor | None] = {
             p: piece.view(p.shape) for p, piece in zip(self.shared, pieces, strict=True)
         }

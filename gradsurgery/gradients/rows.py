@@ -5,6 +5,8 @@ A *row* is the gradient of one loss. It is kept as autograd returns it: one tens
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -205,6 +207,111 @@ def are_small(tensors: Sequence[Tensor]) -> bool:
     return sum(g.numel() for g in tensors) <= _SMALL
 
 
+class Joined:
+    """Gradients on the host of small parameters that one loss alone reaches, one behind the other in one array.
+
+    Args:
+        flat: Their entries, loss by loss.
+        places: The parameters that have a gradient.
+        losses: The loss of each.
+        sizes: The number of entries of each.
+    """
+
+    def __init__(self, flat: np.ndarray, places: Sequence[int], losses: Sequence[int], sizes: Sequence[int]) -> None:
+        self._flat = flat
+        self._places = places
+        self._losses = losses
+        self._sizes = sizes
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor], terms: Sequence[Sequence[tuple[int, Tensor]]]) -> Joined | None:
+        """Join gradients.
+
+        Args:
+            params: The parameters.
+            terms: For each the losses that reach it, by number, and their gradients.
+
+        Returns:
+            None where there are none, several for one parameter, or some that have another form.
+        """
+        found = []
+        for j, (p, those) in enumerate(zip(params, terms, strict=True)):
+            for i, g in those:
+                if len(those) > 1 or not 0 < g.numel() <= _SMALL or not _joins(g, p):
+                    return None
+                found.append((i, j, g))
+        found.sort(key=operator.itemgetter(0))
+        if not found or len({g.dtype for _, _, g in found}) > 1:
+            return None
+        flat = torch.cat([g.reshape(-1) for _, _, g in found]).numpy()
+        return cls(flat, [j for _, j, _ in found], [i for i, _, _ in found], [g.numel() for _, _, g in found])
+
+    def peaks(self, m: int) -> np.ndarray:
+        """The largest entry of each loss, which is not finite if any is not.
+
+        Args:
+            m: Number of losses.
+
+        Returns:
+            (m,), float64.
+        """
+        starts: dict[int, int] = {}
+        start = 0
+        for i, size in zip(self._losses, self._sizes, strict=True):
+            starts.setdefault(i, start)
+            start += size
+        found = np.zeros(m)
+        found[list(starts)] = np.maximum.reduceat(np.abs(self._flat), list(starts.values()))
+        return found
+
+    def scaled(self, factors: np.ndarray, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """Multiply them.
+
+        Args:
+            factors: What multiplies each loss, (m,).
+            params: The parameters.
+
+        Returns:
+            For each a new tensor; None where there is none.
+        """
+        by, flat = factors[self._losses], self._flat
+        if (by != 1.0).any():
+            with np.errstate(over="ignore", invalid="ignore"):  # whoever asks looks at what comes of it
+                flat = flat * np.repeat(by.astype(flat.dtype), self._sizes)
+        found: list[Tensor | None] = [None] * len(params)
+        for j, g in zip(self._places, apart(torch.from_numpy(flat), self._sizes), strict=True):
+            found[j] = g.view(params[j].shape)
+        return found
+
+
+def _joins(g: Tensor, p: Tensor) -> bool:
+    """Whether a gradient can be copied into one array with others and out of it again."""
+    return (
+        p.dtype in (torch.float32, torch.float64)
+        and g.dtype is p.dtype
+        and g.layout is torch.strided
+        and g.device.type == "cpu"
+        and p.device.type == "cpu"
+        and g.is_contiguous()
+        and p.is_contiguous()
+    )
+
+
+def apart(flat: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Cut a tensor into pieces none of which shares its memory with another.
+
+    Args:
+        flat: The tensor, (n,).
+        sizes: Numbers of entries, which add up to n.
+
+    Returns:
+        New tensors.
+    """
+    cut: Any = torch.split_with_sizes_copy  # its stub says that it returns None
+    pieces: Sequence[Tensor] = cut(flat, sizes)
+    return pieces
+
+
 def scaled_alone(
     params: Sequence[Tensor], terms: Sequence[Sequence[tuple[int, Tensor]]], by: Sequence[float]
 ) -> list[Tensor | None]:
@@ -251,8 +358,12 @@ def largest_factor(params: Iterable[Tensor]) -> float:
     Returns:
         The largest number.
     """
-    dtypes = {p.dtype for p in params}
-    return min((torch.finfo(torch.promote_types(t, torch.float32)).max for t in dtypes), default=float("inf"))
+    return min(map(_largest_wide, {p.dtype for p in params}), default=float("inf"))
+
+
+@functools.cache
+def _largest_wide(dtype: torch.dtype) -> float:
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).max
 
 
 def may_overflow(bound: float, params: Iterable[Tensor]) -> bool:

@@ -277,12 +277,13 @@ def _plain(roots: Sequence[Tensor | GradientEdge | None], order: Nodes, hidden: 
             masks[node] |= 1 << i
         elif isinstance(root, Tensor):  # the loss is a leaf itself
             found[root] |= 1 << i
-    overlapping: set[int] = set()
+    overlaps = later = 0
     for node in reversed(order):
         mask, below = masks[node], order[node]
         if below:
             if mask & (mask - 1):
-                overlapping.add(mask)
+                overlaps |= mask
+                later |= mask ^ 1 << mask.bit_length() - 1  # the last loss has none after it
             for child, _ in below:
                 if child is not None:
                     masks[child] |= mask
@@ -292,8 +293,8 @@ def _plain(roots: Sequence[Tensor | GradientEdge | None], order: Nodes, hidden: 
     return Graph(
         None if hidden else leaves,
         tuple(leaves),
-        tuple(any(mask >> i & 1 for mask in overlapping) for i in m),
-        tuple(any(mask >> i & 1 and mask >> (i + 1) for mask in overlapping) for i in m),
+        tuple([overlaps >> i & 1 == 1 for i in m]),
+        tuple([later >> i & 1 == 1 for i in m]),
         hidden,
         order,
         tuple(roots),
