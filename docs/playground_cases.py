@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +18,38 @@ import torch
 import gradsurgery
 from gradsurgery import geometry
 
-FILE = Path(__file__).parent / "_static" / "playground" / "cases.json"
-METHODS = {
+FILE = Path(__file__).parents[1] / "tests" / "data" / "playground_cases.json"
+METHODS: dict[str, type[gradsurgery.Surgery]] = {
     "mgda": gradsurgery.MGDA,
     "cagrad": gradsurgery.CAGrad,
     "nash": gradsurgery.NashMTL,
     "upgrad": gradsurgery.UPGrad,
+    "config": gradsurgery.ConFIG,
+    "conic": gradsurgery.ConicGrad,
+    "fairgrad": gradsurgery.FairGrad,
+    "gcs": gradsurgery.GCS,
+    "blur": gradsurgery.BLUR,
+    "sago": gradsurgery.SAGO,
 }
+# Methods with other arguments than the defaults, which have the same names on the page.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cagrad, c = 0": ("cagrad", {"c": 0.0}),
+    "cagrad, c = 1": ("cagrad", {"c": 1.0}),
+    "cagrad, c = 2": ("cagrad", {"c": 2.0}),
+    **{
+        f"config, {length}": ("config", {"length": length})
+        for length in ("min", "max", "mean", "harmonic", "geometric")
+    },
+    "conic, c = 0": ("conic", {"c": 0.0}),
+    "conic, c = 0.9": ("conic", {"c": 0.9}),
+    "conic, c = 1": ("conic", {"c": 1.0}),
+    "fairgrad, alpha = 0": ("fairgrad", {"alpha": 0.0}),
+    "fairgrad, alpha = 0.5": ("fairgrad", {"alpha": 0.5}),
+    "fairgrad, alpha = 4": ("fairgrad", {"alpha": 4.0}),
+    "gcs, switched": ("gcs", {"switched": True}),
+    "sago, prefer_retain": ("sago", {"prefer_retain": True}),
+}
+Answer = dict[str, list[float] | None]
 # The situations that the page offers.
 PRESETS = {
     "conflict": [[2.0, 0.35], [-0.85, 0.5]],
@@ -96,17 +122,17 @@ def inputs() -> dict[str, list[list[float]]]:
     return found
 
 
-def step(method: type[gradsurgery.Surgery], rows: torch.Tensor) -> dict[str, list[float]]:
-    """Return the weights and the direction of one step of a method with its defaults, on linear losses."""
+def step(method: type[gradsurgery.Surgery], rows: torch.Tensor, **options: Any) -> Answer:
+    """Return the weights, None if it has none, and the direction of one step of a method, on linear losses."""
     theta = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    optimizer = method(torch.optim.SGD([theta], lr=1.0))
+    optimizer = method(torch.optim.SGD([theta], lr=1.0), **options)
     report = optimizer.backward([(row * theta).sum() for row in rows])
     assert theta.grad is not None
-    assert report.weights is not None
-    return {"weights": list(report.weights.values()), "direction": theta.grad.tolist()}
+    weights = None if report.weights is None else list(report.weights.values())
+    return {"weights": weights, "direction": theta.grad.tolist()}
 
 
-def pcgrad(rows: torch.Tensor) -> dict[str, list[float]]:
+def pcgrad(rows: torch.Tensor) -> Answer:
     """Return the mean of PCGrad over all orders of visits."""
     m = len(rows)
     orders = itertools.product(*(itertools.permutations([j for j in range(m) if j != i]) for i in range(m)))
@@ -122,13 +148,14 @@ class InOrder(gradsurgery.PCGrad):
         super().__init__(optimizer, shuffle=False)
 
 
-def answers(rows: list[list[float]]) -> dict[str, dict[str, list[float]]]:
-    """Return what the library answers to some rows, by method."""
+def answers(rows: list[list[float]]) -> dict[str, Answer]:
+    """Return what the library answers to some rows, by method and variant."""
     matrix = torch.tensor(rows, dtype=torch.float64)
-    found = {"sum": {"weights": [1.0] * len(rows), "direction": matrix.sum(dim=0).tolist()}}
+    found: dict[str, Answer] = {"sum": {"weights": [1.0] * len(rows), "direction": matrix.sum(dim=0).tolist()}}
     found["pcgrad"] = pcgrad(matrix)
     found["pcgrad in order"] = step(InOrder, matrix)
-    return found | {key: step(method, matrix) for key, method in METHODS.items()}
+    found |= {key: step(method, matrix) for key, method in METHODS.items()}
+    return found | {name: step(METHODS[key], matrix, **options) for name, (key, options) in VARIANTS.items()}
 
 
 def main() -> None:

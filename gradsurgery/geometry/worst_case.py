@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg.lapack import dtrtrs
 
 from gradsurgery.geometry.cones import least_distance
-from gradsurgery.geometry.nonnegative import NOT_CONVERGED, Flag, refuse
+from gradsurgery.geometry.nonnegative import NOT_CONVERGED, Flag, nonnegative, refuse
 from gradsurgery.geometry.units import (
     AMPLIFICATION,
     DEPENDENT,
@@ -170,6 +170,12 @@ class _Line:
         # The multipliers, e, and what both are to be divided by.
         return least_distance(self.columns, self.bounds(tau), self.flag)
 
+    def projection(self) -> tuple[Array, Array]:
+        # At τ = 0 the multipliers and the direction, ĝ_0 projected on the dual cone. The bounds of `at` are a
+        # combination of the columns there, which rounding can make infeasible.
+        x, residual = nonnegative(self.columns, -self.mean, self.flag)
+        return x, -residual
+
     def piece(self, support: NDArray[np.intp]) -> _Piece | None:
         # The τ with this support; None if it is empty, or larger than the rank, so that no e exists.
         if not 0 < len(support) <= len(self.columns):
@@ -317,9 +323,9 @@ class _Ball(_Region):
         # τ = 0 is special: when the rows are Pareto stationary no d reaches a positive τ, and ‖e‖ jumps to infinity.
         if low <= 0 < high:
             tau = 0.0
-            x, e, gap = line.at(tau)
-            if self.has(line.mean, e, gap) and line.is_stationary(tolerance):
-                return self._from(line, (x / gap, e @ line.columns / gap - line.bounds(tau)), length, True)
+            x, d = line.projection()
+            if self.has(line.mean, d - line.mean, 1.0) and line.is_stationary(tolerance):
+                return self._from(line, (x, d @ line.columns), length, True)
         return self._from(line, line.border(self, low, high, tau), length, False)
 
     def _from(self, line: _Line, answer: tuple[Array, Array], length: float, degenerate: bool) -> _Found:
@@ -383,15 +389,15 @@ class _Cone(_Region):
 
     def _of_stationary(self, line: _Line, low: float, length: float, tolerance: float) -> _Found:
         # No d helps all rows, so that τ ends at 0, at the projection of ĝ_0 on the dual cone.
-        x, e, gap = line.at(0.0)
-        projected = gap * line.mean + e
-        if sqrt(projected @ projected) > tolerance * gap:
-            if self.has(line.mean, e, gap):
-                return self._from(line, (x / gap, e @ line.columns / gap + line.slopes), length, True)
+        x, d = line.projection()
+        if sqrt(d @ d) > tolerance * (1 + x.sum()):
+            if self.has(line.mean, d - line.mean, 1.0):
+                return self._from(line, (x, d @ line.columns), length, True)
             return self._from(line, line.border(self, low, 0.0, low / 2), length, False)
         last = _LAST * low
-        _, e, gap = line.at(last)
-        if self.has(line.mean, e, gap):
+        x, e, gap = line.at(last)
+        d = gap * line.mean + e
+        if self.has(line.mean, e, gap) or sqrt(d @ d) <= tolerance * (gap + x.sum()):
             return _Found(np.zeros(len(x)), 1.0, line.slopes, length, 1.0, True, True)
         return self._from(line, line.border(self, low, last, low / 2), length, False)
 

@@ -974,6 +974,24 @@ def test_conic_of_stationary_rows_that_leave_nothing_is_the_mean(
     np.testing.assert_allclose(rows.T @ w, expected, atol=1e-14)
 
 
+@pytest.mark.parametrize("turn", range(8))
+@pytest.mark.parametrize("angle", [1e-2, 1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("solve", [geometry.cagrad, geometry.conic], ids=["cagrad", "conic"])
+def test_nearly_opposite_rows_and_one_beyond_leave_no_direction(
+    solve: Callable[..., tuple[Matrix, bool]], angle: float, turn: int
+) -> None:
+    """The multipliers are 1/angle here. What is left of the projection on the dual cone is their rounding."""
+    angles = np.array([0.0, np.pi - angle, -1.4]) + 0.3 + turn * np.pi / 4
+    j = np.array([1.0, 0.7, 1.0])[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    w, degenerate = solve(j @ j.T, 2.0 if solve is geometry.cagrad else 0.5, lambda: j)
+    assert degenerate
+    if solve is geometry.conic:
+        np.testing.assert_allclose(w, 1 / 3, rtol=1e-15)
+        return
+    assert np.abs(w).max() < 10 / angle
+    assert np.linalg.norm(w @ j) <= 1e-14 * np.abs(w).sum()
+
+
 def test_conic_of_stationary_rows_with_a_free_direction_raises_no_loss() -> None:
     """The two opposed rows forbid all but the third one's direction, at 45° from the mean."""
     j = np.array([[1.0, 0.0], [-2.0, 0.0], [0.0, 1.0]])

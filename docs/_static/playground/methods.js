@@ -2,7 +2,7 @@
 //
 // A classic script without dependencies, not a module: browsers refuse modules in pages opened from a folder (file://).
 // It leaves one name behind, `gradsurgeryMethods`. Rows are arrays [x, y]. The rows themselves are at hand here, so no
-// Gram matrix is formed and no digits are lost in it; problems are solved for unit rows, as in gradsurgery/geometry.py.
+// Gram matrix is formed and no digits are lost in it; problems are solved for unit rows, as in gradsurgery/geometry.
 "use strict";
 
 const gradsurgeryMethods = (() => {
@@ -188,41 +188,60 @@ const gradsurgeryMethods = (() => {
   }
 
   /**
-   * Nash-MTL: in the plane d = √m (cos θ, sin θ) and w_i = 1 / ⟨g_i, d⟩, where θ maximises Σ log ⟨u_i, d⟩ in the cone
-   * of common descent. The derivative, a sum of cotangents, falls from +∞ to −∞ across the cone: one root.
+   * The direction of the largest Σ ⟨g_i, d⟩^(1−α) / (1−α), of Σ log ⟨g_i, d⟩ for α = 1, among those of one length: its
+   * weights are ∝ ⟨g_i, d⟩^−α, and sum to m. In the plane d has an angle θ, and the derivative in θ, the sum of
+   * n_i^(1−α) cos / sin^α, falls from +∞ to −∞ across the cone of common descent: one root.
    */
-  function nash(rows) {
+  function fairest(rows, alpha) {
     const m = rows.length;
     const { places, lengths, units } = present(rows);
     const still = { weights: rows.map(() => 0), stationary: true };
     if (!units.length || shortest(places.map((i) => rows[i])).stationary) return still;
-    // Angles are measured from the clockwise edge of the cone, a quarter turn back from the row furthest anticlockwise.
     const lead = units.map((unit) => Math.min(...units.map((other) => cross(other, unit))));
-    const outermost = units[lead.indexOf(Math.max(...lead))];
-    const behind = units.map((other) => Math.atan2(Math.max(0, cross(other, outermost)), dot(other, outermost)));
+    const first = units[lead.indexOf(Math.max(...lead))]; // furthest anticlockwise
+    const behind = units.map((unit) => Math.atan2(Math.max(0, cross(unit, first)), dot(unit, first)));
     const widest = Math.max(...behind);
-    const last = units[behind.indexOf(widest)];
-    // π − widest would lose the digits of a narrow cone.
-    const width = Math.atan2(cross(last, outermost), -dot(last, outermost));
-    const sines = (s) => behind.map((angle) => (angle === widest ? Math.sin(width - s) : Math.sin(s + angle)));
-    const slope = (s) => sum(behind.map((angle) => (
-      angle === widest ? -1 / Math.tan(width - s) : 1 / Math.tan(s + angle))));
-    let [low, high] = [0, width];
-    if (widest === 0) [low, high] = [Math.PI / 2, Math.PI / 2]; // all rows point one way
-    for (;;) {
-      const middle = (low + high) / 2;
-      if (middle <= low || middle >= high) break;
-      if (slope(middle) > 0) low = middle;
-      else high = middle;
+    const shares = lengths.map((length) => (length / Math.min(...lengths)) ** (1 - alpha));
+    let found = units.map(() => 1); // all rows point one way
+    if (widest > 0) {
+      const last = units[behind.indexOf(widest)];
+      // π − widest would lose the digits of a narrow cone.
+      const width = Math.atan2(cross(last, first), -dot(last, first));
+      // Angles are measured from the edge of the cone that is closer to θ, which is a quarter turn from one of the two.
+      const sine = (angle, s) => Math.sin(angle === widest ? width - s : s + angle);
+      const cosine = (angle, s) => (angle === widest ? -Math.cos(width - s) : Math.cos(s + angle));
+      const slope = (angles, s) => sum(angles.map((angle, i) => (shares[i] * cosine(angle, s)) / sine(angle, s) ** alpha));
+      const ahead = units.map((unit) => (unit === first ? widest : Math.atan2(Math.max(0, cross(last, unit)), dot(unit, last))));
+      const angles = slope(behind, width / 2) > 0 ? ahead : behind;
+      let [low, high] = [0, width];
+      for (;;) {
+        const middle = (low + high) / 2;
+        if (middle <= low || middle >= high) break;
+        if (slope(angles, middle) > 0) low = middle;
+        else high = middle;
+      }
+      found = angles.map((angle) => sine(angle, (low + high) / 2));
     }
-    const found = widest === 0 ? units.map(() => 1) : sines((low + high) / 2);
-    const weights = found.map((sine, k) => 1 / (lengths[k] * sine));
-    // The library's scale: weights that sum to m.
+    const weights = found.map((each, i) => shares[i] / (lengths[i] * each ** alpha));
     return { weights: spread(m, places, scaled(weights, m / sum(weights))) };
   }
 
+  /** The sum of the rows, projected on the cone of directions in which no loss rises. */
+  function dualProjection(rows) {
+    const { places, lengths, units } = present(rows);
+    const weights = rows.map(() => 1);
+    const total = mixed(rows, weights);
+    if (!units.some((unit) => dot(unit, total) < 0)) return { weights };
+    nonNegative(units, scaled(total, -1)).forEach((pushed, i) => { weights[places[i]] += pushed / lengths[i]; });
+    return { weights };
+  }
+
+  function fairgrad(rows, { alpha }) {
+    return alpha === 0 ? dualProjection(rows) : fairest(rows, alpha);
+  }
+
   /** CAGrad: the largest min_i ⟨g_i, d⟩ within c ‖g_0‖ of the mean g_0. */
-  function cagrad(rows, c = CAGRAD_C) {
+  function cagrad(rows, { c }) {
     const m = rows.length;
     const { places, lengths, units } = present(rows);
     const weights = rows.map(() => 1 / (1 + c)); // the mean; rescaled below is what comes on top
@@ -276,13 +295,136 @@ const gradsurgeryMethods = (() => {
     return { push: best, degenerate: false };
   }
 
+  /** ConicGrad: the largest min_i ⟨g_i, d⟩ within a cone around the mean g_0, cos(d, g_0) ≥ c, as long as m g_0. */
+  function conic(rows, { c }) {
+    const weights = rows.map(() => 1);
+    const { places, lengths, units } = present(rows);
+    const own = places.map((i) => rows[i]);
+    const mean = mixed([[0, 0], ...units], [0, ...scaled(lengths, 1 / sum(lengths))]);
+    if (norm(mean) <= 16 * places.length * EPS) return { weights, stationary: true };
+    if (c === 1) return { weights };
+    const length = norm(mean) * sum(lengths);
+    const middle = scaled(mean, 1 / norm(mean));
+    const { weights: hull, stationary } = shortest(own);
+    const inside = (d) => norm(d) > 0 && dot(d, middle) >= c * norm(d);
+    const answer = (found) => {
+      const size = norm(mixed(own, found));
+      places.forEach((i, k) => { weights[i] = (found[k] * length) / size; });
+    };
+    if (!stationary && inside(mixed(own, hull))) {
+      answer(hull);
+      return { weights };
+    }
+    const side = Math.sqrt((1 - c) * (1 + c));
+    for (const turn of [side, -side]) {
+      // An edge d of the cone is the answer if it points to g_i + μ g_0 for the row i that is worst off there, μ ≥ 0.
+      const edge = [c * middle[0] - turn * middle[1], c * middle[1] + turn * middle[0]];
+      const values = own.map((row) => dot(row, edge));
+      const worst = values.indexOf(Math.min(...values));
+      const share = cross(edge, own[worst]) / turn;
+      if (share >= 0 && values[worst] + share * c > 16 * own.length * EPS * (lengths[worst] + share)) {
+        answer(own.map((_, k) => share / length + (k === worst ? 1 : 0)));
+        return { weights };
+      }
+    }
+    // Pareto stationary: of the directions that raise no loss the one closest to the mean, if there is one.
+    const push = nonNegative(units, scaled(middle, -1));
+    const projected = plus(middle, mixed(units, push));
+    if (norm(projected) > 16 * own.length * EPS * (1 + sum(push)) && inside(projected)) answer(push.map((x, k) => x / lengths[k] + 1 / length));
+    return { weights, stationary: true };
+  }
+
+  /** What ConFIG takes for the lengths of all rows. */
+  const LENGTHS = {
+    projection: (n) => n,
+    min: (n) => n.map(() => Math.min(...n)),
+    max: (n) => n.map(() => Math.max(...n)),
+    mean: (n) => n.map(() => sum(n) / n.length),
+    harmonic: (n) => n.map(() => n.length / sum(n.map((x) => 1 / x))),
+    geometric: (n) => n.map(() => Math.exp(sum(n.map(Math.log)) / n.length)),
+  };
+
+  /** ConFIG: the direction that has one cosine with all rows, v = U⁺1 for the unit rows U, as long as Σ L_i cos(g_i, v). */
+  function config(rows, { length }) {
+    const { places, lengths, units } = present(rows);
+    if (!places.length) return { weights: rows.map(() => 0), stationary: true };
+    const counted = LENGTHS[length](lengths);
+    let shares = units.map(() => 1); // of two or less independent rows; those that point one way add up, too
+    let total = sum(counted);
+    if (units.length > 2 || (units.length === 2 && orthogonal(units) === null)) {
+      shares = balanced(units);
+      const v = mixed(units, shares);
+      if (dot(v, v) <= units.length * EPS) return { weights: rows.map(() => 0), stationary: true };
+      total = sum(units.map((unit, k) => dot(unit, v) * counted[k]));
+    }
+    const weights = shares.map((share, k) => (share * total) / sum(shares) / lengths[k]);
+    return { weights: spread(rows.length, places, weights) };
+  }
+
+  /** The shortest y of those with the least Σ (⟨u_i, v⟩ − 1)², v = Σ y_i u_i: columns made orthogonal by one rotation. */
+  function balanced(units) {
+    const [x, y] = [0, 1].map((k) => units.map((unit) => unit[k]));
+    const angle = Math.atan2(2 * dot(x, y), dot(x, x) - dot(y, y)) / 2;
+    const [c, s] = [Math.cos(angle), Math.sin(angle)];
+    const columns = [plus(scaled(x, c), y, s), plus(scaled(y, c), x, -s)];
+    const large = Math.max(...columns.map(norm));
+    const ones = units.map(() => 1);
+    return columns.filter((column) => norm(column) > 16 * units.length * EPS * large)
+      .map((column) => scaled(column, dot(column, ones) / dot(column, column) ** 2))
+      .reduce((total, part) => plus(total, part), units.map(() => 0));
+  }
+
+  /** GCS: the others as far as they agree with the first, by their cosine or, switched, whole. */
+  function gcs(rows, { switched }) {
+    const size = norm(rows[0]);
+    return {
+      weights: rows.map((row, i) => {
+        if (i === 0) return 1;
+        const cosine = size > 0 && norm(row) > 0 ? dot(scaled(row, 1 / norm(row)), rows[0]) / size : 0;
+        if (switched) return Number(cosine > 8 * EPS);
+        return Math.max(0, cosine);
+      }),
+    };
+  }
+
+  /** BLUR: the first gradient, which forgets, and what is at a right angle to it in the sum of the others. */
+  function blur(rows) {
+    const [forget, ...retain] = rows;
+    const weights = rows.map(() => 1);
+    const square = dot(forget, forget);
+    if (square > 0) weights[0] -= sum(retain.map((row) => dot(row, forget))) / square;
+    return { weights };
+  }
+
+  /** SAGO: in each coordinate the first gradient, which forgets, or the sum of the others where their signs differ. */
+  function sago(rows, { prefer_retain: prefer }) {
+    const [forget, ...others] = rows;
+    const retain = others.reduce((total, row) => plus(total, row));
+    if (norm(forget) === 0) return { weights: null, direction: retain };
+    const agreed = prefer ? plus(forget, retain) : forget;
+    return {
+      weights: null,
+      direction: forget.map((f, k) => (Math.sign(f) * Math.sign(retain[k]) < 0 ? retain[k] : agreed[k])),
+    };
+  }
+
+  /**
+   * Names and options are those of the library: the call is name(optimizer, option=value). An option is a number from
+   * `least` to `most`, one of some `values`, or a switch. `more` methods are shown when they are asked for.
+   */
   const METHODS = [
     { key: "sum", name: "plain sum", weights: (rows) => ({ weights: rows.map(() => 1) }) },
     { key: "pcgrad", name: "PCGrad", weights: pcgrad },
     { key: "mgda", name: "MGDA", weights: mgda },
-    { key: "cagrad", name: "CAGrad", weights: (rows) => cagrad(rows) },
-    { key: "nash", name: "Nash-MTL", weights: nash },
+    { key: "cagrad", name: "CAGrad", weights: cagrad, option: { name: "c", least: 0, most: 2, step: 0.1, initial: CAGRAD_C } },
+    { key: "nash", name: "Nash-MTL", weights: (rows) => fairest(rows, 1) },
     { key: "upgrad", name: "UPGrad", weights: upgrad },
+    { key: "config", name: "ConFIG", weights: config, more: true, option: { name: "length", values: Object.keys(LENGTHS), initial: "projection" } },
+    { key: "conic", name: "ConicGrad", weights: conic, more: true, option: { name: "c", least: 0, most: 1, step: 0.05, initial: 0.5 } },
+    { key: "fairgrad", name: "FairGrad", weights: fairgrad, more: true, option: { name: "alpha", least: 0, most: 4, step: 0.5, initial: 2 } },
+    { key: "gcs", name: "GCS", weights: gcs, more: true, option: { name: "switched", initial: false } },
+    { key: "blur", name: "BLUR", weights: blur, more: true },
+    { key: "sago", name: "SAGO", weights: sago, more: true, option: { name: "prefer_retain", initial: false } },
   ];
 
   // ---------------------------------------------------------------------------------------- what it means
@@ -291,24 +433,28 @@ const gradsurgeryMethods = (() => {
    * What a step along −d does to each loss, to first order: −1 it falls, 1 it rises, 0 neither. A slope ⟨g_i, d⟩ is
    * zero when it is no more than rounding of the terms of d.
    */
-  function effects(rows, weights, direction) {
-    const terms = sum(rows.map((row, i) => Math.abs(weights[i]) * norm(row)));
+  function effects(rows, terms, direction) {
     return rows.map((row) => {
       const slope = dot(row, direction);
       return Math.abs(slope) <= 1e-12 * terms * norm(row) ? 0 : -Math.sign(slope);
     });
   }
 
-  /** Everything about one method: weights, direction, slopes ⟨g_i, d⟩, effects on the losses, and a flag. */
-  function solve(key, rows) {
-    const method = METHODS.find((each) => each.key === key);
-    const { weights, stationary = false } = method.weights(rows);
-    const direction = mixed(rows, weights);
+  /**
+   * Everything about one method: weights (null if it has none), direction, the length of its terms, slopes ⟨g_i, d⟩,
+   * effects on the losses, and a flag. Of options that are not given the library's defaults are taken.
+   */
+  function solve(key, rows, given = {}) {
+    const { weights: own, option } = METHODS.find((each) => each.key === key);
+    const { weights, stationary = false, ...rest } = own(rows, { ...(option ? { [option.name]: option.initial } : {}), ...given });
+    const direction = rest.direction ?? mixed(rows, weights);
+    const terms = sum(rows.map((row, i) => (weights === null ? 1 : Math.abs(weights[i])) * norm(row)));
     return {
       weights,
       direction,
+      terms,
       slopes: rows.map((row) => dot(row, direction)),
-      effects: effects(rows, weights, direction),
+      effects: effects(rows, terms, direction),
       stationary,
     };
   }
@@ -335,5 +481,5 @@ const gradsurgeryMethods = (() => {
     return { kind: "ray", from: start };
   }
 
-  return { METHODS, solve, cone, effects, pcgradOutcomes, pcgradInOrder, norm, dot };
+  return { METHODS, solve, cone, pcgradOutcomes, pcgradInOrder, norm, dot };
 })();

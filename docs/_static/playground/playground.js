@@ -67,6 +67,12 @@
     cagrad: "best for the worst-off loss, within a ball around the mean",
     nash: "bargains: lengths of single gradients do not turn it",
     upgrad: "projects each gradient on the green cone, and adds up",
+    config: "one cosine with every gradient, whatever their lengths",
+    conic: "best for the worst-off loss, within a cone around the mean",
+    fairgrad: "shares the improvement fairly; at alpha = 0 the plain sum, projected on the green cone (DualProj)",
+    gcs: "gradient 1, and the others as far as they agree with it",
+    blur: "gradient 1 forgets; of the others it adds what is at a right angle to it",
+    sago: "x and y by themselves: gradient 1 forgets, but where the others have the opposite sign they count instead",
   };
 
   const SUBSCRIPT = ["₁", "₂", "₃"];
@@ -74,9 +80,29 @@
   // ---------------------------------------------------------------------------------------- state
 
   const root = document.getElementById("pg-root");
-  const state = { rows: copied(PRESETS[0].rows), equal: false, hidden: new Set() };
+  const state = { rows: copied(PRESETS[0].rows), equal: false, hidden: new Set(), more: new Set(), options: initial() };
   let lit = null;
   let moving = null;
+
+  /** The library's defaults, by method. */
+  function initial() {
+    return Object.fromEntries(METHODS.filter(({ option }) => option).map(({ key: own, option }) => [own, option.initial]));
+  }
+
+  const isShown = (method) => !method.more || state.more.has(method.key);
+
+  function answer(method, rows) {
+    const given = method.option ? { [method.option.name]: state.options[method.key] } : {};
+    return { key: method.key, name: method.name, ...solve(method.key, rows, given) };
+  }
+
+  /** A value of an option from its text; undefined if it is none. */
+  function optionOf({ least, most, values, initial: first }, text) {
+    if (values) return values.find((value) => value === text);
+    if (least === undefined) return { true: true, false: false }[text] ?? (text === null ? undefined : first);
+    const value = text === null || text.trim() === "" ? NaN : Number(text);
+    return value >= least && value <= most ? value : undefined;
+  }
 
   function copied(rows) {
     return rows.map((row) => [...row]);
@@ -85,7 +111,11 @@
   function toHash() {
     const parts = [`g=${state.rows.map((row) => row.join(",")).join(";")}`];
     if (state.equal) parts.push("arrows=equal");
+    if (state.more.size) parts.push(`more=${[...state.more].join(",")}`);
     if (state.hidden.size) parts.push(`hide=${[...state.hidden].join(",")}`);
+    METHODS.filter(({ option }) => option).forEach(({ key: own, option }) => {
+      if (state.options[own] !== option.initial) parts.push(`${own}.${option.name}=${state.options[own]}`);
+    });
     return `#${parts.join("&")}`;
   }
 
@@ -98,8 +128,16 @@
     if (!sound) return false;
     state.rows = rows;
     state.equal = parts.get("arrows") === "equal";
-    const hidden = (parts.get("hide") ?? "").split(",");
-    state.hidden = new Set(METHODS.map((method) => method.key).filter((key) => hidden.includes(key)));
+    const named = (name) => {
+      const found = (parts.get(name) ?? "").split(",");
+      return METHODS.filter((method) => found.includes(method.key));
+    };
+    state.hidden = new Set(named("hide").map((method) => method.key));
+    state.more = new Set(named("more").filter((method) => method.more).map((method) => method.key));
+    state.options = initial();
+    METHODS.filter(({ option }) => option).forEach(({ key: own, option }) => {
+      state.options[own] = optionOf(option, parts.get(`${own}.${option.name}`)) ?? option.initial;
+    });
     return true;
   }
 
@@ -243,6 +281,7 @@
     });
     const icon = drawn("svg", { width: 18, height: 18, viewBox: "0 0 18 18", "aria-hidden": "true" }, marker(method.key, 9, 9));
     const length = element("span", { class: "pg-length" });
+    const option = method.option ? optionControl(method) : null;
     const lines = [0, 1, 2].map((i) => {
       const fill = element("span", { class: "pg-fill" });
       const weight = element("span", { class: "pg-weight" });
@@ -256,6 +295,7 @@
       "section", { class: `pg-card pg-is-${method.key}`, "data-method": method.key, "aria-label": method.name },
       element("h2", {}, element("label", {}, box, icon, element("span", {}, method.name)), length),
       element("p", { class: "pg-words" }, WORDS[method.key]),
+      option && option.label,
       element("table", {},
         element("thead", {}, element("tr", {}, element("th", { scope: "col" }, element("span", { class: "pg-unseen" }, "loss")),
           element("th", { scope: "col" }, "weight"), element("th", { scope: "col" }, "change"))),
@@ -267,15 +307,68 @@
     card.addEventListener("pointerleave", light(false));
     card.addEventListener("focusin", light(true));
     card.addEventListener("focusout", light(false));
-    return { card, box, length, lines, verdict, method };
+    return { card, box, length, option, lines, verdict, method };
   });
+
+  /** What sets the argument of a method: a slider, a list or a box. */
+  function optionControl(method) {
+    const { name, least, most, step, values } = method.option;
+    const set = (value) => { state.options[method.key] = value; changed(); };
+    const about = { "aria-label": `${method.name}: ${name}`, class: "pg-set" };
+    const shownValue = element("output", {});
+    let input;
+    if (values) {
+      input = element("select", { ...about, onchange: (event) => set(event.target.value) }, ...values.map((value) => element("option", { value }, value)));
+    } else if (least === undefined) {
+      input = element("input", { ...about, type: "checkbox", onchange: (event) => set(event.target.checked) });
+    } else {
+      input = element("input", { ...about, type: "range", min: least, max: most, step, oninput: (event) => set(event.target.valueAsNumber) });
+    }
+    // The site's own keys lead to other pages.
+    input.addEventListener("keydown", (event) => { if (event.key.startsWith("Arrow")) event.stopPropagation(); });
+    const label = element("label", { class: "pg-option" }, element("code", {}, name), least === undefined ? null : shownValue, input);
+    const refresh = () => {
+      const value = state.options[method.key];
+      if (input.type === "checkbox") input.checked = value;
+      else input.value = String(value);
+      shownValue.textContent = `= ${value}`;
+    };
+    return { label, refresh };
+  }
+
+  const more = element("div", { class: "pg-presets pg-more", role: "group", "aria-label": "More methods" }, element("span", {}, "More methods:"));
+  METHODS.filter((method) => method.more).forEach((method) => {
+    more.append(element("button", {
+      type: "button", "data-more": method.key,
+      onclick: () => {
+        if (!state.more.delete(method.key)) state.more.add(method.key);
+        changed();
+      },
+    }, method.name));
+  });
+
+  // On a phone the cards are far below the arrows. The same in short stands right below them; screen readers have the cards.
+  const summary = element("table", { class: "pg-summary", "aria-hidden": "true" });
+
+  function summarise(results) {
+    const top = element("tr", {}, element("th", {}, "change"), ...state.rows.map((_, i) => element("th", {}, `loss ${i + 1}`)));
+    summary.replaceChildren(top, ...results.filter((result) => !state.hidden.has(result.key)).map((result) => {
+      const icon = drawn("svg", { width: 16, height: 16, viewBox: "0 0 18 18" }, marker(result.key, 9, 9));
+      return element("tr", { class: `pg-is-${result.key}`, "data-method": result.key }, element("th", {}, icon, ` ${result.name}`),
+        ...result.effects.map((effect, i) => element("td", { class: `pg-effect ${EFFECTS[effect + 1].kind}` },
+          `${EFFECTS[effect + 1].sign} ${change(effect, result.slopes[i])}`)));
+    }));
+  }
+
+  const EFFECTS = [{ sign: "▼", word: "falls", kind: "pg-falls" }, { sign: "●", word: "unchanged", kind: "pg-same" }, { sign: "▲", word: "rises", kind: "pg-rises" }];
+  const change = (effect, slope) => (effect === 0 ? "0" : `${effect > 0 ? "+" : ""}${shown(-slope)}`);
 
   const live = element("p", { class: "pg-unseen", role: "status", "aria-live": "polite", id: "pg-live" });
 
   root.replaceChildren(
     presets,
     // The words change with the arrows, so they stand below the plane: it must not move while something is dragged.
-    element("div", { class: "pg-main" }, element("div", { class: "pg-figure" }, plane), story, side,
+    element("div", { class: "pg-main" }, element("div", { class: "pg-figure" }, plane), summary, story, side, more,
       element("div", { class: "pg-cards" }, ...cards.map((each) => each.card))),
     element("p", { class: "pg-code" }, "In Python: ", code),
     live,
@@ -416,6 +509,12 @@
       cagrad: drawn("path", { d: "M0-7 7 0 0 7-7 0Z" }),
       nash: drawn("path", { d: "M0-7 1.9-2.4 6.7-2.2 3 .9 4.2 5.7 0 3-4.2 5.7-3 .9-6.7-2.2-1.9-2.4Z" }),
       upgrad: drawn("circle", { r: 5.5 }),
+      config: drawn("path", { d: "M-3.2-5.6H3.2L6.4 0 3.2 5.6H-3.2L-6.4 0Z" }),
+      conic: drawn("path", { d: "M0 6.5 6-4.5H-6Z" }),
+      fairgrad: drawn("path", { d: "M-2.2-6.2H2.2V-2.2H6.2V2.2H2.2V6.2H-2.2V2.2H-6.2V-2.2H-2.2Z" }),
+      gcs: drawn("path", { d: "M-6.5 3.2A6.5 6.5 0 0 1 6.5 3.2Z" }),
+      blur: drawn("rect", { x: -6.5, y: -3.2, width: 13, height: 6.4, rx: 3.2 }),
+      sago: drawn("path", { d: "M-6-2.9-2.9-6 0-3.1 2.9-6 6-2.9 3.1 0 6 2.9 2.9 6 0 3.1-2.9 6-6 2.9-3.1 0Z" }),
     };
     shapes[name].setAttribute("class", `pg-marker pg-is-${name}`);
     shapes[name].setAttribute("transform", `translate(${x} ${y})`);
@@ -495,8 +594,7 @@
     const groups = [];
     results.filter((result) => !state.hidden.has(result.key)).forEach((result) => {
       const length = norm(result.direction);
-      const terms = result.weights.reduce((total, w, i) => total + Math.abs(w) * norm(state.rows[i]), 0);
-      const still = length <= 1e-12 * terms || length === 0;
+      const still = length <= 1e-12 * result.terms || length === 0;
       const wanted = still ? [0, 0] : state.equal ? result.direction.map((x) => (x * EQUAL) / length) : result.direction;
       const end = still ? [0, 0] : tip(wanted);
       const times = !still && !state.equal && length > LONGEST ? length / LONGEST : 1;
@@ -687,7 +785,7 @@
     const m = rows.length;
     const size = width();
     plane.setAttribute("viewBox", `0 0 ${size} ${size}`);
-    const results = METHODS.map(({ key: own, name }) => ({ key: own, name, ...solve(own, rows) }));
+    const results = METHODS.filter(isShown).map((method) => answer(method, rows));
     const found = cone(rows);
     const origin = place([0, 0]);
 
@@ -735,22 +833,27 @@
     equal[0].input.checked = !state.equal;
     equal[1].input.checked = state.equal;
 
-    const top = Math.max(...results.flatMap((result) => result.weights.map(Math.abs)), 1e-300);
-    cards.forEach((card, c) => {
-      const result = results[c];
+    const top = Math.max(...results.flatMap((result) => (result.weights ?? []).map(Math.abs)), 1e-300);
+    more.querySelectorAll("button").forEach((button) => button.setAttribute("aria-pressed", String(state.more.has(button.dataset.more))));
+    summarise(results);
+    cards.forEach((card) => {
+      const result = results.find((each) => each.key === card.method.key);
+      card.card.hidden = result === undefined;
+      if (result === undefined) return;
+      card.option?.refresh();
       card.box.checked = !state.hidden.has(result.key);
       card.card.classList.toggle("pg-hidden", state.hidden.has(result.key));
       card.length.textContent = `length ${shown(norm(result.direction))}`;
       card.lines.forEach((line, i) => {
         line.line.hidden = i >= m;
         if (i >= m) return;
-        line.fill.style.width = `${(100 * Math.abs(result.weights[i])) / top}%`;
-        line.weight.textContent = shown(result.weights[i]);
+        line.fill.style.width = `${(100 * Math.abs(result.weights?.[i] ?? 0)) / top}%`;
+        line.weight.textContent = result.weights ? shown(result.weights[i]) : "none";
         const effect = result.effects[i];
-        const [sign, word] = [["▼", "falls"], ["●", "unchanged"], ["▲", "rises"]][effect + 1];
-        line.effect.className = `pg-effect pg-${["falls", "same", "rises"][effect + 1]}`;
+        const { sign, word, kind } = EFFECTS[effect + 1];
+        line.effect.className = `pg-effect ${kind}`;
         line.effect.replaceChildren(element("span", { "aria-hidden": "true" }, `${sign} `),
-          element("span", { class: "pg-unseen" }, `${word} `), effect === 0 ? "0" : `${effect > 0 ? "+" : ""}${shown(-result.slopes[i])}`);
+          element("span", { class: "pg-unseen" }, `${word} `), change(effect, result.slopes[i]));
       });
       const verdict = verdictOf(result);
       card.verdict.textContent = verdict.text;
@@ -767,7 +870,7 @@
     clearTimeout(saying);
     saying = setTimeout(() => {
       live.textContent = `${rows.map((row, i) => `Gradient ${i + 1}: x ${shown(row[0])}, y ${shown(row[1])}.`).join(" ")} ${coneSentence(found, m)} ${
-        results.map((result) => `${result.name}: ${verdictOf(result).text}, weights ${result.weights.map(shown).join(", ")}.`).join(" ")}`;
+        results.map((result) => `${result.name}: ${verdictOf(result).text}${result.weights ? `, weights ${result.weights.map(shown).join(", ")}` : ""}.`).join(" ")}`;
     }, 500);
   }
 
