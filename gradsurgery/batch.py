@@ -277,7 +277,7 @@ class Batch:
                     row[j] = g
             yield row
 
-    def one_pass(self, weights: np.ndarray, params: Sequence[Tensor], last: bool) -> list[Tensor | None]:
+    def one_pass(self, weights: np.ndarray | Tensor, params: Sequence[Tensor], last: bool) -> list[Tensor | None]:
         """Differentiate Σ wᵢ lᵢ in one backward pass.
 
         Args:
@@ -291,7 +291,9 @@ class Batch:
         if not params:
             return []
         used = [i for i, root in enumerate(self.tasks.roots) if root is not None]
-        starts = rows_module.multiplied([self.seeds[i] for i in used], weights[used].tolist())
+        # A tensor stays where it is: all losses are there then.
+        factors = weights if isinstance(weights, Tensor) else weights[used].tolist()
+        starts = rows_module.multiplied([self.seeds[i] for i in used], factors)
         engine = "backward" if self.graph.hidden else "accumulate" if self.comm.in_place else "grad"
         leaves = list(dict.fromkeys([*params, *self.leaves])) if engine == "backward" else list(params)
         # All of them: DistributedDataParallel may write to parameters that this pass does not reach.

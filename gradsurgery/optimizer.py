@@ -48,7 +48,7 @@ class Switches(TypedDict, total=False):
     """Arguments that every method takes; see :class:`MultiLossOptimizer`."""
 
     reduction: Literal["sum", "mean"]
-    nonfinite: Literal["raise", "skip", "drop"]
+    nonfinite: Literal["raise", "skip", "drop", "defer"]
     every: int
     warmup: int
     preference: Mapping[str, float] | Sequence[float] | None
@@ -118,6 +118,10 @@ class MultiLossOptimizer(Optimizer):
             "skip": write nothing. "drop": leave out the tasks whose loss value is not finite. With a gradient scaler,
             inf and nan are always written through, so that the scaler skips the step. Where the update needs one
             backward pass only, gradients are examined under "skip" alone: it would cost a pass over all of them.
+            "defer", for `FixedWeighter`, `UncertaintyWeighter`, `IMTLLWeighter` and `DWAWeighter`: no call waits for
+            the device. Values are looked at in the next call, whose report names the losses that were not finite
+            (`nonfinite_before`). Their step adds zeros to ``.grad`` and teaches the method nothing; the wrapped
+            optimizer makes it all the same, momentum and weight decay included, and it counts as a step.
         every: Compute new weights in every k-th committed step and reuse the last ones, at the cost of one or two
             backward passes, in between. A surgery makes one pass per loss there too where the graph does not tell which
             parameters are private: under reentrant activation checkpointing, in a compiled model, or below functions
@@ -153,6 +157,9 @@ class MultiLossOptimizer(Optimizer):
     scale: Literal["sum", "paper", "priority"] = "sum"
     #: The method works by one weight per loss; those that do not refuse what needs weights.
     has_weights = True
+    #: The class takes ``nonfinite="defer"``: its weights can be found without a look at the values of the losses. A
+    #: subclass says so for itself.
+    can_defer = False
     #: Why `preference` is refused; empty if it is not.
     preference_refused = ""
     reduction = Switch()
@@ -173,7 +180,7 @@ class MultiLossOptimizer(Optimizer):
         optimizer: Optimizer,
         *,
         reduction: Literal["sum", "mean"] = "sum",
-        nonfinite: Literal["raise", "skip", "drop"] = "raise",
+        nonfinite: Literal["raise", "skip", "drop", "defer"] = "raise",
         every: int = 1,
         warmup: int = 0,
         preference: Mapping[str, float] | Sequence[float] | None = None,
@@ -201,7 +208,7 @@ class MultiLossOptimizer(Optimizer):
         check = self.check
         self.settings = Settings(
             reduction=check.choice("reduction", reduction, ("sum", "mean")),
-            nonfinite=check.choice("nonfinite", nonfinite, ("raise", "skip", "drop")),
+            nonfinite=check.choice("nonfinite", nonfinite, ("raise", "skip", "drop", "defer")),
             every=check.count("every", every, least=1),
             warmup=check.count("warmup", warmup, least=0),
             preference=None if preference is None else check.numbers("preference", preference, above=0.0),
@@ -213,6 +220,7 @@ class MultiLossOptimizer(Optimizer):
             process_group=process_group,
             debug=bool(debug),
         )
+        self._require_deferrable()
         if self.min_weight > self.max_weight:
             raise ValueError(f"{self._name}: `min_weight` {min_weight!r} exceeds `max_weight` {max_weight!r}.")
         if preference is not None and self.preference_refused:
@@ -229,6 +237,21 @@ class MultiLossOptimizer(Optimizer):
         if isinstance(optimizer, MultiLossOptimizer):
             optimizer.transaction.loop.plain_steps = None  # nobody calls `backward` of the one inside
         misuse.watch(self)
+
+    def _require_deferrable(self) -> None:
+        if self.nonfinite != "defer":
+            return
+        if not vars(type(self)).get("can_defer"):
+            raise ValueError(
+                f'{self._name}: `nonfinite` "defer" needs weights that do not wait for the values of the losses, which '
+                f"FixedWeighter, UncertaintyWeighter, IMTLLWeighter and DWAWeighter have, got 'defer'. "
+                'Pass "raise", "skip" or "drop".'
+            )
+        if self.distributed:
+            raise ValueError(
+                f"{self._name}: `nonfinite` \"defer\" works in one process, got 'defer' with distributed processes. "
+                'Pass "raise", "skip" or "drop".'
+            )
 
     @classmethod
     def around(cls, optimizer: Optimizer, **options: Any) -> MultiLossOptimizer:

@@ -29,11 +29,10 @@ class Report:
         reason: Why in that way.
         projections: How often one gradient was projected off another, or None.
         unit: What the rows of `gram` were divided by: a power of two, where float64 does not hold their squares.
+        nonfinite_before: Names of the losses of the call before that were not finite.
 
     Attributes:
         names: Names of the tasks present in the call, (m,), in the order given.
-        weights: The weight of each loss in the update, by name, after `reduction`. ``None`` for methods that do not
-            work by weights.
         engine: How gradients were found: "rows", "ghosts" (some gradients of single losses were never formed), "blocks"
             (rows of one part of the model at a time; for both see `engine` of
             :class:`gradsurgery.surgery.base.Surgery`), "slices" (rows spread over processes), "streaming" (see
@@ -43,14 +42,17 @@ class Report:
             GradVac); with one surgery a parameter or group, over all of them. None for all other methods.
         flags: What was unusual, for example "stationary", "rank-deficient", "nonfinite", "warmup", "reused",
             "rounded-rows"; "not-converged" where no weights were found whose optimality conditions hold to rounding;
-            "loss-may-rise" where rounding may have broken the promise of the method that none does.
+            "loss-may-rise" where rounding may have broken the promise of the method that none does; "nonfinite-before"
+            where `nonfinite_before` is not empty.
+        nonfinite_before: Under ``nonfinite="defer"``, the names of the losses that were not finite, or whose weights
+            were not, in the call before this one. Always empty otherwise.
     """
 
     def __init__(
         self,
         names: Sequence[str],
         losses: Tensor | np.ndarray,
-        weights: np.ndarray | None = None,
+        weights: np.ndarray | Tensor | None = None,
         gram: np.ndarray | None = None,
         norms: np.ndarray | None = None,
         flags: Sequence[str] = (),
@@ -58,19 +60,28 @@ class Report:
         reason: str | None = None,
         projections: int | None = None,
         unit: float = 1.0,
+        nonfinite_before: Sequence[str] = (),
     ) -> None:
         self.names = tuple(names)
         self.flags = tuple(dict.fromkeys(flags))
         self.engine = engine
         self.reason = reason
         self.projections = projections
-        self.weights: dict[str, float] | None = (
-            None if weights is None else dict(zip(self.names, weights.tolist(), strict=True))
+        self.nonfinite_before = tuple(nonfinite_before)
+        self._weights = (
+            dict(zip(self.names, weights.tolist(), strict=True)) if isinstance(weights, np.ndarray) else weights
         )
         self._losses = losses
         self._gram = gram
         self._norms = norms
         self._unit = unit  # of the rows whose inner products `gram` holds, where float64 does not hold those of others
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """The weight of each loss in the update, by name, after `reduction`. None for methods that have no weights."""
+        if isinstance(self._weights, Tensor):
+            self._weights = dict(zip(self.names, self._weights.tolist(), strict=True))
+        return self._weights
 
     @property
     def losses(self) -> dict[str, float]:
@@ -85,9 +96,10 @@ class Report:
     @property
     def objective(self) -> float:
         """Σ wᵢ lᵢ at the applied weights, for an L-BFGS closure to return. The plain sum if a method has no weights."""
-        if self.weights is None:
+        weights = self.weights
+        if weights is None:
             return self.total
-        return float(sum(self.weights[name] * loss for name, loss in self.losses.items()))
+        return float(sum(weights[name] * loss for name, loss in self.losses.items()))
 
     @property
     def gram(self) -> Tensor | None:
@@ -132,13 +144,15 @@ class Report:
         fields = (
             *("losses", "total", "objective", "weights", "norms", "cosines"),
             *("conflict_rate", "projections", "engine", "flags"),
+            *(("nonfinite_before",) if self.nonfinite_before else ()),
         )
         return {field: value for field in fields if (value := getattr(self, field)) is not None}
 
     def __repr__(self) -> str:
         parts = [f"losses={_short(self.losses)}"]
-        if self.weights is not None:
-            parts.append(f"weights={_short(self.weights)}")
+        weights = self.weights
+        if weights is not None:
+            parts.append(f"weights={_short(weights)}")
         if self.conflict_rate is not None:
             parts.append(f"conflict_rate={self.conflict_rate:.2f}")
         if self.flags:

@@ -43,7 +43,7 @@ class Settings:
     """
 
     reduction: Literal["sum", "mean"] = "sum"
-    nonfinite: Literal["raise", "skip", "drop"] = "raise"
+    nonfinite: Literal["raise", "skip", "drop", "defer"] = "raise"
     every: int = 1
     warmup: int = 0
     preference: dict[str, float] | None = None
@@ -113,7 +113,7 @@ class Settings:
         Returns:
             (m,).
         """
-        return np.clip(weights, self.min_weight, self.max_weight) if self.is_bounded else weights
+        return weights.clip(self.min_weight, self.max_weight) if self.is_bounded else weights
 
 
 class Switch:

@@ -43,6 +43,12 @@ def pytest_collection_modifyitems(items):
         raise pytest.UsageError(f"{len(named)} tests have an address in their name, such as {named[0]}: give them ids.")
 
 
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Seed torch before each test, so that no test depends on those before it."""

@@ -620,16 +620,18 @@ def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> lis
     return [s.to(t.dtype) for s, t in zip(scaled, tensors, strict=True)]
 
 
-def multiplied(starts: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+def multiplied(starts: Sequence[Tensor], weights: Sequence[float] | Tensor) -> list[Tensor]:
     """Multiply what backward passes start from, in one call where all are of a kind.
 
     Args:
         starts: k scalars.
-        weights: (k,).
+        weights: (k,). A tensor is not read.
 
     Returns:
         k scalars; those with weight 1 as they are.
     """
+    if isinstance(weights, Tensor):
+        return [start * w.to(start.device, start.dtype) for start, w in zip(starts, weights.unbind(), strict=True)]
     changed = [i for i, w in enumerate(weights) if w != 1.0]
     if not changed:
         return list(starts)

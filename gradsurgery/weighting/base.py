@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from gradsurgery.graph.torch_private import hooks_after
 from gradsurgery.guard import Guard
 from gradsurgery.optimizer import MultiLossOptimizer, Switches
 from gradsurgery.report import Report
+from gradsurgery.weighting import deferred
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,10 +48,23 @@ def _small(sizes: np.ndarray) -> np.ndarray:
     return sizes < COLLAPSED * sizes.mean()
 
 
+def _term(weight: float | Tensor, g: Tensor) -> tuple[float, Tensor]:
+    """A factor that the host knows, and a gradient."""
+    if isinstance(weight, Tensor):
+        return 1.0, (g if g.is_sparse else rows_module.wide(g)) * weight.to(g.device)
+    return float(weight), g
+
+
 class Found:
     """What a method has measured in this call, changed in place: a framework may run it on an object of its own."""
 
-    measured: np.ndarray | None = None
+    def __init__(self) -> None:
+        self.measured: np.ndarray | None = None
+        # Under nonfinite="defer": whether all values of this call are as they should be, a scalar on their device; what
+        # the method has recalled in this call; and the values of the call before.
+        self.fine: Tensor | None = None
+        self.before: dict[str, Tensor] = {}
+        self.late: deferred.Late | None = None
 
 
 class Weighter(MultiLossOptimizer):
@@ -75,6 +89,8 @@ class Weighter(MultiLossOptimizer):
     if_collapsed = ""
     #: What to do where the weights have hardly moved for long; empty if that says nothing.
     if_still = ""
+    #: Why negative losses are refused; empty if they are not.
+    if_negative = ""
 
     def __init__(self, optimizer: Optimizer, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
@@ -163,13 +179,16 @@ class Weighter(MultiLossOptimizer):
         """
         if rule == "sgd":
             return values - lr * gradient
-        count = self.recall(f"{key}.count", 0.0, names) + 1
-        first = 0.9 * self.recall(f"{key}.first", 0.0, names) + 0.1 * gradient
-        second = 0.999 * self.recall(f"{key}.second", 0.0, names) + 0.001 * gradient**2
+        count = self.recall(f"{key}.count", 0.0, names, like=values) + 1
+        first = 0.9 * self.recall(f"{key}.first", 0.0, names, like=values) + 0.1 * gradient
+        second = 0.999 * self.recall(f"{key}.second", 0.0, names, like=values) + 0.001 * gradient**2
         for name, value in (("count", count), ("first", first), ("second", second)):
             self.keep(f"{key}.{name}", value, names)
-        size = np.sqrt(second / (1 - 0.999**count))
-        return values - lr * np.divide(first / (1 - 0.9**count), size, out=np.zeros_like(size), where=size > 0)
+        library = deferred.library(values)
+        size = library.sqrt(second / (1 - 0.999**count))
+        moved = first / (1 - 0.9**count) / library.where(size > 0, size, 1.0)
+        stepped: np.ndarray = values - lr * library.where(size > 0, moved, 0.0)
+        return stepped
 
     def without_spikes(self, key: str, gradient: np.ndarray, rule: Literal["adam", "sgd"]) -> np.ndarray:
         """Count what is far longer than before as of usual length; Adam would remember it for thousands of steps.
@@ -189,18 +208,77 @@ class Weighter(MultiLossOptimizer):
         """
         if rule == "sgd":
             return gradient
-        count = self.recall(f"{key}.count", 0.0)
-        usual = np.sqrt(self.recall(f"{key}.second", 0.0) / np.where(count > 0, 1 - 0.999**count, 1.0))
-        most = np.where(count < EARLY_STEPS, WILD_EARLY, WILD) * np.maximum(usual, 1.0)
-        wild = (count > 0) & (np.abs(gradient) > most)
+        library = deferred.library(gradient)
+        count = self.recall(f"{key}.count", 0.0, like=gradient)
+        second = self.recall(f"{key}.second", 0.0, like=gradient)
+        usual = library.sqrt(second / library.where(count > 0, 1 - 0.999**count, 1.0))
+        most = library.where(count < EARLY_STEPS, WILD_EARLY, WILD) * usual.clip(min=1.0)
+        wild = (count > 0) & (abs(gradient) > most)
         # A number that never had to move has u = 0, and must still be able to.
-        return np.where(wild, np.sign(gradient) * np.maximum(usual, 1e-3), gradient)
+        found: np.ndarray = library.where(wild, library.sign(gradient) * usual.clip(min=1e-3), gradient)
+        return found
+
+    def recall(
+        self,
+        key: str,
+        default: float | np.ndarray,
+        names: Sequence[str] | None = None,
+        like: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Read a number kept for each loss.
+
+        Args:
+            key: Its name in the memory.
+            default: What a loss has that has none yet: a number, or one per loss, (m,).
+            names: Of which losses; by default those that are present.
+            like: What it is for: under ``nonfinite="defer"`` losses are tensors, and so is then what is read for them.
+
+        Returns:
+            (m,), float64.
+        """
+        like = default if like is None else like  # type: ignore[assignment]
+        if not isinstance(like, Tensor):
+            return super().recall(key, default, names)
+        kept, names = self.memory.get(key, {}), self.names if names is None else names
+        found: Any = deferred.recalled(kept, names, default, like)
+        self._found.before[key] = found
+        return found
+
+    def keep(self, key: str, values: np.ndarray, names: Sequence[str] | None = None) -> None:
+        """Keep a number for each loss; the others keep theirs.
+
+        Tensors stay where they are. What was recalled in this call is kept in their place if a loss is not finite.
+
+        Args:
+            key: Its name in the memory.
+            values: (m,).
+            names: For which losses; by default those that are present.
+        """
+        if not isinstance(values, Tensor):
+            super().keep(key, values, names)
+            return
+        if key in self._found.before and self._found.fine is not None:
+            values = torch.where(self._found.fine, values, self._found.before[key])
+        self.memory[key] = deferred.merged(self.memory.get(key, {}), self.names if names is None else names, values)
+
+    def constants(self, values: Sequence[float], like: np.ndarray) -> np.ndarray:
+        """Numbers that are the same in every step, as the method can multiply losses by them.
+
+        Args:
+            values: (m,).
+            like: The losses.
+
+        Returns:
+            (m,), float64; a tensor if the losses are one.
+        """
+        found: Any = deferred.there(values, like) if isinstance(like, Tensor) else np.array(values, dtype=np.float64)
+        return found
 
     def coefficients(self, losses: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
         """Weights for this step, cadence included; `reduction` is not applied.
 
         Args:
-            losses: Values of the present losses, (m,).
+            losses: Values of the present losses, (m,). Under ``nonfinite="defer"`` a tensor on their device.
             measured: What :meth:`~gradsurgery.weighting.base.Weighter.measure` gave.
 
         Returns:
@@ -212,7 +290,7 @@ class Weighter(MultiLossOptimizer):
             return np.ones(len(losses))
         if phase == "reuse":
             self.flag("reused")
-            return np.array([self.memory["last_weights"][name] for name in self.names])
+            return self._last(losses)
         self._found.measured = measured
         try:
             weights = self.weights(losses)
@@ -220,10 +298,18 @@ class Weighter(MultiLossOptimizer):
             self._found.measured = None
         if self.if_collapsed:
             self._look_for_collapse(weights, losses)
-        weights = self.smoothed(weights if self.preference is None else weights * self.preferences())
+        if self.preference is not None:
+            weights = weights * self.constants(self.preferences().tolist(), weights)
+        weights = self.smoothed(weights)
         if self.every > 1:
-            self.memory["last_weights"] = dict(zip(self.names, map(float, weights), strict=True))
+            self.memory["last_weights"] = {}
+            self.keep("last_weights", weights)
         return weights
+
+    def _last(self, losses: np.ndarray) -> np.ndarray:
+        last = self.memory["last_weights"]
+        stays = isinstance(losses, Tensor) and isinstance(last, deferred.Numbers)
+        return self.recall("last_weights", 0.0, like=losses if stays else None)
 
     def _look_for_collapse(self, weights: np.ndarray, losses: np.ndarray) -> None:
         """A loss that counts for nothing, neither by its weight nor by its weighted value, step after step."""
@@ -245,6 +331,8 @@ class Weighter(MultiLossOptimizer):
 
     def _act(self, batch: Batch) -> Report:
         self._require_meaning(batch)
+        if self.settings.nonfinite == "defer":
+            return self._act_unseen(batch)
         names, m, transaction = batch.names, len(batch.names), self.transaction
         guard = Guard(batch, self.settings, transaction)
         extra = self.measure(batch)
@@ -265,6 +353,57 @@ class Weighter(MultiLossOptimizer):
             rows_module.write(targets, found)
         engine = "rows" if batch.is_accumulated else "one pass"
         return Report(names, values, applied, flags=transaction.flags, engine=engine)
+
+    def _act_unseen(self, batch: Batch) -> Report:
+        """The same without a look at the values: they stay on their device, and the next call looks at them."""
+        if not batch.comm.is_alone:
+            raise RuntimeError(
+                f'{self._name}.backward: nonfinite="defer" works in one process, and these parameters are spread over '
+                'several. Use "raise", "skip" or "drop".'
+            )
+        before, transaction, values = self._look_back(), self.transaction, batch.values
+        fine = torch.isfinite(values) & (values >= 0) if self.if_negative else torch.isfinite(values)
+        self._found.fine, self._found.before = fine.all(), {}
+        try:
+            share = self.settings.share(len(batch.names))
+            weights = share * self.coefficients(values)  # type: ignore[arg-type]
+        finally:
+            self._found.fine, self._found.before = None, {}
+        applied: Any = weights
+        if isinstance(weights, Tensor):
+            fine = fine & (weights.abs() <= float(batch.largest_weights.min()))
+        else:
+            applied = Guard(batch, self.settings, transaction).fitting(weights, batch.largest_weights)
+        targets = [*batch.owned, *batch.foreign]
+        found = self._combined(batch, applied, share)
+        if not batch.is_scaled:
+            deferred.kept_out(found, fine.all())
+        rows_module.write(targets, found)
+        self._found.late = deferred.Late(batch.names, values, fine)
+        engine = "rows" if batch.is_accumulated else "one pass"
+        return Report(batch.names, values, applied, flags=transaction.flags, engine=engine, nonfinite_before=before)
+
+    def _look_back(self) -> tuple[str, ...]:
+        """Look at the values of the call before. Returns the names of the losses that were not as they should be."""
+        late, self._found.late = self._found.late, None
+        losses, bad = ({}, ()) if late is None else late.read()
+        negative = {name: loss for name, loss in losses.items() if loss < 0} if self.if_negative else {}
+        if negative:
+            raise ValueError(
+                f"{self._name}: every loss must be >= 0, since {self.if_negative}; got {negative} in the call before, "
+                'at which nonfinite="defer" looks only now. Nothing of that call went into `.grad`, unless a gradient '
+                "scaler was given."
+            )
+        if bad:
+            self.flag("nonfinite-before")
+            shown = {name: losses[name] for name in bad}
+            self.warn_once(
+                "nonfinite-before",
+                f"{self._name}.backward: in the call before, a loss or its weight was not finite: {shown}. Nothing of "
+                "that call went into `.grad`, unless a gradient scaler was given, and nothing was learnt from it. From "
+                "now on `report.nonfinite_before` alone says so.",
+            )
+        return bad
 
     def _require_meaning(self, batch: Batch) -> None:
         """Refuse what this method has no use for."""
@@ -297,7 +436,7 @@ class Weighter(MultiLossOptimizer):
         for j, p in enumerate(targets):
             factors = weights if j < len(batch.owned) else plain
             terms = [
-                (float(w), batch.comm.local(g, p))
+                _term(w, batch.comm.local(g, p))
                 for w, row in zip(factors, rows, strict=True)
                 if (g := row[j]) is not None
             ]

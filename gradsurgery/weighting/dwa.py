@@ -45,6 +45,8 @@ class DWAWeighter(RecordingWeighter):
         {'class': 0.815, 'box': 1.185}
     """
 
+    can_defer = True
+
     def __init__(self, optimizer: Optimizer, *, temperature: float = 2.0, **switches: Unpack[Switches]) -> None:
         super().__init__(optimizer, **switches)
         self.temperature = self.check.number("temperature", temperature, above=0.0)

@@ -38,6 +38,8 @@ class FixedWeighter(Weighter):
         {'class': 1.0, 'box': 5.0}
     """
 
+    can_defer = True
+
     def __init__(
         self,
         optimizer: Optimizer,

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.base import Weighter
+from gradsurgery.weighting.deferred import library
 from gradsurgery.weighting.recording import LOG_LIMIT, require_nonnegative, step_size
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class IMTLLWeighter(Weighter):
     """
 
     stateful = True
+    can_defer = True
+    if_negative = "the objective has no lower bound otherwise"
     scale = "paper"
     if_still = "They move by `lr` a step at most, on a logarithmic scale: pass lr=1e-2."
 
@@ -66,12 +69,13 @@ class IMTLLWeighter(Weighter):
         self.weight_optimizer = self.check.choice("weight_optimizer", weight_optimizer, ("adam", "sgd"))
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
-        require_nonnegative(self, losses, "the objective has no lower bound otherwise")
-        s = self.recall("log_scale", 0.0)
+        require_nonnegative(self, losses, self.if_negative)
+        xp, s = library(losses), self.recall("log_scale", 0.0, like=losses)
         known = losses > 0
         # lᵢ exp(sᵢ), kept where its square is an ordinary number.
-        weighted = np.exp(np.minimum(np.log(np.where(known, losses, 1.0)) + s, 300.0))
-        gradient = self.without_spikes("log_scale", np.where(known, weighted - 1, 0.0), self.weight_optimizer)
+        weighted = xp.exp((xp.log(xp.where(known, losses, 1.0)) + s).clip(max=300.0))
+        gradient = self.without_spikes("log_scale", xp.where(known, weighted - 1, 0.0), self.weight_optimizer)
         moved = self.descend("log_scale", s, gradient, step_size(self, self.lr), self.weight_optimizer)
-        self.keep("log_scale", np.where(known, np.clip(moved, -LOG_LIMIT, LOG_LIMIT), s))
-        return np.exp(s)
+        self.keep("log_scale", xp.where(known, moved.clip(-LOG_LIMIT, LOG_LIMIT), s))
+        weights: np.ndarray = xp.exp(s)
+        return weights

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from gradsurgery.weighting.base import Weighter
 
@@ -59,8 +60,8 @@ class RecordingWeighter(Weighter):
         Args:
             losses: Values of the present losses, (m,).
         """
-        self.keep("epoch.sum", self.recall("epoch.sum", 0.0) + losses)
-        self.keep("epoch.count", self.recall("epoch.count", 0.0) + 1)
+        self.keep("epoch.sum", self.recall("epoch.sum", 0.0, like=losses) + losses)
+        self.keep("epoch.count", self.recall("epoch.count", 0.0, like=losses) + 1)
 
     def expect_epoch_end(self, key: str) -> None:
         """Say so, once, where the first epoch does not end.
@@ -68,7 +69,8 @@ class RecordingWeighter(Weighter):
         Args:
             key: What the memory has once an epoch has ended.
         """
-        if key not in self.memory and max(self.memory["epoch.count"].values()) >= EPOCH_STEPS:
+        # Steps, since counts may lie on a device.
+        if key not in self.memory and self.memory["step"] + 1 >= EPOCH_STEPS:
             self.warn_once(
                 "epoch_end",
                 f"{self._name}: epoch_end() has not been called in {EPOCH_STEPS} steps, and until it is all weights "
@@ -156,7 +158,7 @@ def means(memory: Mapping[str, Any]) -> dict[str, float]:
         By name; tasks without a loss in this epoch are not in it.
     """
     counts = memory.get("epoch.count", {})
-    return {name: total / counts[name] for name, total in memory.get("epoch.sum", {}).items()}
+    return {name: total / counts[name] for name, total in memory.get("epoch.sum", {}).items() if counts[name]}
 
 
 def picked(owner: Weighter, argument: str, given: Mapping[str, Any]) -> list[Any]:
@@ -184,6 +186,8 @@ def require_nonnegative(owner: Weighter, losses: np.ndarray, why: str) -> None:
     Raises:
         ValueError: A loss is negative.
     """
+    if isinstance(losses, Tensor):  # which the next call looks at
+        return
     bad = {name: float(loss) for name, loss in zip(owner.names, losses, strict=True) if not loss >= 0}
     if bad:
         raise ValueError(f"{owner.display_name}: every loss must be >= 0, since {why}; got {bad}. Nothing was written.")

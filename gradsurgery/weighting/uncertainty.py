@@ -10,12 +10,14 @@ from torch.optim import Optimizer
 
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.base import Weighter
+from gradsurgery.weighting.deferred import library
 from gradsurgery.weighting.recording import LOG_LIMIT, picked, require_nonnegative, step_size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 KINDS = ("regression", "classification")
+SHARES = {"regression": 0.5, "classification": 1.0}
 
 
 class UncertaintyWeighter(Weighter):
@@ -63,6 +65,8 @@ class UncertaintyWeighter(Weighter):
     """
 
     stateful = True
+    can_defer = True
+    if_negative = "the objective has no lower bound otherwise"
     scale = "paper"
     if_still = "They move by `lr` a step at most, on a logarithmic scale: pass lr=1e-2."
 
@@ -92,19 +96,25 @@ class UncertaintyWeighter(Weighter):
         self.weight_optimizer = self.check.choice("weight_optimizer", weight_optimizer, ("adam", "sgd"))
 
     def weights(self, losses: np.ndarray) -> np.ndarray:
-        require_nonnegative(self, losses, "the objective has no lower bound otherwise")
-        s = self.recall("log_variance", self.initial)
+        require_nonnegative(self, losses, self.if_negative)
+        xp, s = library(losses), self.recall("log_variance", self.initial, like=losses)
         known = losses > 0
         # lᵢ exp(−sᵢ), kept where its square is an ordinary number.
-        weighted = np.exp(np.minimum(np.log(np.where(known, losses, 1.0)) - s, 300.0))
-        share = np.full(len(s), 0.5)
+        weighted = xp.exp((xp.log(xp.where(known, losses, 1.0)) - s).clip(max=300.0))
+        share: float | np.ndarray = 0.5
         if self.form == "log1p":
-            gradient = 1 / (1 + np.exp(-s)) - share * weighted
+            gradient = 1 / (1 + xp.exp(-s)) - share * weighted
         else:
-            kinds = [self.kind] * len(s) if isinstance(self.kind, str) else picked(self, "kind", self.kind)
-            share = np.array([0.5 if kind == "regression" else 1.0 for kind in kinds])
+            share = self._shares(losses)
             gradient = 0.5 - share * weighted
-        gradient = self.without_spikes("log_variance", np.where(known, gradient, 0.0), self.weight_optimizer)
+        gradient = self.without_spikes("log_variance", xp.where(known, gradient, 0.0), self.weight_optimizer)
         moved = self.descend("log_variance", s, gradient, step_size(self, self.lr), self.weight_optimizer)
-        self.keep("log_variance", np.where(known, np.clip(moved, -LOG_LIMIT, LOG_LIMIT), s))
-        return share * np.exp(-s)
+        self.keep("log_variance", xp.where(known, moved.clip(-LOG_LIMIT, LOG_LIMIT), s))
+        weights: np.ndarray = share * xp.exp(-s)
+        return weights
+
+    def _shares(self, losses: np.ndarray) -> float | np.ndarray:
+        """What multiplies the losses by their kinds, beside exp(−sᵢ)."""
+        if isinstance(self.kind, str):
+            return SHARES[self.kind]
+        return self.constants([SHARES[kind] for kind in picked(self, "kind", self.kind)], losses)

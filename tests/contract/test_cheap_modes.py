@@ -283,7 +283,7 @@ def test_methods_that_look_at_entries_see_full_precision():
     assert seen == [torch.float32] * 6 + [torch.float64] * 6, "three rows of two parameters, twice"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("method", [PCGrad, gradsurgery.GradDrop, gradsurgery.MGDA])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_rows_wait_on_the_host(method, dtype):

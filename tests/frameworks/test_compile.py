@@ -18,7 +18,8 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 
 import gradsurgery
-from tests.support.loops import NAMES, inputs, losses_of, memory_of, same
+from tests.support.loops import NAMES, inputs, losses_of, memory_of, same, weights_of
+from tests.support.reads import reads
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 # The first use of inductor imports a module of torch that warns about torch.
@@ -151,6 +152,38 @@ def test_losses_as_functions_run_after_a_plain_step(switches, backend):
             optimizer.step()
         ends.append([p.detach() for p in net.parameters()])
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+DEFERRED = [
+    (gradsurgery.FixedWeighter, {"weights": [2.0, 0.5, 1.0]}),
+    (gradsurgery.UncertaintyWeighter, {}),
+    (gradsurgery.IMTLLWeighter, {}),
+    (gradsurgery.DWAWeighter, {}),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize(("build", "switches"), DEFERRED, ids=[build.__name__ for build, _ in DEFERRED])
+def test_deferred_weights_leave_a_compiled_model_in_one_piece(build, switches, backend, monkeypatch):
+    net, optimizer, model = setting(build, backend, nonfinite="defer", **switches)
+    other, now, _ = setting(build, **switches)
+    torch._dynamo.utils.counters.clear()
+    for t in range(6):
+        optimizer.zero_grad()
+        losses = model(inputs(t, torch.float32))
+        with reads(monkeypatch) as (functions, operators, _):
+            optimizer.backward(losses)
+            optimizer.step()
+        now.zero_grad()
+        now.backward(other(inputs(t, torch.float32)))
+        now.step()
+        if t:  # compiling reads what it likes
+            assert functions == operators == []
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == counters["frames"]["total"] == 1, "compiled once, and as a whole"
+    torch.testing.assert_close(weights_of(net), weights_of(other), rtol=1e-5, atol=1e-6)
+    assert not same(weights_of(net), weights_of(Net()))
 
 
 def test_a_compiled_training_step_keeps_backward_out():

@@ -31,6 +31,7 @@ ROOMS = [
     ["batch"],
     ["sharing", "guard", "solve"],
     ["step"],
+    ["weighting.deferred"],
     ["optimizer"],
     ["weighting.base"],
     ["surgery.base"],
