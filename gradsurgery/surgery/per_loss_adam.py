@@ -205,12 +205,14 @@ class PerLossAdam(Surgery):
                 wrong kind. Nothing is loaded then.
         """
         self._require_averages(state_dict)
-        if isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping) and state_dict["state"]:
-            self.warn_once(
-                "moments",
-                f"{self._name}.load_state_dict: the state is that of an optimizer with moments of its own. Those of a "
-                "sum of losses cannot be taken apart, and are left out: the moments start afresh.",
-            )
+        state = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+        if isinstance(state, Mapping) and state:
+            if any(state.values()):  # flat distributed checkpoints give an empty entry to each parameter
+                self.warn_once(
+                    "moments",
+                    f"{self._name}.load_state_dict: the state is that of an optimizer with moments of its own. Those "
+                    "of a sum of losses cannot be taken apart, and are left out: the moments start afresh.",
+                )
             state_dict = {**state_dict, "state": {}}
         super().load_state_dict(state_dict)
 

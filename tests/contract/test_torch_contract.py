@@ -37,8 +37,9 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, lr
 from torch.optim import optimizer as torch_optimizer
 
 import gradsurgery
-from gradsurgery import MGDA, GradNormWeighter, PCGrad
+from gradsurgery import MGDA, AdaTask, GradNormWeighter, MTAdam, MultiAdam, PCGrad
 from gradsurgery.optimizer import MultiLossOptimizer
+from gradsurgery.surgery.per_loss_adam import Descent, PerLossAdam
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -61,6 +62,20 @@ METHODS: dict[str, Callable[[Optimizer, nn.Module], MultiLossOptimizer]] = {
     "composed": lambda base, model: PCGrad(GradNormWeighter(base, model.trunk.parameters())),
     "cadence": lambda base, model: PCGrad(base, every=2, warmup=1),
 }
+# The optimizers with moments for each loss take the place of a torch optimizer. What steps along the direction that
+# they leave in `.grad` is the yardstick here.
+MOMENTS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+MOMENTS_3: dict[str, Any] = {**MOMENTS, "betas": (0.9, 0.99, 0.8)}
+OWN: dict[str, Callable[[Any], PerLossAdam]] = {
+    "multiadam": lambda params: MultiAdam(params, **MOMENTS),
+    "adatask": lambda params: AdaTask(params, **MOMENTS),
+    "mtadam": lambda params: MTAdam(params, **MOMENTS_3),
+}
+OWN_BASES = {"multiadam": "moments", "adatask": "moments", "mtadam": "moments-3"}
+STEPS_ALONG: dict[str, Callable[[Any], Optimizer]] = {
+    "moments": lambda params: Descent(params, {**MOMENTS}),
+    "moments-3": lambda params: Descent(params, {**MOMENTS_3}),
+}
 # GradNorm is told its `shared_params`; the others find every parameter anew in each call.
 FINDS_PARAMETERS = ["pcgrad", "mgda"]
 
@@ -74,6 +89,7 @@ PAIRS = [("pcgrad", optimizer) for optimizer in OPTIMIZERS] + [
     ("composed", "adagrad"),
     ("composed", "adamw-fused"),
     ("cadence", "adam"),
+    *OWN_BASES.items(),
 ]
 # L-BFGS insists on a closure and on one group, and torch's pickling loses its parameter list, wrapped or not.
 PLAIN_PAIRS = [pair for pair in PAIRS if pair[1] != "lbfgs"]
@@ -117,10 +133,12 @@ def table(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("method", "optimizer"), pairs, ids=map("-".join, pairs))
 
 
-ALL_PAIRS = table([(method, optimizer) for method in METHODS for optimizer in OPTIMIZERS])
+ALL_PAIRS = table([*((method, optimizer) for method in METHODS for optimizer in OPTIMIZERS), *OWN_BASES.items()])
 PAIR_TABLE = table(PAIRS)
 PLAIN_PAIR_TABLE = table(PLAIN_PAIRS)
-METHOD_TABLE = pytest.mark.parametrize("method", METHODS)
+METHOD_TABLE = pytest.mark.parametrize("method", [*METHODS, *OWN])
+# Where the test brings the optimizer that is wrapped.
+WRAPPER_TABLE = pytest.mark.parametrize("method", METHODS)
 
 
 # ------------------------------------------------------------------------------------- a small problem full of conflict
@@ -165,16 +183,32 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def over(method: str, optimizer: str) -> str:
+    """What a method is over: this optimizer, unless it brings its own."""
+    return OWN_BASES.get(method, optimizer)
+
+
+def make(method: str, optimizer: str, model: Net, params: Any = None) -> MultiLossOptimizer:
+    """A method, over this optimizer unless it brings its own, of some parameters of a model, by default all."""
+    params = model.parameters() if params is None else params
+    return OWN[method](params) if method in OWN else METHODS[method](OPTIMIZERS[optimizer](params), model)
+
+
+def make_bare(optimizer: str, params: Any) -> Optimizer:
+    """An optimizer by itself."""
+    return (OPTIMIZERS | STEPS_ALONG)[optimizer](params)
+
+
 def build(method: str, optimizer: str) -> tuple[Net, MultiLossOptimizer]:
     """A fresh model and its wrapped optimizer."""
     model = Net()
-    return model, METHODS[method](OPTIMIZERS[optimizer](model.parameters()), model)
+    return model, make(method, optimizer, model)
 
 
 def bare(optimizer: str) -> tuple[Net, Optimizer]:
     """A fresh model and its bare optimizer."""
     model = Net()
-    return model, OPTIMIZERS[optimizer](model.parameters())
+    return model, make_bare(optimizer, model.parameters())
 
 
 def gradients(model: nn.Module) -> list[Tensor | None]:
@@ -359,7 +393,7 @@ def test_row02_repr_shows_the_groups() -> None:
 @METHOD_TABLE
 def test_row02_swa_and_ema(method: str, average: str) -> None:
     model, wrapped = build(method, "sgd")
-    twin, other = bare("sgd")
+    twin, other = bare(over(method, "sgd"))
     update = {"swa": None, "ema": swa_utils.get_ema_multi_avg_fn(0.9)}[average]
     averages = [swa_utils.AveragedModel(m, multi_avg_fn=update) for m in (model, twin)]
     schedulers = [swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=3) for o in (wrapped, other)]
@@ -446,7 +480,7 @@ def test_row04_state_is_the_bases_own_and_can_be_assigned(method: str, optimizer
     base = innermost(wrapped)
     train(wrapped, model, range(2))
     assert wrapped.state is base.state
-    assert wrapped.state
+    assert bool(wrapped.state) == (method not in OWN)  # theirs is in the memory, by loss
     assert "state" not in vars(wrapped)
     wrapped.load_state_dict(wrapped.state_dict())
     assert wrapped.state is base.state
@@ -480,7 +514,7 @@ def test_row04_parameters_and_state_can_be_lent(method: str, optimizer: str) -> 
     assert_same_training(model, wrapped, twin, other)
 
 
-@METHOD_TABLE
+@WRAPPER_TABLE
 def test_row04_state_entries_can_be_moved_one_by_one(method: str) -> None:
     # Fabric walks `optimizer.state.items()` and replaces the tensors of each entry, after loading a checkpoint.
     model, wrapped = build(method, "adam")
@@ -503,7 +537,7 @@ def test_row05_only_parameters_are_keys_of_the_state(method: str, optimizer: str
     model, wrapped = build(method, optimizer)
     train(wrapped, model, range(3))
     parameters = list(model.parameters())
-    assert wrapped.state
+    assert bool(wrapped.state) == (method not in OWN)
     assert all(any(key is p for p in parameters) for key in wrapped.state)
     assert set(wrapped.state_dict()["state"]) <= set(range(len(parameters)))
 
@@ -553,7 +587,7 @@ def test_row07_step_is_a_plain_method(method: str) -> None:
 @METHOD_TABLE
 def test_row07_step_can_be_replaced_and_put_back(method: str) -> None:
     model, wrapped = build(method, "adam")
-    twin, other = bare("adam")
+    twin, other = bare(over(method, "adam"))
     calls = []
     original = wrapped.step
 
@@ -577,7 +611,7 @@ def test_row07_two_schedulers_share_one_wrapped_step(method: str) -> None:
     second = lr_scheduler.ExponentialLR(wrapped, gamma=0.5)
     assert vars(wrapped)["step"] is step
     before = ours(wrapped)
-    twin, other = bare("sgd")
+    twin, other = bare(over(method, "sgd"))
     schedulers = [
         lr_scheduler.ConstantLR(other, factor=0.5, total_iters=2),
         lr_scheduler.ExponentialLR(other, gamma=0.5),
@@ -611,12 +645,13 @@ def test_row08_every_scheduler_of_torch_has_a_row() -> None:
     assert found - {"LRScheduler", "_LRScheduler"} == set(SCHEDULERS)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *OWN])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_row08_schedulers_act_as_on_the_bare_optimizer(scheduler: str, optimizer: str) -> None:
-    method = list(METHODS)[list(SCHEDULERS).index(scheduler) % len(METHODS)]
+    turn = list(METHODS)[list(SCHEDULERS).index(scheduler) % len(METHODS)]
+    method = optimizer if optimizer in OWN else turn
     model, wrapped = build(method, optimizer)
-    twin, other = bare(optimizer)
+    twin, other = bare(over(method, optimizer))
     pair = [SCHEDULERS[scheduler](o) for o in (wrapped, other)]
     rates = []
     for step in range(4):
@@ -641,7 +676,7 @@ def test_row08_a_scheduler_sees_whether_the_optimizer_has_stepped(method: str) -
     scheduler.step()  # silent: a warning would be an error here
 
 
-@METHOD_TABLE
+@WRAPPER_TABLE
 def test_row08_a_scheduler_of_the_base_goes_on_after_wrapping(method: str) -> None:
     model, twin = Net(), Net()
     base, other = OPTIMIZERS["sgd"](model.parameters()), OPTIMIZERS["sgd"](twin.parameters())
@@ -706,7 +741,7 @@ def test_row09_the_closures_value_is_returned(method: str, optimizer: str, sched
 
 @METHOD_TABLE
 def test_row09_a_closure_that_raises_commits_nothing(method: str) -> None:
-    for optimizer in ("sgd", "lbfgs"):
+    for optimizer in ("sgd",) if method in OWN else ("sgd", "lbfgs"):
         model, wrapped = build(method, optimizer)
         train(wrapped, model, range(1))
         before = ours(wrapped)
@@ -722,7 +757,7 @@ def test_row09_a_closure_that_raises_commits_nothing(method: str) -> None:
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
-@METHOD_TABLE
+@WRAPPER_TABLE
 def test_row09_lbfgs(method: str, search: str | None) -> None:
     def lbfgs(model: Net) -> Optimizer:
         return LBFGS(model.parameters(), lr=0.2, max_iter=4, line_search_fn=search)
@@ -735,7 +770,7 @@ def test_row09_lbfgs(method: str, search: str | None) -> None:
     assert_same_training(model, wrapped, twin, other)
 
 
-@METHOD_TABLE
+@WRAPPER_TABLE
 def test_row09_lbfgs_returns_its_first_value(method: str) -> None:
     model, wrapped = build(method, "lbfgs")
     values = []
@@ -750,7 +785,7 @@ def test_row09_lbfgs_returns_its_first_value(method: str) -> None:
     assert values[-1] < values[0]
 
 
-@METHOD_TABLE
+@WRAPPER_TABLE
 def test_row09_the_evaluations_of_one_step_start_from_the_same_memory(method: str) -> None:
     model, wrapped = build(method, "lbfgs")
     train(wrapped, model, range(2))
@@ -768,7 +803,10 @@ def test_row09_the_evaluations_of_one_step_start_from_the_same_memory(method: st
     assert all(same(entry, before) for entry in seen)
     assert not same(ours(wrapped), before)
 
-    # The same point gives the same gradient however often a line search asks, and a step counts once.
+
+@METHOD_TABLE
+def test_row09_a_step_counts_once_however_often_it_was_evaluated(method: str) -> None:
+    """The same point gives the same gradient, as a line search needs it."""
     once, stepped = build(method, "sgd")
     twice, restepped = build(method, "sgd")
     train(stepped, once, range(3))
@@ -785,7 +823,7 @@ def test_row09_the_evaluations_of_one_step_start_from_the_same_memory(method: st
 
 
 @pytest.mark.parametrize("name", ["zero_grad", "step", "state_dict", "load_state_dict", "add_param_group"])
-@pytest.mark.parametrize("cls", [PCGrad, MGDA, GradNormWeighter])
+@pytest.mark.parametrize("cls", [PCGrad, MGDA, GradNormWeighter, MultiAdam, AdaTask, MTAdam])
 def test_row10_zero_grad_and_the_others_have_torchs_signature(cls: type[Optimizer], name: str) -> None:
     ours, torchs = (inspect.signature(getattr(c, name)).parameters.values() for c in (cls, Optimizer))
     assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in torchs]
@@ -861,11 +899,16 @@ def test_row11_hook_tables_are_the_bases_own(method: str) -> None:
 @PAIR_TABLE
 def test_row11_each_hook_fires_once_and_receives_the_base(method: str, optimizer: str, registered: str) -> None:
     model = Net()
-    base = OPTIMIZERS[optimizer](model.parameters())
-    wrapped = METHODS[method](base, model) if registered == "on the wrapper" else None
+    if registered == "on the wrapper" or method in OWN:
+        wrapped = make(method, optimizer, model)
+        base = innermost(wrapped)
+    else:
+        base = OPTIMIZERS[optimizer](model.parameters())
     seen: dict[str, list[Any]] = {name: [] for name in HOOKS}
-    handles = [getattr(wrapped or base, name)(HOOKS[name](seen[name])) for name in HOOKS]
-    wrapped = wrapped or METHODS[method](base, model)
+    on = wrapped if registered == "on the wrapper" else base
+    handles = [getattr(on, name)(HOOKS[name](seen[name])) for name in HOOKS]
+    if on is base and method not in OWN:
+        wrapped = METHODS[method](base, model)
 
     def all_events(wrapped: MultiLossOptimizer = wrapped) -> None:
         train(wrapped, model, range(1))
@@ -1066,7 +1109,7 @@ def test_row12_distributed_checkpoint_of_one_process(method: str, optimizer: str
 def test_row13_a_group_added_later_is_trained(method: str, optimizer: str) -> None:
     model, twin = Net(), Net()
     early = [[p for name, p in m.named_parameters() if not name.startswith("heads.2")] for m in (model, twin)]
-    wrapped, other = METHODS[method](OPTIMIZERS[optimizer](early[0]), model), OPTIMIZERS[optimizer](early[1])
+    wrapped, other = make(method, optimizer, model, early[0]), make_bare(optimizer, early[1])
     model.heads[2].requires_grad_(False)
     replay(other, twin, train(wrapped, model, range(2)))
     assert model.heads[2].weight.grad is None
@@ -1184,6 +1227,8 @@ def test_row14_a_process_that_has_never_seen_the_class_can_unpickle_it() -> None
     # Worker processes get an optimizer as a pickle, before any optimizer was constructed there.
     def start(name: str) -> tuple[list[nn.Parameter], MultiLossOptimizer]:
         params = [nn.Parameter(torch.tensor([0.25, -0.5, 2.0]))]
+        if name in OWN:
+            return params, OWN[name](params)
         return params, {"sgd": PCGrad, "adam": MGDA, "adamw-fused": PCGrad}[name](OPTIMIZERS[name](params))
 
     def step(params: list[nn.Parameter], wrapped: MultiLossOptimizer) -> None:
@@ -1191,7 +1236,7 @@ def test_row14_a_process_that_has_never_seen_the_class_can_unpickle_it() -> None
         wrapped.backward({"left": params[0].square().sum(), "right": (params[0] - 1).square().sum()})
         wrapped.step()
 
-    jobs = [start(name) for name in ("sgd", "adam", "adamw-fused")]
+    jobs = [start(name) for name in ("sgd", "adam", "adamw-fused", *OWN)]
     for job in jobs:
         lr_scheduler.ExponentialLR(job[1], gamma=0.5)
         step(*job)
@@ -1224,7 +1269,7 @@ def test_row15_does_not_claim_to_unscale_by_itself(method: str, optimizer: str) 
         assert innermost(wrapped)._step_supports_amp_scaling  # so the line above does say something
 
 
-@METHOD_TABLE
+@WRAPPER_TABLE
 def test_row15_nothing_is_forwarded_wholesale(method: str) -> None:
     class Odd(SGD):
         def odd(self) -> None: ...
@@ -1239,7 +1284,7 @@ def test_row15_nothing_is_forwarded_wholesale(method: str) -> None:
         wrapped.no_such_thing  # noqa: B018
 
 
-@METHOD_TABLE
+@WRAPPER_TABLE
 def test_row15_the_modes_of_schedule_free_optimizers_are_handed_through(method: str) -> None:
     """Such a base steps only after it was told to train. Frameworks ask with hasattr whether it has to be."""
 
@@ -1749,7 +1794,7 @@ def test_row21_a_copy_after_accelerate_put_the_step_back(method: str, how: str) 
 # ------------------------------------------------------------------------------------ row 22: distributed data parallel
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "mgda", "composed"])
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "composed", *OWN])
 def test_row22_the_rows_pass_by_the_reducers(method: str) -> None:
     # DDP and FSDP hang their reducers on the accumulation into `.grad`. Were it to run once a loss, replicas would
     # average some losses and not others. Rows come from torch.autograd.grad instead, and no reducer waits for another.
