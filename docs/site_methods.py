@@ -77,7 +77,7 @@ def page(facts: Facts) -> str:
         "take it when": facts.when,
         "needs": ", ".join(facts.needs) or "nothing but the losses",
         "cost of a step": facts.cost,
-        "no loss rises": facts.no_loss_rises if facts.kind == "surgery" else "",
+        "common descent": facts.no_loss_rises if facts.kind == "surgery" else "",
         "scale": "; ".join(facts.scale),
         "what else holds": facts.holds,
         "papers": ", ".join(f"[{name}]({url})" for name, url in facts.papers),

@@ -258,7 +258,7 @@ def _facts(entry: Entry) -> Facts:
             word for word in NEEDS if word in needs or (word == "rows kept" and re.search(r"rows? kept", cost))
         ),
         cost=cost,
-        no_loss_rises=entry.cells.get("no loss rises", "no"),
+        no_loss_rises=entry.cells.get("common descent", "no"),
         scale=tuple(part.split()[0] for part in entry.cells["scale"].split(";")),
         holds=plain(remark),
         when=plain(when),

@@ -73,7 +73,7 @@ def text(facts: Facts, width: int) -> str:
         "kind": facts.kind if facts.section.lower() == facts.kind else f"{facts.kind}: {facts.section.lower()}",
         "take it when": facts.when,
         "what holds": facts.holds,
-        "no loss rises": facts.no_loss_rises,
+        "common descent": facts.no_loss_rises,
         "needs": ", ".join(facts.needs) or "nothing",
         "cost": facts.cost,
         "scale": "; ".join(facts.scale),

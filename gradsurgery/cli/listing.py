@@ -18,8 +18,8 @@ _TITLES = {
 }
 _LEGEND = (
     "needs: values of the losses; norms of their gradients, inner products or entries of them; rows (gradients) kept "
-    "between steps or of more batches. cost: backward passes per step for m losses. no loss rises: to first order, in "
-    "the shared parameters. scale: sum keeps the learning rate of the plain sum. `gradsurgery explain METHOD` says "
+    "between steps or of more batches. cost: backward passes per step for m losses. common descent: no loss rises, to first order, "
+    "in the shared parameters. scale: sum keeps the learning rate of the plain sum. `gradsurgery explain METHOD` says "
     "more."
 )
 
@@ -108,14 +108,14 @@ def _table(methods: Sequence[Facts]) -> str:
             "method": facts.name,
             "needs": ", ".join(facts.needs) or "nothing",
             "cost": facts.cost,
-            "no loss rises": facts.no_loss_rises.split(";")[0],
+            "common descent": facts.no_loss_rises.split(";")[0],
             "scale": facts.scale[0],
         }
         for facts in methods
     ]
     if methods[0].kind == "weighting":  # weights of positive losses promise nothing of the kind
         for row in cells:
-            del row["no loss rises"]
+            del row["common descent"]
     return grid(
         list(cells[0]), [list(row.values()) for row in cells], left=range(len(cells[0])), width=terminal_width()
     )

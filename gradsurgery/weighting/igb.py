@@ -75,7 +75,7 @@ class IGBWeighter(RecordingWeighter):
 
     def observe(self, losses: np.ndarray) -> None:
         self.add_up(losses)
-        self.expect_epoch_end("epochs")
+        self.expect_epoch_end("epochs", "the weight of each loss is 1 divided by its value, as in RealTimeWeighter")
 
     def roll(self, memory: Mapping[str, Any]) -> dict[str, Any]:
         ended = memory.get("epochs", 0)

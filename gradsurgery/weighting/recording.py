@@ -63,18 +63,19 @@ class RecordingWeighter(Weighter):
         self.keep("epoch.sum", self.recall("epoch.sum", 0.0, like=losses) + losses)
         self.keep("epoch.count", self.recall("epoch.count", 0.0, like=losses) + 1)
 
-    def expect_epoch_end(self, key: str) -> None:
+    def expect_epoch_end(self, key: str, meanwhile: str = "all weights stay 1") -> None:
         """Say so, once, where the first epoch does not end.
 
         Args:
             key: What the memory has once an epoch has ended.
+            meanwhile: What holds until then.
         """
         # Steps, since counts may lie on a device.
         if key not in self.memory and self.memory["step"] + 1 >= EPOCH_STEPS:
             self.warn_once(
                 "epoch_end",
-                f"{self._name}: epoch_end() has not been called in {EPOCH_STEPS} steps, and until it is all weights "
-                "stay 1. Call optimizer.epoch_end() after each epoch. If the first epoch is longer than that, ignore "
+                f"{self._name}: epoch_end() has not been called in {EPOCH_STEPS} steps, and until it is {meanwhile}. "
+                "Call optimizer.epoch_end() after each epoch. If the first epoch is longer than that, ignore "
                 "this.",
             )
 

@@ -73,8 +73,12 @@ def test_igb_says_what_is_missing():
         optimizer.zero_grad()
         optimizer.backward(tied(p, [1.0, 2.0]))
         optimizer.step()
-    with pytest.warns(UserWarning, match=r"IGBWeighter: epoch_end\(\) has not been called in 1000 steps"):
-        optimizer.backward(tied(p, [1.0, 2.0]))
+    with pytest.warns(UserWarning, match=r"IGBWeighter: epoch_end\(\) has not been called in 1000 steps") as told:
+        report = optimizer.backward(tied(p, [1.0, 2.0]))
+    assert "until it is the weight of each loss is 1 divided by its value, as in RealTimeWeighter." in str(
+        told[0].message
+    )
+    assert near(list(report.weights.values()), [1.0, 0.5])
 
 
 # ------------------------------------------------------------------------------------------------------------ LDC-MTL

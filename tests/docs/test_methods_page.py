@@ -17,7 +17,7 @@ from tests.support.catalogue import ALL, CATALOGUE, any_optimizer
 from tests.support.weighting_catalogue import CATALOGUE as WEIGHTING_CATALOGUE
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
-RISE = "no loss rises"
+RISE = "common descent"
 
 
 ENTRIES = entries(PAGE)
