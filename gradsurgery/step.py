@@ -369,9 +369,7 @@ class SurgeryStep:
     ) -> tuple[Gradients, list[np.ndarray], list[Direction | None]]:
         """Keep the promise that no loss rises where rounding could break it."""
         # A loss that is multiplied by 0 or less takes no part in what the method promises.
-        promised = (
-            self.phase == "solve" and self.transaction.writable and all(f > 0 for f in weighed.factors.tolist())
-        )
+        promised = self.phase == "solve" and self.transaction.writable and all(f > 0 for f in weighed.factors.tolist())
         if not promised:
             return gradients, applied, [None for _ in applied]
         promises = [self.method.promises(len(gram)) for gram in seen.grams]
