@@ -179,6 +179,11 @@ class Batch:
         """Whether a gradient scaler will look for inf and nan."""
         return self.scaler is not None and self.scaler.is_enabled()
 
+    @property
+    def is_unscaled(self) -> bool:
+        """Whether no gradient scaler had a part in its gradients, so that the loss scale is 1."""
+        return self.scaler is None and self.accumulated is None
+
     @cached_property
     def leaves(self) -> list[Tensor]:
         """Everything that an ordinary backward pass may write to, as far as it is known.
@@ -207,7 +212,8 @@ class Batch:
         Yields:
             Which loss, and its gradients on this process, one entry per parameter.
         """
-        masks = None if self.accumulated is not None or self.graph.hidden else self.graph.masks
+        # Without joins autograd tells what a loss does not reach.
+        masks = self.graph.masks if self.graph.joins and self.accumulated is None and not self.graph.hidden else None
         bits = None if masks is None else [masks.get(p, 0) for p in params]
         for i in range(len(self.names)) if order is None else order:
             yield i, self._row(i, params, bits)
@@ -325,9 +331,12 @@ class Batch:
         counts, open_marks = found[:-1].sum(dim=0).tolist(), found[-1].tolist()
         return [p for p, n, mark in zip(params, counts, open_marks, strict=True) if mark and n < 2]
 
-    @property
     def largest_weights(self) -> np.ndarray:
-        """What each loss can be multiplied by: the largest number of its dtype, or of kept gradients, (m,)."""
+        """What each loss can be multiplied by.
+
+        Returns:
+            The largest number of its dtype, or of kept gradients, (m,).
+        """
         if self.accumulated is not None:
             return np.full(len(self.names), rows_module.largest_factor([*self.owned, *self.foreign]))
         return np.array([torch.finfo(t.dtype).max for t in self.tasks.tensors])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -62,19 +62,20 @@ class Guard:
             "not finite."
         )
 
-    def fitting(self, weights: np.ndarray, most: np.ndarray | float) -> np.ndarray | None:
+    def fitting(self, weights: np.ndarray, largest: Callable[[], np.ndarray | float]) -> np.ndarray | None:
         """Look at weights that what they multiply may not be able to hold.
 
         Args:
             weights: As they are applied, (m,), or one for each of the rows that the method has.
-            most: The largest number of what they multiply, or one each.
+            largest: Gives the largest number of what they multiply, or one each.
 
         Returns:
             The weights; None if nothing is to be written.
         """
         comm = self._batch.comm
-        if comm.is_alone and isinstance(most, float) and sum(map(abs, weights.tolist())) <= most:  # as almost always
+        if comm.is_alone and sum(map(abs, weights.tolist())) <= rows_module.LEAST_RANGE:  # as almost always
             return weights
+        most = largest()
         fits = np.abs(weights) <= most  # nan does not
         if not comm.is_alone and not (np.abs(weights) <= rows_module.LEAST_RANGE).all():
             # All have the same weights, but a loss that others lack may be in half precision.

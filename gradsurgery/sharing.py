@@ -7,13 +7,12 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gradsurgery.batch import Batch, Layout, require_reached
 from gradsurgery.gradients import Gradients
-from gradsurgery.gradients.base import Marks, signs_of
+from gradsurgery.gradients.base import signs_of
 from gradsurgery.gradients.gram import Row
 from gradsurgery.settings import Phase, Settings
 from gradsurgery.transaction import Transaction
@@ -200,13 +199,16 @@ class Sharing:
         if marks is None:
             return
         shared = gradients.shared
-        there = self._batch.comm.any_of(marks.there) if not self._batch.comm.is_sharded else marks.there
+        there: Sequence[Sequence[int]] = marks.there
+        comm = self._batch.comm
+        if not (comm.is_alone or comm.is_sharded):
+            there = comm.any_of(torch.tensor(there, dtype=torch.uint8).reshape(self._m, len(shared))).tolist()
         unreached: list[tuple[int, int]] = []
         if marks.signs is not None:
-            there, unreached = self._told_by_zeros(there, marks, shared)
+            there, unreached = self._told_by_zeros(there, marks.signs, shared)
         if self._habits.keeps_rows and self._phase == "solve":
             self._remember_reached(there, shared)
-        counts = np.add.reduce(there.numpy(), dtype=np.int64).tolist()  # fewer microseconds than torch's
+        counts = list(map(sum, zip(*there, strict=True)))
         gradients.silent = {p for p, n in zip(shared, counts, strict=True) if not n}
         # A method that keeps rows has averages there, and leaves them where they are.
         stays = self._habits.keeps_rows and not self._habits.moves_unreached
@@ -223,13 +225,13 @@ class Sharing:
         Returns:
             The rows over those of the parameters; over all if there are none.
         """
-        there = torch.tensor([[g is not None for g in row] for row in rows], dtype=torch.uint8)
+        there: Sequence[Sequence[int]] = [[g is not None for g in row] for row in rows]
         if doubtful := self.doubtful(params):
             peaks = [torch.zeros((), dtype=torch.float64, device=self._batch.values.device)] * len(rows)
             signs = torch.stack([signs_of(row, doubtful, peak) for row, peak in zip(rows, peaks, strict=True)])
-            there, _ = self._told_by_zeros(there, Marks(there, signs, []), params)
-        kept = [j for j, n in enumerate(there.sum(dim=0).tolist()) if n > 1] or list(range(len(params)))
-        return [[row[j] if marks[j] else None for j in kept] for row, marks in zip(rows, there.tolist(), strict=True)]
+            there, _ = self._told_by_zeros(there, signs, params)
+        kept = [j for j, column in enumerate(zip(*there, strict=True)) if sum(column) > 1] or list(range(len(params)))
+        return [[row[j] if marks[j] else None for j in kept] for row, marks in zip(rows, there, strict=True)]
 
     def _private(self, shared: Sequence[Tensor], counts: Sequence[int], idle: Sequence[int]) -> list[int]:
         """Places of the parameters that one loss alone reaches."""
@@ -242,17 +244,16 @@ class Sharing:
         return [j for j, n in enumerate(counts) if n < 2 and j not in idle]
 
     def _told_by_zeros(
-        self, there: Tensor, marks: Marks, shared: Sequence[Tensor]
-    ) -> tuple[Tensor, list[tuple[int, int]]]:
+        self, there: Sequence[Sequence[int]], found: Tensor, shared: Sequence[Tensor]
+    ) -> tuple[Sequence[Sequence[int]], list[tuple[int, int]]]:
         """Decide which losses reach the doubtful parameters.
 
         Below a join that cannot be read every loss has a gradient in every parameter, of zeros where it does not reach
         it. One that is not zero proves that it does, now and in every later step. A loss that never had any other
         gradient than zero may reach everything.
         """
-        assert marks.signs is not None
         names, transaction, doubtful = self._batch.names, self._transaction, self.doubtful(shared)
-        signs = self._batch.comm.any_of(marks.signs.cpu())
+        signs = self._batch.comm.any_of(found.cpu())
         proofs: dict[str, list[int]] = transaction.memory.get("nonzero", {})
         places = [self._layout.place(shared[j]) for j in doubtful]
         seen = torch.tensor([[j in proofs.get(name, ()) for j in places] for name in names], dtype=torch.bool)
@@ -270,9 +271,11 @@ class Sharing:
             self._warn_of_doubt([name for name, lives in zip(names, alive.tolist(), strict=True) if not lives])
         # Where all are zero, the parameter stays shared, so that its gradient is zero and not None.
         reached = seen | ~alive[:, None] | ~seen.any(dim=0)
-        there = there.clone()
-        there[:, doubtful] &= reached.to(torch.uint8)
-        return there, [(i, j) for i, row in enumerate(there.tolist()) for j in doubtful if not row[j]]
+        marks = [list(row) for row in there]
+        for row, known in zip(marks, reached.tolist(), strict=True):
+            for j, mark in zip(doubtful, known, strict=True):
+                row[j] &= mark
+        return marks, [(i, j) for i, row in enumerate(marks) for j in doubtful if not row[j]]
 
     def _warn_of_doubt(self, names: Sequence[str]) -> None:
         self._transaction.warn_once(
@@ -293,10 +296,10 @@ class Sharing:
                 reached.setdefault(j, set()).add(name)
         return reached
 
-    def _remember_reached(self, there: Tensor, shared: Sequence[Tensor]) -> None:
+    def _remember_reached(self, marks: Sequence[Sequence[int]], shared: Sequence[Tensor]) -> None:
         if not self._transaction.writable:
             return
-        names, marks = self._batch.names, there.tolist()
+        names = self._batch.names
         known, ever = self._transaction.memory.get("reached", {}), self._reached_ever()
         places = list(map(self._layout.place, shared))
         # What one loss alone has reached so far is private, and stays so if another one comes in its place.

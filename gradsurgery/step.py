@@ -264,16 +264,18 @@ class SurgeryStep:
         if sent is not None:
             counts = torch.tensor(list(map(comm.counts, gradients.shared)), dtype=torch.bool, device=sent.device)
             sent = torch.where(counts, sent, 0)
-        alone = [self.batch.values, self.batch.loss_scale, *([] if measured is None else [measured])]
+        scales = [] if self.batch.is_unscaled else [self.batch.loss_scale]
+        alone = [self.batch.values, *scales, *([] if measured is None else [measured])]
         together = [*peaks, *products, *([] if sent is None else [sent])]
-        (values, scale, *more), found = comm.fetch(alone, together)
+        (values, *more), found = comm.fetch(alone, together)
+        scale = float(more.pop(0)[0]) if scales else 1.0
         columns = None if sent is None else found.pop().reshape(len(sent), -1)
         return Seen(
             values=values,
-            scale=float(scale[0]),
+            scale=scale,
             measured=more,
             peaks=found.pop(0) if peaks else np.zeros(self.m),
-            grams=gradients.grams(found, 1.0 if self.observes else float(scale[0])),
+            grams=gradients.grams(found, 1.0 if self.observes else scale),
             columns=columns,
             norms=gradients.norms,
         )
@@ -311,7 +313,8 @@ class SurgeryStep:
         if self.settings.every > 1 and self.phase == "solve":
             new = weights[0] if weights else ones
             self.transaction.memory["last_weights"] = dict(zip(self.batch.names, map(float, new), strict=True))
-        return Weighed(factors, early, [self.batch.comm.broadcast(w, self.batch.values.device) for w in weights])
+        comm, device = self.batch.comm, self.batch.values.device
+        return Weighed(factors, early, weights if comm.is_alone else [comm.broadcast(w, device) for w in weights])
 
     def _solve(
         self, gradients: Gradients, parts: dict[str, list[int]], seen: Seen, factors: np.ndarray, late: bool
@@ -377,9 +380,9 @@ class SurgeryStep:
             gradients, applied[0] = gradients.inside(seen.grams[0], applied[0])
         held: list[Direction | None] = [None for _ in applied]
         for k, gram in enumerate(seen.grams):
-            if promises[k] and np.isfinite(applied[k]).all():
+            if promises[k] and math.isfinite(sum(applied[k].tolist())):
                 held[k] = gradients.hold(k, gram, applied[k])
-        if any(direction is not None and not direction.descends for direction in held):
+        if not all(direction is None or direction.descends for direction in held):
             self.transaction.flag("loss-may-rise")
         return gradients, applied, held
 

@@ -268,7 +268,9 @@ def host(numbers: Sequence[Tensor]) -> list[np.ndarray]:
         Flat float64 arrays.
     """
     if all(x.device.type == "cpu" for x in numbers):
-        return [x.detach().to(torch.float64).reshape(-1).numpy() for x in numbers]
+        return [
+            (x if x.dtype is torch.float64 else x.double()).numpy(force=x.requires_grad).reshape(-1) for x in numbers
+        ]
     device = numbers[0].device
     flat = [x.detach().reshape(-1).to(device, torch.float64) for x in numbers]
     joined = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu().numpy()

@@ -40,7 +40,6 @@ class Source(Protocol):
     def is_scaled(self) -> bool: ...
     @property
     def is_accumulated(self) -> bool: ...
-    @property
     def largest_weights(self) -> np.ndarray: ...
     def rows(self, params: Sequence[Tensor], order: Iterable[int] | None = None) -> Iterator[tuple[int, Row]]: ...
     def rows_at(self, params: Sequence[Tensor], whole: bool = True) -> Iterator[list[Tensor | None]]: ...
@@ -248,13 +247,13 @@ class Marks(NamedTuple):
     """Which losses have a gradient where.
 
     Attributes:
-        there: In which shared parameter, (m, P), uint8, on this process.
+        there: In which shared parameter, (m, P), on this process.
         signs: For each doubtful parameter, and last for all together, whether a gradient is not zero, (m, D + 1); None
             where nothing is in doubt.
         reached: In any parameter, (m,).
     """
 
-    there: Tensor
+    there: list[list[bool]]
     signs: Tensor | None
     reached: list[bool]
 
@@ -303,7 +302,11 @@ class Gradients(ABC):
         return self.request.batch.comm
 
     def settle(  # noqa: B027  # nothing to do where sharing was settled before
-        self, there: Tensor, unreached: Sequence[tuple[int, int]], private: Sequence[int], idle: Sequence[int]
+        self,
+        there: Sequence[Sequence[int]],
+        unreached: Sequence[tuple[int, int]],
+        private: Sequence[int],
+        idle: Sequence[int],
     ) -> None:
         """Learn what is shared, now that the gradients are there.
 
@@ -394,9 +397,12 @@ class Gradients(ABC):
         """
         return self, weights
 
-    @property
     def largest_weights(self) -> np.ndarray | float:
-        """What rows can be multiplied by."""
+        """What rows can be multiplied by.
+
+        Returns:
+            The largest number, or one for each.
+        """
         return rows_module.largest_factor([*self.shared, *self.private.params])
 
     #: Finite results say nothing of inf and nan that were never looked at.
@@ -447,8 +453,7 @@ def collect(request: Request, private: Private, arrive: Callable[[int, Row], Non
             signs.append(signs_of(row, request.doubtful, private.peak(i)))
         arrive(i, row)
         del row
-    table = torch.from_numpy(np.array(there, dtype=np.uint8).reshape(request.m, count))
-    return Marks(table, torch.stack(signs) if signs else None, reached)
+    return Marks(there, torch.stack(signs) if signs else None, reached)
 
 
 def signs_of(row: Row, doubtful: Sequence[int], peak: Tensor) -> Tensor:

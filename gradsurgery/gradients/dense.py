@@ -61,7 +61,11 @@ class Dense(Gradients):
         self.rows.append(row if self.request.gram_only else list(map(real, row)))
 
     def settle(
-        self, there: Tensor, unreached: Sequence[tuple[int, int]], private: Sequence[int], idle: Sequence[int]
+        self,
+        there: Sequence[Sequence[int]],
+        unreached: Sequence[tuple[int, int]],
+        private: Sequence[int],
+        idle: Sequence[int],
     ) -> None:
         for i, j in unreached:
             self.rows[i][j] = None

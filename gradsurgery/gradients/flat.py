@@ -42,8 +42,8 @@ class Flat(Dense):
 
     def partition(self, parts: list[list[int]]) -> None:
         self.parts = parts
-        entries = [g.reshape(-1) for row in self.rows for g in row if g is not None]
-        self._matrix = torch.cat(entries).view(self.request.m, -1)
+        entries = rows_module.joined([g for row in self.rows for g in row if g is not None])
+        self._matrix = torch.from_numpy(entries.reshape(self.request.m, -1))
         self.rows, self.tables = [], [Table(self._matrix)]
 
     def reaching(self, k: int) -> list[bool] | None:
@@ -65,10 +65,9 @@ class Flat(Dense):
     ) -> dict[Tensor, Tensor | None]:
         (w,), (direction,) = weights, held
         flat = rows_module.mixed(self._matrix, w) if direction is None else direction.flat.to(self._matrix)
-        pieces = rows_module.apart(flat, [p.numel() for p in self.shared])
-        found: dict[Tensor, Tensor | None] = {
-            p: piece.view(p.shape) for p, piece in zip(self.shared, pieces, strict=True)
-        }
+        found: dict[Tensor, Tensor | None] = dict(
+            zip(self.shared, rows_module.apart(flat.numpy(), self.shared), strict=True)
+        )
         return {**found, **self.private.combine(factors, self.comm)}
 
 

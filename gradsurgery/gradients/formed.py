@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gradsurgery.gradients import descent
@@ -75,11 +74,15 @@ class Formed(Gradients):
             self.private.add(i, row)
         self._found.others = []
         masks = self._found.reached()
-        there = torch.tensor([[mask >> i & 1 for mask in masks] for i in range(request.m)], dtype=torch.uint8)
-        self.marks = Marks(there.reshape(request.m, len(masks)), None, [True] * request.m)
+        there = [[mask >> i & 1 == 1 for mask in masks] for i in range(request.m)]
+        self.marks = Marks(there, None, [True] * request.m)
 
     def settle(
-        self, there: Tensor, unreached: Sequence[tuple[int, int]], private: Sequence[int], idle: Sequence[int]
+        self,
+        there: Sequence[Sequence[int]],
+        unreached: Sequence[tuple[int, int]],
+        private: Sequence[int],
+        idle: Sequence[int],
     ) -> None:
         for place in private:
             terms = [(i, g) for i in range(self.request.m) if (g := self._found.row(i, place)) is not None]

@@ -46,9 +46,8 @@ class OnePass(Gradients):
     def peaks(self) -> list[Tensor]:
         return []
 
-    @property
     def largest_weights(self) -> np.ndarray | float:
-        return self.request.batch.largest_weights
+        return self.request.batch.largest_weights()
 
     def combine(
         self, weights: Sequence[np.ndarray], factors: np.ndarray, held: Sequence[Direction | None], add: Add

@@ -243,7 +243,7 @@ class Joined:
         found.sort(key=operator.itemgetter(0))
         if not found or len({g.dtype for _, _, g in found}) > 1:
             return None
-        flat = torch.cat([g.reshape(-1) for _, _, g in found]).numpy()
+        flat = joined([g for _, _, g in found])
         return cls(flat, [j for _, j, _ in found], [i for i, _, _ in found], [g.numel() for _, _, g in found])
 
     def peaks(self, m: int) -> np.ndarray:
@@ -279,8 +279,8 @@ class Joined:
             with np.errstate(over="ignore", invalid="ignore"):  # whoever asks looks at what comes of it
                 flat = flat * np.repeat(by.astype(flat.dtype), self._sizes)
         found: list[Tensor | None] = [None] * len(params)
-        for j, g in zip(self._places, apart(torch.from_numpy(flat), self._sizes), strict=True):
-            found[j] = g.view(params[j].shape)
+        for j, g in zip(self._places, apart(flat, [params[j] for j in self._places]), strict=True):
+            found[j] = g
         return found
 
 
@@ -297,18 +297,33 @@ def _joins(g: Tensor, p: Tensor) -> bool:
     )
 
 
-def apart(flat: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Cut a tensor into pieces none of which shares its memory with another.
+def joined(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Put small tensors of the host behind each other: for these numpy costs less per call.
 
     Args:
-        flat: The tensor, (n,).
-        sizes: Numbers of entries, which add up to n.
+        tensors: Dense tensors of one dtype, without a graph.
+
+    Returns:
+        A new array, flat.
+    """
+    return np.concatenate([g.numpy().reshape(-1) for g in tensors])
+
+
+def apart(flat: np.ndarray, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut an array into gradients none of which shares its memory with another.
+
+    Args:
+        flat: The array, (n,).
+        like: Contiguous tensors of the same shapes, of n entries together.
 
     Returns:
         New tensors.
     """
-    cut: Any = torch.split_with_sizes_copy  # its stub says that it returns None
-    pieces: Sequence[Tensor] = cut(flat, sizes)
+    pieces, start = [], 0
+    for p in like:
+        stop = start + p.numel()
+        pieces.append(torch.from_numpy(flat[start:stop].reshape(p.shape).copy()))
+        start = stop
     return pieces
 
 

@@ -37,7 +37,7 @@ class Sliced(Gradients):
         like = self.shared[0]
         self._rows = torch.empty(request.m, self._width, dtype=like.dtype, device=like.device)
         self._late: Tensor | None = None  # columns that turned out to be private
-        self._there: Tensor | None = None  # which losses reach which parameter, where that is known
+        self._there: list[list[int]] | None = None  # which losses reach which parameter, where that is known
         self._sent: list[tuple[Any, Tensor]] = []
 
     @classmethod
@@ -68,12 +68,16 @@ class Sliced(Gradients):
             self._sent.pop(0)[0].wait()
 
     def settle(
-        self, there: Tensor, unreached: Sequence[tuple[int, int]], private: Sequence[int], idle: Sequence[int]
+        self,
+        there: Sequence[Sequence[int]],
+        unreached: Sequence[tuple[int, int]],
+        private: Sequence[int],
+        idle: Sequence[int],
     ) -> None:
         while self._sent:
             self._sent.pop(0)[0].wait()
-        self._there = there.clone()
-        self._there[:, list(private)] = 0
+        gone = set(private)
+        self._there = [[0 if j in gone else mark for j, mark in enumerate(row)] for row in there]
         if private:
             self._late = self._taken_out(set(private))
 
@@ -96,11 +100,11 @@ class Sliced(Gradients):
         self.tables = [Table(self._rows, self._processes)]
 
     def reaching(self, k: int) -> list[bool] | None:
-        return None if self._there is None else self._there.any(dim=1).tolist()
+        return None if self._there is None else list(map(any, self._there))
 
     @property
     def balances(self) -> bool:
-        return self._there is None or int(self._there.any(dim=1).sum()) > 1
+        return self._there is None or sum(map(any, self._there)) > 1
 
     def hold(self, k: int, gram: Gram, weights: np.ndarray) -> descent.Direction | None:
         return descent.held(self.tables[k], gram.values, weights, [self._rows[0]])

@@ -206,6 +206,7 @@ class Graph(NamedTuple):
         suspects: Leaves that a loss may reach or not, since they lie below a join that cannot be read: what is zero
             there decides.
         unread: The graph as a whole does not tell which leaves a loss reaches, and what is zero must decide for all.
+        joins: Tensors may be joined, so that a loss has gradients of zeros where it does not reach.
     """
 
     masks: dict[Tensor, int] | None
@@ -217,6 +218,7 @@ class Graph(NamedTuple):
     roots: tuple[Root | None, ...] = ()
     suspects: frozenset[Tensor] = frozenset()
     unread: bool = False
+    joins: bool = True
 
 
 def walk(given: Sequence[Root | None]) -> Graph:
@@ -298,6 +300,7 @@ def _plain(roots: Sequence[Tensor | GradientEdge | None], order: Nodes, hidden: 
         hidden,
         order,
         tuple(roots),
+        joins=False,
     )
 
 

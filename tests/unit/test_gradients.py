@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import gradsurgery
 from gradsurgery import gradients
-from gradsurgery.gradients import blocks
+from gradsurgery.gradients import blocks, rows
 from gradsurgery.gradients.dense import Dense
 from gradsurgery.gradients.flat import Flat
 from gradsurgery.graph import torch_private
@@ -219,3 +220,43 @@ def test_a_gradient_that_is_not_finite_is_found_where_all_are_small():
     with pytest.raises(RuntimeError, match=r"the gradient of 'b' is not finite"):
         optimizer.backward(losses)
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_joined_gradients_are_those_of_each_loss():
+    params = [torch.zeros(2, 3), torch.zeros(2), torch.zeros(1), torch.zeros(4)]
+    grads = [torch.randn(p.shape) for p in params]
+    grads[1] = torch.tensor([-9.0, 1.0])
+    terms = [[(2, grads[0])], [(0, grads[1])], [], [(2, grads[3])]]
+    joined = rows.Joined.of(params, terms)
+    largest = max(float(grads[0].abs().max()), float(grads[3].abs().max()))
+    assert joined.peaks(4).tolist() == pytest.approx([9.0, 0.0, largest, 0.0])
+    for factors in ([1.0, 1.0, 1.0], [0.5, 9.0, -2.0]):
+        found = joined.scaled(np.array(factors), params)
+        assert found[2] is None
+        for j, i in ((0, 2), (1, 0), (3, 2)):
+            torch.testing.assert_close(found[j], factors[i] * grads[j])
+        pointers = {g.untyped_storage().data_ptr() for g in (*grads, *found) if g is not None}
+        assert len(pointers) == 7
+    grads[3][1] = torch.nan
+    assert np.isnan(rows.Joined.of(params, terms).peaks(3)[2])
+
+
+@pytest.mark.parametrize(
+    ("p", "g"),
+    [
+        (torch.zeros(2), torch.ones(2, dtype=torch.float64)),
+        (torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)),
+        (torch.zeros(2, 3).T, torch.ones(2, 3).T),
+        (torch.zeros(3, 2), torch.ones(2, 3).T),
+        (torch.zeros(2), torch.ones(2).to_sparse()),
+        (torch.zeros(0), torch.ones(0)),
+        (torch.zeros(2**14 + 1), torch.ones(2**14 + 1)),
+    ],
+    ids=["other dtype", "half", "transposed", "transposed gradient", "sparse", "empty", "large"],
+)
+def test_what_has_another_form_is_not_joined(p, g):
+    usual = torch.zeros(2)
+    assert rows.Joined.of([usual], [[(0, torch.ones(2))]]) is not None
+    assert rows.Joined.of([usual, p], [[(0, torch.ones(2))], [(0, g)]]) is None
+    assert rows.Joined.of([usual], [[(0, torch.ones(2)), (1, torch.ones(2))]]) is None
+    assert rows.Joined.of([usual], [[]]) is None
