@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -227,8 +226,6 @@ def values(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    if device.type == "cpu" and all(type(t) is Tensor and t.device == device for t in tensors):
-        return torch.from_numpy(np.array([t.item() for t in tensors]))  # one by one, which is faster for a few
     detached = [t.detach() for t in tensors]
     if all(t.device == device and t.dtype == detached[0].dtype for t in detached):
         return torch.stack(detached).double()

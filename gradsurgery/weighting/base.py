@@ -371,7 +371,7 @@ class Weighter(MultiLossOptimizer):
             self._found.fine, self._found.before = None, {}
         applied: Any = weights
         if isinstance(weights, Tensor):
-            fine = fine & (weights.abs() <= float(batch.largest_weights.min()))
+            fine = fine & (weights.abs() <= float(batch.largest_weights().min()))
         else:
             applied = Guard(batch, self.settings, transaction).fitting(weights, batch.largest_weights)
         targets = [*batch.owned, *batch.foreign]
