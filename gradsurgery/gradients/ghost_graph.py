@@ -148,7 +148,7 @@ class Reader:
             return None
         inputs = _saved_tensor(node, "mat1" if affine else "self")
         factor = _saved_tensor(node, "mat2")
-        if not _is_simple(inputs) or inputs.dim() != 2 or self._is_hooked(node) or _has_tensor_hooks(factor):
+        if not is_simple(inputs) or inputs.dim() != 2 or self._is_hooked(node) or has_tensor_hooks(factor):
             return None
         weight = self.shared[way.place]
         out, width = weight.shape if way.flipped else weight.shape[::-1]
@@ -187,7 +187,7 @@ class Reader:
             return None
         inputs = _saved_tensor(node, "input")
         weight, shape = self.shared[way.place], tuple(metadata(node)[0].shape)
-        if not _is_simple(inputs) or inputs.dim() != 4 or weight.dim() != 4 or not inputs.numel() or len(shape) != 4:
+        if not is_simple(inputs) or inputs.dim() != 4 or weight.dim() != 4 or not inputs.numel() or len(shape) != 4:
             return None
         return _Call(node, way, self._way(node, 2), inputs.detach())
 
@@ -224,7 +224,7 @@ class Reader:
             return None
         indices = torch.cat([call.inputs for call in calls]) if len(calls) > 1 else calls[0].inputs
         groups, unique = _grouped(indices)
-        scales = [_scales(call.node, call.inputs, count) for call in calls]
+        scales = [scales_of(call.node, call.inputs, count) for call in calls]
         joined: Tensor | None = None
         if any(s is not None for s in scales):
             ones = [torch.ones(len(call.inputs), 1, device=indices.device, dtype=torch.float64) for call in calls]
@@ -243,9 +243,9 @@ class Reader:
             leaf = self._leaves.get(child)
             if leaf is not None:
                 place = self.places.get(id(leaf))
-                if place is None or not _is_simple(leaf):
+                if place is None or not is_simple(leaf):
                     return None
-                if _has_tensor_hooks(leaf) or hooks_after(leaf):
+                if has_tensor_hooks(leaf) or hooks_after(leaf):
                     return None
                 return _Way(place, flipped, [*steps, (id(leaf), above)])
             kind = _kind(child)
@@ -285,7 +285,7 @@ class Reader:
                 inputs = _saved_tensor(node, _INPUTS[kind])
             except (KeyError, AttributeError, RuntimeError):
                 continue
-            if isinstance(inputs, Tensor) and (_has_tensor_hooks(inputs) or _retains(inputs)):
+            if isinstance(inputs, Tensor) and (has_tensor_hooks(inputs) or _retains(inputs)):
                 return True
         return False
 
@@ -335,8 +335,17 @@ def _grouped(indices: Tensor) -> tuple[Tensor, Tensor]:
     return groups, torch.zeros_like(ordered).scatter_(0, group, ordered)
 
 
-def _scales(node: Any, indices: Tensor, count: int) -> Tensor | None:
-    """What a call of an embedding multiplies the gradient at each index by, (Nᵤ, 1), float64; None: nothing."""
+def scales_of(node: Any, indices: Tensor, count: int) -> Tensor | None:
+    """What a call of an embedding multiplies the gradient at each index by.
+
+    Args:
+        node: The node of the call.
+        indices: What it looks up, (Nᵤ,).
+        count: Rows of the table.
+
+    Returns:
+        (Nᵤ, 1), float64; None: nothing.
+    """
     scales: Tensor | None = None
     if saved(node, "scale_grad_by_freq"):
         groups, _ = _grouped(indices)
@@ -360,12 +369,27 @@ def _saved_tensor(node: Any, name: str) -> Any:
     return saved(node, name)
 
 
-def _is_simple(tensor: Any) -> bool:
-    """Whether this is a dense tensor of real numbers, and nothing beyond."""
+def is_simple(tensor: Any) -> bool:
+    """Whether this is a dense tensor of real numbers, and nothing beyond.
+
+    Args:
+        tensor: Anything.
+
+    Returns:
+        True if so.
+    """
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.is_floating_point()
 
 
-def _has_tensor_hooks(tensor: Tensor | None) -> bool:
+def has_tensor_hooks(tensor: Tensor | None) -> bool:
+    """Whether functions look at the gradient of a tensor, or of what it is a view of.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        False for None.
+    """
     if tensor is None:
         return False
     base = base_of(tensor)

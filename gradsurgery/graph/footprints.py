@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, reduce
 from itertools import accumulate
-from operator import or_
+from operator import mul, or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,11 +57,13 @@ class Losses(NamedTuple):
         vague: Marks a footprint as the union of what could not be told apart.
         suspect: Marks what lies below a vague join.
         dtype: Of arrays of masks.
+        runs: Operations without a rule are run on marked entries. Otherwise all that passes them is vague.
     """
 
     vague: int
     suspect: int
     dtype: type
+    runs: bool = True
 
     @staticmethod
     def of(m: int) -> Losses:
@@ -116,7 +118,7 @@ _DENSE = _named(
     "CudnnBatchNorm CudnnConvolution Cumsum Cumprod Dot Embedding EmbeddingBag FusedRmsNorm GridSampler2D "
     "LinalgVectorNorm Linear LogSoftmax Logcumsumexp Logsumexp Max MaxPool2D MaxPool2DWithIndices MaxPool3DWithIndices "
     "Mean Median Min Mm MultiMargin Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm NllLoss NllLoss2D Norm Outer "
-    "Pdist PixelShuffle Prod RepeatInterleave ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
+    "Pdist PixelShuffle Prod RepeatInterleave SafeSoftmax ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
     "ScaledDotProductFlashAttentionForCpu Softmax Sort Std StdMean Sum Svd Topk Trace UpsampleBilinear2D "
     "UpsampleNearest2D Var VarMean WeightNormInterface"
 )
@@ -256,7 +258,7 @@ def _by_rule(
         found = None if spreading is None else spreading(node, below, footprint)
         if found is not None:
             return [0 if f is None else settled(f) for f in found]
-    if operation != "CopySlices" and operation == type(node).__name__:
+    if not losses.runs or (operation != "CopySlices" and operation == type(node).__name__):
         return None
     moved = _moved_one_by_one(node, below, outputs, losses, moves) if set(outputs) == {0} else None
     return _marked(node, below, outputs, losses) if moved is None else moved
@@ -438,6 +440,21 @@ def _reshaped(footprint: Masks, before: Sequence[int], after: Sequence[int]) -> 
     """Follow a reshape. Groups of axes along which nothing changes stay short."""
     short: list[int] = []
     long: list[int] = []
+    may_cut, cuts_axes = True, False
+    for left, right in _matched(before, after):
+        changes = any(footprint.shape[k] > 1 for k in left)
+        cuts = _common_cuts([before[k] for k in left], [after[k] for k in right])
+        may_cut = may_cut and cuts is not None
+        cuts_axes = cuts_axes or (changes and cuts is not None and len(cuts) > len(left))
+        short += [before[k] if changes else 1 for k in left]
+        long += [after[k] if changes else 1 for k in right]
+    if may_cut and cuts_axes:
+        return _recut(footprint, before, after)
+    return np.broadcast_to(footprint, short).reshape(long)
+
+
+def _matched(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The axes of two shapes in groups that hold as many entries."""
     i = j = 0
     while i < len(before) or j < len(after):
         left, right = [i], [j]
@@ -451,12 +468,39 @@ def _reshaped(footprint: Masks, before: Sequence[int], after: Sequence[int]) -> 
             else:
                 b, j = b * after[j], j + 1
                 right.append(j - 1)
-        left = [k for k in left if k < len(before)]
-        right = [k for k in right if k < len(after)]
-        changes = any(footprint.shape[k] > 1 for k in left)
-        short += [before[k] if changes else 1 for k in left]
-        long += [after[k] if changes else 1 for k in right]
-    return np.broadcast_to(footprint, short).reshape(long)
+        yield [k for k in left if k < len(before)], [k for k in right if k < len(after)]
+
+
+def _common_cuts(left: Sequence[int], right: Sequence[int]) -> list[int] | None:
+    """Where two shapes cut the same entries, as running products; None if one cut does not divide the next."""
+    cuts = sorted({*accumulate(left, mul), *accumulate(right, mul)} - {1})
+    return None if any(a == 0 or b % a for a, b in zip(cuts, cuts[1:], strict=False)) else cuts
+
+
+def _recut(footprint: Masks, before: Sequence[int], after: Sequence[int]) -> Masks:
+    """Follow a reshape that cuts axes, along parts of which nothing may change: heads that become one axis again."""
+    fine: list[int] = []
+    changing: list[bool] = []
+    places: list[list[int]] = []  # of the fine axes that make up each new one
+    for left, right in _matched(before, after):
+        sizes, wanted = [before[k] for k in left], [after[k] for k in right]
+        cuts = _common_cuts(sizes, wanted)
+        assert cuts is not None
+        start = len(fine)
+        fine += [b // a for a, b in zip([1, *cuts], cuts, strict=False)]
+        owners = [next(k for k, end in zip(left, accumulate(sizes, mul), strict=True) if cut <= end) for cut in cuts]
+        changing += [footprint.shape[k] > 1 for k in owners]
+        ends = [0, *(sum(cut <= end for cut in cuts) for end in accumulate(wanted, mul))]
+        places += [list(range(start + a, start + b)) for a, b in zip(ends, ends[1:], strict=False)]
+    cut = footprint.reshape([size if changes else 1 for size, changes in zip(fine, changing, strict=True)])
+    for axis in range(cut.ndim):
+        first = cut.take([0], axis)
+        if cut.shape[axis] > 1 and (cut == first).all():
+            cut = first
+    whole = [
+        fine[k] if any(cut.shape[j] > 1 for j in group) else 1 for group in places for k in group
+    ]  # fine axes lie in order
+    return np.broadcast_to(cut, whole).reshape([math.prod(whole[k] for k in group) for group in places])
 
 
 def _turned(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
@@ -545,24 +589,48 @@ def _attention(node: Any, below: Below, footprint: Masks) -> list[Footprint | No
     return [sides[k] if k < 3 else union(footprint) for k in range(len(below))]
 
 
+def _normalized(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+    """Channels stay apart in a batch norm, and with running statistics everything does."""
+    mixed = [axis for axis in range(footprint.ndim) if axis != 1] if saved(node, "training") else []
+    return [_collapsed(footprint, mixed), *[union(footprint)] * (len(below) - 1)]
+
+
+def _windowed(dims: int) -> Callable[[Any, Below, Masks], list[Footprint | None]]:
+    """Images and channels stay apart where windows move over places."""
+
+    def rule(node: Any, below: Below, footprint: Masks) -> list[Footprint | None]:
+        return [_collapsed(footprint, range(footprint.ndim - dims, footprint.ndim))] * len(below)
+
+    return rule
+
+
 _LEADING = _batched(lambda node, footprint: 1)
 _SPREADING: dict[str, Callable[[Any, Below, Masks], list[Footprint | None] | None]] = {
+    "AdaptiveAvgPool2D": _windowed(2),
+    "AdaptiveAvgPool3D": _windowed(3),
+    "AdaptiveMaxPool2D": _windowed(2),
     "Addmm": _product,
     "Amax": _reduced,
     "Amin": _reduced,
+    "AvgPool2D": _windowed(2),
+    "AvgPool3D": _windowed(3),
     "Baddbmm": _product,
     "Bmm": _product,
     "Cat": _cat,
     "Convolution": _convolved,
     "Cumprod": _accumulated,
     "Cumsum": _accumulated,
+    "Embedding": _batched(lambda node, footprint: 0),
     "Expand": _expanded,
     "LinalgVectorNorm": _reduced,
     "LogSoftmax": _mixed_along,
     "Logcumsumexp": _accumulated,
     "Logsumexp": _reduced,
+    "MaxPool2DWithIndices": _windowed(2),
+    "MaxPool3DWithIndices": _windowed(3),
     "Mean": _reduced,
     "Mm": _product,
+    "NativeBatchNorm": _normalized,
     "NativeGroupNorm": _LEADING,
     "NativeLayerNorm": _batched(lambda node, footprint: footprint.ndim - len(saved(node, "normalized_shape"))),
     "NllLoss": _nll,
@@ -570,6 +638,7 @@ _SPREADING: dict[str, Callable[[Any, Below, Masks], list[Footprint | None] | Non
     "Norm": _reduced,
     "Permute": _turned,
     "ReshapeAlias": _viewed,
+    "SafeSoftmax": _mixed_along,
     "ScaledDotProductEfficientAttention": _attention,
     "ScaledDotProductFlashAttention": _attention,
     "ScaledDotProductFlashAttentionForCpu": _attention,
@@ -581,6 +650,8 @@ _SPREADING: dict[str, Callable[[Any, Below, Masks], list[Footprint | None] | Non
     "Transpose": _turned,
     "UnsafeView": _viewed,
     "Unsqueeze": _viewed,
+    "UpsampleBilinear2D": _windowed(2),
+    "UpsampleNearest2D": _windowed(2),
     "View": _viewed,
 }
 
