@@ -20,9 +20,14 @@ from gradsurgery.gradients.accumulated import Accumulated
 from gradsurgery.gradients.gram import Row
 from gradsurgery.gradients.rows import parameters as parameters
 from gradsurgery.graph import Graph, Root, Start, undecided, walk
+from gradsurgery.graph.samples import Samples, grouped, traced, vector_of
 from gradsurgery.losses import Tasks
 from gradsurgery.settings import Settings
 from gradsurgery.transaction import Transaction
+
+
+#: Losses from which ``engine="auto"`` looks for one per sample.
+FEWEST = 16
 
 
 class Arguments(NamedTuple):
@@ -36,6 +41,7 @@ class Arguments(NamedTuple):
         others: As there, checked.
         features: As there, checked; empty if there are none.
         residuals: As there.
+        per_sample: What is wanted of one loss per sample: "" for nothing, "auto", "choose", "keep" or "rerun".
     """
 
     accumulate: bool
@@ -45,6 +51,7 @@ class Arguments(NamedTuple):
     others: Sequence[Optimizer]
     features: tuple[Tensor, ...]
     residuals: Mapping[str, Tensor] | Iterable[Tensor] | None
+    per_sample: str = ""
 
 
 class Layout:
@@ -139,6 +146,9 @@ class Batch:
         residuals: What the user gave as `residuals`.
         accumulate: More micro-batches follow.
         accumulated: Gradients of earlier micro-batches and of this one; None if nothing is accumulated.
+        samples: One loss per sample, and whose the entries of the graph are; None where that is not asked for.
+        per_sample: As in `Arguments`.
+        unsampled: Why there are no samples although they were looked for; empty if they were not.
     """
 
     owner: str
@@ -158,6 +168,9 @@ class Batch:
     residuals: Mapping[str, Tensor] | Iterable[Tensor] | None = None
     accumulate: bool = False
     accumulated: Accumulated | None = None
+    samples: Samples | None = None
+    per_sample: str = ""
+    unsampled: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -355,6 +368,7 @@ class Reading(NamedTuple):
         transaction: Its memory.
         comm: The processes that share the work.
         arguments: What ``backward`` was given.
+        unsampled: Why samples are not looked for any more.
     """
 
     owner: str
@@ -363,6 +377,7 @@ class Reading(NamedTuple):
     transaction: Transaction
     comm: Communicator
     arguments: Arguments
+    unsampled: str = ""
 
     def read(self, tasks: Tasks) -> Batch | None:
         """Look at the losses and their graph, and add what was accumulated.
@@ -376,13 +391,15 @@ class Reading(NamedTuple):
         given, transaction = self.arguments, self.transaction
         device = tasks.tensors[0].device if tasks.tensors else self.params[0].device
         here = losses_module.values(tasks.tensors, device)
+        count = len(tasks.present)
         tasks, values, shares = self._agreed(tasks, here)
         if self.settings.nonfinite == "drop":
             tasks, values, shares = self._finite(tasks, values, shares)
             if not tasks.present and (given.accumulate or transaction.accumulated is None):
                 return None
         transaction.present = tasks.present
-        graph, owned, foreign = self._reached(tasks)
+        samples, unsampled = self._samples(tasks, len(tasks.present) < count)
+        graph, owned, foreign = self._reached(tasks, samples)
         if graph.roots:
             tasks = tasks._replace(roots=graph.roots)
         comm = self.comm.over(owned)
@@ -409,7 +426,8 @@ class Reading(NamedTuple):
         batch = Batch(
             self.owner, tasks, values, graph, owned, foreign, graph.masks, loss_scale, seeds, retain,
             given.retain_graph or (self.settings.has_cadence and any(graph.overlaps)),
-            comm, given.scaler, given.features, given.residuals, given.accumulate,
+            comm, given.scaler, given.features, given.residuals, given.accumulate, None,
+            samples, given.per_sample, unsampled,
         )  # fmt: skip
         if given.accumulate or transaction.accumulated is not None:
             return self._accumulated(batch)
@@ -452,10 +470,24 @@ class Reading(NamedTuple):
         keep = [i for i, ok in enumerate(finite) if ok]
         return tasks.only(keep), values[keep], None if shares is None else shares[keep]
 
-    def _reached(self, tasks: Tasks) -> tuple[Graph, list[Tensor], list[Tensor]]:
+    def _samples(self, tasks: Tasks, dropped: bool) -> tuple[Samples | None, str]:
+        """One loss per sample, if that is wanted and there; else why not."""
+        given = self.arguments
+        if not given.per_sample or self.unsampled:
+            return None, self.unsampled
+        if dropped:
+            return None, "a loss was dropped, and the others are no longer one per sample"
+        found = samples_of(tasks.tensors, given.per_sample == "auto", self.comm.is_alone)
+        if isinstance(found, str):
+            if given.per_sample != "auto":
+                raise RuntimeError(f"{self.owner}.backward: per_sample={shown_mode(given.per_sample)}: {found}.")
+            return None, found
+        return found, ""
+
+    def _reached(self, tasks: Tasks, samples: Samples | None) -> tuple[Graph, list[Tensor], list[Tensor]]:
         """Walk over the graph. Returns what was found, the owned parameters that may be reached, and foreign ones."""
         others = list(dict.fromkeys(p for other in self.arguments.others for p in parameters(other)))
-        graph = self._walked(tasks, others)
+        graph = self._walked(tasks, others) if samples is None else samples.graph(len(tasks.present))
         own = set(self.params) if others else set()
         if graph.masks is None:
             return graph, self.params, [p for p in others if p not in own]
@@ -583,6 +615,7 @@ def arguments(
     others: Optimizer | Iterable[Optimizer],
     features: Tensor | Sequence[Tensor] | None,
     residuals: Mapping[str, Tensor] | Iterable[Tensor] | None,
+    per_sample: str = "",
 ) -> Arguments:
     """Check what ``backward`` was given besides the losses.
 
@@ -595,6 +628,7 @@ def arguments(
         others: As there.
         features: As there.
         residuals: As there.
+        per_sample: What is wanted of one loss per sample.
 
     Returns:
         The same.
@@ -615,7 +649,62 @@ def arguments(
             f"{scaler!r}."
         )
     at = representation(owner, features)
-    return Arguments(accumulate, batch_size, scaler, retain_graph, found, at, residuals)
+    if per_sample != "auto" and per_sample:
+        others_of_it = {"accumulate": accumulate, "features": bool(at), "residuals": residuals is not None}
+        if excluded := [name for name, there in others_of_it.items() if there]:
+            raise ValueError(
+                f"{owner}.backward: per_sample={shown_mode(per_sample)} excludes `{excluded[0]}`: the gradients of "
+                "single samples come from one pass over one whole batch. Leave out one of the two."
+            )
+    elif accumulate or at or residuals is not None:
+        per_sample = ""
+    return Arguments(accumulate, batch_size, scaler, retain_graph, found, at, residuals, per_sample)
+
+
+def shown_mode(per_sample: str) -> str:
+    """What the user wrote for a mode.
+
+    Args:
+        per_sample: The mode.
+
+    Returns:
+        Text for an error.
+    """
+    return "True" if per_sample == "choose" else repr(per_sample)
+
+
+def samples_of(losses: Sequence[Tensor], automatic: bool, is_alone: bool = True) -> Samples | str:
+    """Look for one loss per sample.
+
+    Args:
+        losses: The losses, (m,).
+        automatic: Nobody has asked for it, so that a look must not cost much where there are none.
+        is_alone: No other process shares the work.
+
+    Returns:
+        The samples; why there are none, in words, or nothing where there was no reason to look.
+    """
+    if automatic and len(losses) < FEWEST:
+        return ""
+    groups: Tensor | None = None
+    edge = vector_of(losses)
+    if edge is None and not automatic:
+        edge, groups = grouped(losses)
+    if edge is None:
+        if automatic:
+            return ""
+        return (
+            "the losses must be one per sample: a 1-d tensor such as reduction=\"none\" gives, everything that its "
+            "unbind() returns, or means over groups of one such tensor, as losses_by_group makes"
+        )
+    if not is_alone:
+        return "several processes share the work, and products of samples are not exchanged"
+    found = traced(edge, groups)
+    if found is None:
+        return "the graph is too deep to be read"
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in found.nodes):
+        return "reentrant checkpointing hides parameters: pass use_reentrant=False"
+    return found
 
 
 def representation(owner: str, features: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:

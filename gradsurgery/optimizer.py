@@ -27,8 +27,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gradsurgery import losses as losses_module
 from gradsurgery import misuse
-from gradsurgery.batch import Arguments, Batch, Reading, arguments, parameters
+from gradsurgery.batch import Arguments, Batch, Reading, arguments, parameters, shown_mode
 from gradsurgery.communication import ALONE, Communicator, Processes, hold, shards
+from gradsurgery.gradients import Refused
 from gradsurgery.graph.torch_private import hooks_of_base, is_flat, optimizer_hooks
 from gradsurgery.losses import Losses, Tasks
 from gradsurgery.report import Report
@@ -514,6 +515,7 @@ class MultiLossOptimizer(Optimizer):
         features: Tensor | Sequence[Tensor] | None = None,
         residuals: Mapping[str, Tensor] | Iterable[Tensor] | None = None,
         others: Optimizer | Iterable[Optimizer] = (),
+        per_sample: bool | Literal["keep", "rerun"] = False,
     ) -> Report:
         """Turn the losses into gradients and add them to ``.grad``.
 
@@ -539,6 +541,14 @@ class MultiLossOptimizer(Optimizer):
                 Every loss must reach it.
             residuals: What :class:`gradsurgery.NTKWeighter` asks for, here or below a surgery.
             others: The old name of `other_optimizers`.
+            per_sample: There is one loss per sample, loss i depending on sample i only: a 1-d tensor, everything that
+                its ``unbind()`` returns, or means over groups of one, as :func:`gradsurgery.losses_by_group` makes.
+                Surgery methods that need inner products only then take two backward passes, whatever the number of
+                losses; see :class:`gradsurgery.surgery.base.Surgery`. True: what the first pass leaves is held, and
+                spares the second one, where the graph proves that samples stay apart and memory allows it. "rerun":
+                always two passes, which takes least memory. "keep": always hold it. That losses depend on their own
+                samples is then taken on your word in between the steps that check it. By default ``engine="auto"``
+                looks for samples from 16 losses on, and forms rows where it finds none.
 
         Returns:
             What happened; also kept as `report`.
@@ -558,7 +568,10 @@ class MultiLossOptimizer(Optimizer):
         tasks = losses_module.read(losses, self._name, may_be_empty=not comm.is_alone or going_on, names=names)
         # With several processes this call may be the first to see a task, so the names are those of the whole list.
         with self.proposing(tasks.names, tasks.present):
-            given = arguments(self._name, accumulate, batch_size, scaler, retain_graph, further, features, residuals)
+            wanted = self._samples_wanted(per_sample)
+            given = arguments(
+                self._name, accumulate, batch_size, scaler, retain_graph, further, features, residuals, wanted
+            )
             transaction.flags += () if accumulate else transaction.repeated
             transaction.report = self._report_on(tasks, comm, given)
         return transaction.report
@@ -589,11 +602,38 @@ class MultiLossOptimizer(Optimizer):
             report = Report(batch.names, batch.values, flags=[*transaction.flags, "accumulating"])
         else:
             transaction.loop.see_gradients(self, batch)
-            report = self._act(batch)
+            report = self._act_on(batch, reading, tasks)
             transaction.loop.proposed(self, given.scaler is not None)
             transaction.accumulated = None
         transaction.repeat_flags(last=not given.accumulate)
         return report
+
+    def _act_on(self, batch: Batch, reading: Reading, tasks: Tasks) -> Report:
+        """Act on the losses; once more, one by one, where samples turn out to depend on each other."""
+        flags = list(self.transaction.flags)
+        try:
+            return self._act(batch)
+        except Refused as refused:
+            mode = batch.per_sample
+            if mode != "auto":
+                raise RuntimeError(
+                    f"{self._name}.backward: per_sample={shown_mode(mode)}: {refused}. Nothing was written. "
+                    "per_sample=False takes one backward pass per loss."
+                ) from None
+            reason = str(refused)
+        self.transaction.flags[:] = flags
+        again = reading._replace(unsampled=reason).read(tasks)
+        assert again is not None
+        return self._act(again)
+
+    def _samples_wanted(self, per_sample: bool | str) -> str:
+        """What is wanted of one loss per sample: nothing, "auto", "choose", "keep" or "rerun"."""
+        if per_sample:
+            raise ValueError(
+                f"{self._name}.backward: `per_sample` is for surgery methods. A weighting sees the values of the losses "
+                "and takes one backward pass anyway. Leave it out."
+            )
+        return ""
 
     def _require_possible(self, accumulates: bool, exchanges: bool) -> None:
         """Refuse calls that a switch has no meaning for."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradsurgery.batch import Batch, Layout
 from gradsurgery.communication import shards
-from gradsurgery.gradients import Gradients, Request, Stream, gather
+from gradsurgery.gradients import Gradients, Refused, Request, Stream, gather
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.dense import Dense, whole
 from gradsurgery.gradients.descent import Direction
@@ -154,7 +154,13 @@ class SurgeryStep:
         sharing = Sharing(self.batch, self.layout, self.settings, transaction, habits, method.parameters(), self.phase)
         failed = set(transaction.memory.get("failed", ()))
         request = self._request(sharing, set(failed))
-        gradients = gather(request)
+        try:
+            gradients = gather(request)
+        except Refused:
+            transaction.memory["failed"] = sorted(request.failed)
+            raise
+        if request.checked != transaction.memory.get("checked", {}) and transaction.writable:
+            transaction.memory["checked"] = request.checked
         sharing.settle(gradients)
         transaction.flags += gradients.flags
         if request.failed != failed and transaction.writable:
@@ -187,6 +193,8 @@ class SurgeryStep:
             stream=self._stream() if method.streaming and not one_pass else None,
             share=self.share,
             failed=failed,
+            step=self.transaction.memory["step"],
+            checked=dict(self.transaction.memory.get("checked", {})),
         )
 
     def _does_with_one_pass(self, sharing: Sharing, shared: Sequence[Tensor]) -> bool:

@@ -381,6 +381,7 @@ _IS: dict[str, Callable[[object], bool]] = {
     "table of numbers by name": _by(_is_name, _by(_is_name, _is_number)),
     "row by name": _by(_is_name, _is_row),
     "row": _is_row,
+    "text by name": _by(_is_name, _is_name),
     "table of counts by name": _by(_is_name, _by(_is_count, _is_count)),
     "plain value": _is_plain,
 }
@@ -413,4 +414,5 @@ KINDS = {
     "window": "list of numbers by name",
     "fresh": "list of different names",
     "failed": "list of different names",
+    "checked": "text by name",
 }

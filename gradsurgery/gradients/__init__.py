@@ -11,6 +11,8 @@ from gradsurgery.gradients.base import Stream as Stream
 from gradsurgery.gradients.dense import Dense, Offloaded, Sharded
 from gradsurgery.gradients.flat import Flat
 from gradsurgery.gradients.one_pass import OnePass
+from gradsurgery.gradients.per_sample import PerSample
+from gradsurgery.gradients.sample_graph import Refused as Refused
 from gradsurgery.gradients.sliced import Sliced
 from gradsurgery.gradients.streaming import Streaming
 
@@ -18,6 +20,7 @@ from gradsurgery.gradients.streaming import Streaming
 ENGINES: tuple[Callable[[Request], Gradients | str], ...] = (
     OnePass.gather,
     Streaming.gather,
+    PerSample.gather,
     blocks.gather,
     ghosts.gather,
     Sharded.gather,

@@ -31,6 +31,9 @@ class Source(Protocol):
     comm: Communicator
     features: tuple[Tensor, ...]
     masks: dict[Tensor, int] | None
+    samples: Any
+    per_sample: str
+    unsampled: str
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -82,6 +85,8 @@ class Request(NamedTuple):
         stream: For a method without rows.
         share: What `reduction` multiplies everything by.
         failed: What has turned out to be impossible with this model; engines add to it.
+        step: Number of committed steps.
+        checked: Graphs of which it was checked that samples keep to themselves, by signature; engines change it.
     """
 
     batch: Source
@@ -100,6 +105,8 @@ class Request(NamedTuple):
     stream: Stream | None
     share: float
     failed: set[str]
+    step: int
+    checked: dict[str, str]
 
     @property
     def m(self) -> int:

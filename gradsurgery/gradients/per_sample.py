@@ -7,8 +7,11 @@ and the second pass is spared.
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,13 +25,11 @@ from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.base import Add, Gradients, Request
 from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.gram import SAFE_SQUARES, Gram, Table
-from gradsurgery.gradients.sample_graph import Key, Plan, Refused, SampleReader, Site, mixing_node
-from gradsurgery.gradients.sample_layers import Column, Slots
+from gradsurgery.gradients.sample_graph import Key, Plan, Refused, SampleReader, Site, Value, mixing_node
+from gradsurgery.gradients.sample_layers import Column, Slots, Use
 from gradsurgery.graph.samples import Along, Samples, candidates
 from gradsurgery.graph.torch_private import metadata
 
-#: Losses from which ``engine="auto"`` looks for samples.
-FEWEST = 16
 # Committed steps between two exact checks.
 _EVERY = 100
 # Signatures that are remembered.
@@ -42,26 +43,25 @@ _ROOM = 2.0**48
 # What ‖d‖² and wᵀ G w may differ by, relative to the square of Σ |wᵢ| ‖gᵢ‖.
 _CERTIFIED = 1e-4
 # How far products are off, relative to the lengths of the rows.
-_NOISE = 4e-6
+_NOISE, _NOISE_DOUBLE = 4e-6, 1e-13
 
 
 class Rows(Table):
     """Rows that are never formed.
 
     Args:
-        count: Number of rows.
-        dtypes: Of the parameters.
-        gram: Gives their inner products in double precision, where that is possible.
+        gram: Their inner products, (m, m).
+        double: All parameters are in double precision.
+        again: Finds the products in double precision, as far as what they follow from is held.
     """
 
-    def __init__(self, count: int, double: bool, gram: Callable[[bool], np.ndarray]) -> None:
-        super().__init__([[] for _ in range(count)])
-        self._noise = gram_module.precision(torch.empty(0, dtype=torch.float64)) if double else _NOISE
+    def __init__(self, gram: np.ndarray, double: bool, again: Callable[[], np.ndarray | None]) -> None:
+        super().__init__([[] for _ in range(len(gram))], noise=_NOISE_DOUBLE if double else _NOISE)
         self._gram = gram
-        self._kept: list[int] | None = None
+        self._again = again
 
     def products(self) -> Tensor:
-        return torch.from_numpy(self._gram(False))
+        return torch.from_numpy(self._gram)
 
     def repaired(self, found: np.ndarray) -> np.ndarray:
         return found
@@ -70,19 +70,15 @@ class Rows(Table):
     def is_double(self) -> bool:
         return False
 
-    def part(self, keep: Sequence[int]) -> Rows:
-        """Some of the rows.
+    def part(self, keep: Sequence[int]) -> Table:
+        again = self._again
 
-        Args:
-            keep: Their places.
+        def fewer() -> np.ndarray | None:
+            found = again()
+            return None if found is None else found[np.ix_(keep, keep)]
 
-        Returns:
-            The same rows.
-        """
-        part = Rows(len(keep), False, self._gram)
+        part = Rows(self._gram[np.ix_(keep, keep)], False, fewer)
         part._noise = self._noise
-        before = range(len(self)) if self._kept is None else self._kept
-        part._kept = [before[k] for k in keep]
         return part
 
     def triangle(self) -> np.ndarray:
@@ -91,8 +87,8 @@ class Rows(Table):
         Returns:
             (k, k).
         """
-        gram = self._gram(True)
-        return gram_module.square_root(gram if self._kept is None else gram[np.ix_(self._kept, self._kept)])
+        found = self._again()
+        return gram_module.square_root(self._gram if found is None else found)
 
 
 class Pass:
@@ -160,17 +156,14 @@ class Check:
         self.powers = torch.from_numpy(powers).to(signs)
         self.found: list[Tensor] = []
 
-    def make(self, retain: bool) -> str:
-        """Make two passes, and find out whose the entries of each site are.
-
-        Args:
-            retain: Keep the graph.
+    def make(self) -> str:
+        """Make two passes, and find out whose the entries of each site are. The graph stays.
 
         Returns:
             The node that brings samples together; empty if none does.
         """
         first = self._taken(self.signs)
-        second = self._taken(self.signs * self.powers, retain)
+        second = self._taken(self.signs * self.powers)
         factor = self._room(first)
         compared = (first, second)
         if factor != 1.0:
@@ -185,9 +178,9 @@ class Check:
         self.found = first
         return ""
 
-    def _taken(self, factors: Tensor, retain: bool = True) -> list[Tensor]:
+    def _taken(self, factors: Tensor) -> list[Tensor]:
         taken: dict[int, Tensor] = {}
-        self.passes.run(factors, retain or True, taken.__setitem__)
+        self.passes.run(factors, True, taken.__setitem__)
         return [taken[k] for k in range(len(self.passes.plan.sites))]
 
     def _room(self, ds: Sequence[Tensor]) -> float:
@@ -288,9 +281,14 @@ class PerSample(Gradients):
         self._signs = torch.from_numpy(signs).to(self._seeds)
         self._passes = Pass(plan, samples, self._seeds)
         self._slots: dict[bytes, Slots] = {}
-        #: What is left of the passes: of each value, inner products until they are summed up, or what they follow from.
+        self._uses = Counter(key for site in plan.sites for key, _ in site.uses)
+        # What waits for the other uses of a value, and what for the end of the pass.
+        self._waiting: dict[Key, list[tuple[Use, Tensor, Slots]]] = {}
+        self._derived: list[tuple[Value, Tensor]] = []
+        # What is left of the passes: of each value the inner products, and what they follow from, or rows.
         self._columns: dict[Key, Column] = {}
         self._grams: dict[Key, Tensor] = {}
+        self._signed: dict[int, Tensor] = {}
         self._direct: dict[int, Tensor] = {}
         self._keeps = False
 
@@ -331,7 +329,7 @@ class PerSample(Gradients):
         last = self._keeps and not plan.direct and not request.batch.retain_graph
         if due:
             check = Check(self._passes, self._signs, self._rng)
-            named = check.make(not last)
+            named = check.make()
             if named:
                 request.failed.add(f"coupled {signature}")
                 raise Refused(_coupled(named))
@@ -350,7 +348,7 @@ class PerSample(Gradients):
                     for _, use in site.uses:
                         use.axis = site.along.axis
             self._passes.run(self._signs, not last, self._consume)
-        self._waiting.clear()
+        self._lead_on()
         self._differentiate_direct()
         how = "held from it" if self._keeps else "found by a second one"
         self.reason = f"one pass for {self._samples.count} samples; the direction is {how}"
@@ -365,31 +363,18 @@ class PerSample(Gradients):
                 inputs += int(np.prod(use.shape)) + (0 if given is None else given.numel())
         return held <= 2 * inputs
 
-    @property
-    def _waiting(self) -> dict[Key, list[tuple[int, Any, Tensor, Slots]]]:
-        return self.__dict__.setdefault("_waiting_for", {})
-
     def _consume(self, k: int, d: Tensor) -> None:
         """Take the gradient at one site; multiply where all uses of a value have theirs."""
         site = self._plan.sites[k]
         assert site.along is not None
         slots = self._slots_of(site.along, d.device)
         for key, use in site.uses:
-            self._waiting.setdefault(key, []).append((k, use, d, slots))
-            if len(self._waiting[key]) == self._uses_of(key):
-                parts = self._waiting.pop(key)
+            parts = self._waiting.setdefault(key, [])
+            parts.append((use, d, slots))
+            if len(parts) == self._uses[key]:
+                del self._waiting[key]
                 with torch.no_grad(), exactly(d.device):
-                    self._take(key, Column([p[1] for p in parts], [p[2] for p in parts], [p[3] for p in parts]))
-
-    def _uses_of(self, key: Key) -> int:
-        counts: dict[Key, int] | None = self.__dict__.get("_use_counts")
-        if counts is None:
-            counts = {}
-            for site in self._plan.sites:
-                for found, _ in site.uses:
-                    counts[found] = counts.get(found, 0) + 1
-            self.__dict__["_use_counts"] = counts
-        return counts[key]
+                    self._take(key, Column(*zip(*parts, strict=True)))
 
     def _slots_of(self, along: Along, device: torch.device) -> Slots:
         key = along.labels.tobytes()
@@ -399,26 +384,31 @@ class PerSample(Gradients):
 
     def _take(self, key: Key, column: Column) -> None:
         value = self._plan.values[key]
-        column.keep()
-        if value.edge is not None:  # rows of what is made of parameters lead on to these
-            self._take_derived(value.edge, value.places, column.whole())
+        if value.edge is not None:
+            self._derived.append((value, column.whole()))
             return
+        column.keep()
         if self._keeps:
             self._columns[key] = column
         self._grams[key] = _products(column)
 
-    def _take_derived(self, edge: GradientEdge, places: Sequence[int], rows: Tensor) -> None:
-        entry = metadata(edge.node)[edge.output_nr]
-        shaped = rows.view(len(rows), *entry.shape).to(entry.dtype)
-        params = [self._all[place] for place in places]
-        with torch.enable_grad():
-            found = torch.autograd.grad(
-                [edge], params, [shaped], retain_graph=True, is_grads_batched=True, allow_unused=True
-            )
-        for place, g in zip(places, found, strict=True):
-            if g is not None:
-                flat = g.flatten(1)
-                self._direct[place] = flat + self._direct[place] if place in self._direct else flat
+    def _lead_on(self) -> None:
+        """Rows of what is made of parameters, carried down to these."""
+        for value, rows in self._derived:
+            assert value.edge is not None
+            entry = metadata(value.edge.node)[value.edge.output_nr]
+            shaped = rows.view(len(rows), *entry.shape).to(entry.dtype)
+            params = [self._all[place] for place in value.places]
+            edge: Any = value.edge
+            with torch.enable_grad():
+                found = torch.autograd.grad(
+                    [edge], params, [shaped], retain_graph=True, is_grads_batched=True, allow_unused=True
+                )
+            for place, g in zip(value.places, found, strict=True):
+                if g is not None:
+                    g = g.flatten(1)
+                    self._signed[place] = g + self._signed[place] if place in self._signed else g
+        self._derived = []
 
     def _differentiate_direct(self) -> None:
         """A pass per loss for the parameters that no site gives."""
@@ -478,26 +468,24 @@ class PerSample(Gradients):
         Returns:
             (m, m), with the loss scale.
         """
-        count, m = self._samples.count, self.request.m
+        count = self._samples.count
         device = self._seeds.device
         by_sample = torch.zeros(count, count, dtype=torch.float64, device=device)
         for key, gram in self._grams.items():
             if self._plan.values[key].places[0] in places:
                 again = double and key in self._columns
                 by_sample += (self._columns[key].gram(True) if again else gram).to(device)
+        for place in places & self._signed.keys():
+            by_sample += gram_module.gram_in([[row] for row in self._signed[place]], torch.float64).to(device)
         signs = self._signs.double()
         by_sample *= signs[:, None] * signs
-        derived = [place for place in self._direct if place in places and place not in self._plan.direct]
-        for place in derived:
-            rows = self._direct[place] * self._signs.to(self._direct[place])[:, None]
-            by_sample += gram_module.gram_in([[row] for row in rows], torch.float64).to(device)
         found = self._grouped(by_sample)
-        for place in self._plan.direct:
-            if place in places and place in self._direct:
-                rows = self._direct[place]
-                found = found + gram_module.gram_in([[row] for row in rows], torch.float64).to(device)
-        assert found.shape == (m, m)
-        return found.cpu().numpy()
+        for place in places & self._direct.keys():
+            found = found + gram_module.gram_in([[row] for row in self._direct[place]], torch.float64).to(device)
+        # Terms of a sum over samples may cancel.
+        products: np.ndarray = found.cpu().numpy()
+        np.fill_diagonal(products, np.maximum(products.diagonal(), 0.0))
+        return products
 
     def _grouped(self, by_sample: Tensor) -> Tensor:
         groups = self._samples.groups
@@ -511,16 +499,20 @@ class PerSample(Gradients):
     def partition(self, parts: list[list[int]]) -> None:
         self.parts = parts
         double = all(p.dtype == torch.float64 for p in self.shared)
-        self.tables = [
-            Rows(self.request.m, double, lambda wide, part=set(part): self._summed(part, wide)) for part in parts
-        ]
+        itself = weakref.ref(self)  # or the two would hold each other
+
+        def again(part: Sequence[int]) -> np.ndarray | None:
+            gradients = itself()
+            return None if gradients is None else gradients._summed(set(part), True)
+
+        self.tables = [Rows(self._summed(set(part), False), double, partial(again, part)) for part in parts]
 
     def peaks(self) -> list[Tensor]:
         if not self.request.plain:
             return [torch.zeros(self.request.m, dtype=torch.float64)]
         start = len(self.request.shared)
         squares = self._summed(set(range(start, len(self._all))), False).diagonal()
-        return [torch.from_numpy(np.sqrt(np.maximum(squares, 0.0)) + (squares - squares))]
+        return [torch.from_numpy(np.sqrt(squares))]
 
     def inside(self, gram: Gram, weights: np.ndarray) -> tuple[Gradients, np.ndarray]:
         if not np.isfinite(weights).all() or descent.is_certain(gram.table, gram.values, weights):
@@ -548,7 +540,7 @@ class PerSample(Gradients):
             if part:
                 last = not any(p for p, _ in jobs[k + 1 :])
                 found.update(self._kept(part, w) if self._keeps else self._rerun(part, w, last))
-        self._columns, self._grams, self._direct, self.tables = {}, {}, {}, []
+        self._columns, self._grams, self._signed, self._direct, self.tables = {}, {}, {}, {}, []
         return found
 
     def _kept(self, places: Sequence[int], weights: np.ndarray) -> dict[Tensor, Tensor | None]:
@@ -562,10 +554,9 @@ class PerSample(Gradients):
                 with exactly(p.device):
                     found[p] = _as(column.weighted(signed), p)
                 del self._columns[key]
-        for place in places:
-            if place in self._direct:
-                p, rows = self._all[place], self._direct[place]
-                w = torch.from_numpy(weights).to(rows.device) if place in self._plan.direct else signed
+        for rows_of, w in ((self._signed, signed), (self._direct, torch.from_numpy(weights))):
+            for place in rows_of.keys() & set(places):
+                p, rows = self._all[place], rows_of[place]
                 found[p] = _plus(found[p], _as((w.to(rows) @ rows).view(p.shape), p))
         return found
 
@@ -576,13 +567,12 @@ class PerSample(Gradients):
         batch = self.request.batch
         retain = batch.retain_graph or not last or self._mode == "auto"
         seeds = self._sample_seeds(torch.from_numpy(np.asarray(weights, np.float64)))
-        gradients = rows_module.gradient(self._samples.edge, params, seeds, retain)
+        edge: Any = self._samples.edge
+        with rows_module.emptied(params):  # autograd's own rules on memory that is shared apply
+            gradients = rows_module.one_pass([edge], [seeds], params, retain, "accumulate")
         if expected is not None:
             self._certify(weights, expected, gradients)
-        return {
-            p: None if g is None else g.clone() if g.is_sparse else _as(g.clone(), p)
-            for p, g in zip(params, gradients, strict=True)
-        }
+        return dict(zip(params, gradients, strict=True))
 
     def _certify(self, weights: np.ndarray, gram: np.ndarray, gradients: Sequence[Tensor | None]) -> None:
         squares = [

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -18,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node
 from gradsurgery.graph import footprints
 from gradsurgery.graph.footprints import Footprint
 from gradsurgery.graph.reach import Front, Graph, Nodes, inputs_first
-from gradsurgery.graph.torch_private import metadata
+from gradsurgery.graph.torch_private import engine_backward, metadata
 
 #: Numbers of samples, −1 for nobody.
 Labels = NDArray[np.int64]
@@ -92,12 +93,11 @@ class Samples(NamedTuple):
         footprint = self.found.get(node, {}).get(output, 0)
         return not _is_vague(footprint, self.count) and _decoded(footprint, self.count) is None
 
-    def graph(self, m: int, hidden: bool) -> Graph:
+    def graph(self, m: int) -> Graph:
         """What a walk over all losses would find, as far as it matters to those who need no row.
 
         Args:
             m: Number of losses.
-            hidden: Reentrant checkpoints hide parameters.
 
         Returns:
             Leaves that two samples reach count as reached by all losses.
@@ -108,7 +108,7 @@ class Samples(NamedTuple):
                 leaf = node.variable  # type: ignore[attr-defined]
                 masks[leaf] = masks.get(leaf, 0) | self._mask(footprints.union(outputs[0]), m)
         later = (*(True,) * (m - 1), False)
-        return Graph(None if hidden else masks, tuple(masks), (True,) * m, later, hidden, self.nodes)
+        return Graph(masks, tuple(masks), (True,) * m, later, False, self.nodes)
 
     def _mask(self, code: int, m: int) -> int:
         labels = None if _is_vague(code, self.count) else _decoded(code, self.count)
@@ -200,6 +200,35 @@ def vector_below(losses: Sequence[Tensor]) -> GradientEdge | None:
             if child is not None:
                 front.reach(child, output)
     return None
+
+
+def grouped(losses: Sequence[Tensor]) -> tuple[GradientEdge | None, Tensor | None]:
+    """The vector of one loss per sample that some losses are made from, each from samples of its own.
+
+    Args:
+        losses: Scalars, (m,).
+
+    Returns:
+        The vector, and for each of its entries the loss that it goes into, −1 for none; None if a sample goes into two.
+    """
+    edge = vector_below(losses)
+    if edge is None:
+        return None, None
+    numbers = torch.arange(1, len(losses) + 1, dtype=torch.float64)
+    mark = numbers.flip(0).square()
+    found = []
+    for marks in (torch.ones_like(numbers), numbers, mark):
+        seeds = tuple(value.to(loss) for value, loss in zip(marks, losses, strict=True))
+        (g,) = engine_backward(tuple(losses), seeds, (edge,), True, accumulate=False)  # type: ignore[arg-type]
+        found.append(torch.zeros(0) if g is None else g.detach().double())
+    ones, first, second = found
+    used = ones != 0
+    safe = torch.where(used, ones, torch.ones_like(ones))
+    groups = torch.where(used, (first / safe).round() - 1, -torch.ones_like(ones)).long()
+    inside = (groups >= -1) & (groups < len(losses))
+    expected = mark.to(second)[groups.clamp(0, len(losses) - 1)]
+    close = ((second / safe - expected).abs() <= 1e-3) & ((first / safe - 1 - groups).abs() <= 1e-3)
+    return (edge, groups) if bool((inside & (close | ~used)).all()) else (None, None)
 
 
 def candidates(size: int, count: int) -> Iterator[Labels]:

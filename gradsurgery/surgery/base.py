@@ -269,6 +269,28 @@ class Surgery(MultiLossOptimizer):
         if self.distributed:
             self._require_possible(accumulates=False, exchanges=True)
 
+    def _samples_wanted(self, per_sample: bool | str) -> str:
+        if per_sample not in (False, True, "keep", "rerun"):
+            raise ValueError(
+                f'{self._name}.backward: `per_sample` must be True, False, "keep" or "rerun", got {per_sample!r}.'
+            )
+        possible = self.engine == "auto" and self.needs_gram_only and not self.streaming
+        possible = possible and not self.settings.puts_rows_away
+        if not per_sample:
+            return "auto" if possible and self.phase == "solve" else ""
+        if not possible:
+            why = f"engine={self.engine!r} was asked for"
+            if self.engine == "auto":
+                why = "the method adds up gradients as they come"
+                why = why if self.streaming else "the method looks at the gradients themselves"
+            raise ValueError(
+                f"{self._name}.backward: `per_sample` finds the inner products of the gradients without forming these, "
+                f"and {why}. Leave it out: each loss then takes a backward pass."
+            )
+        if self.phase != "solve":
+            return ""
+        return "choose" if per_sample is True else str(per_sample)
+
     def _require_possible(self, accumulates: bool, exchanges: bool) -> None:
         if self.settings.puts_rows_away and (accumulates or exchanges):
             what = "accumulate=True" if accumulates else "several processes (`distributed`, `process_group`, DTensors)"
