@@ -25,7 +25,6 @@ from gradsurgery.losses import Tasks
 from gradsurgery.settings import Settings
 from gradsurgery.transaction import Transaction
 
-
 #: Losses from which ``engine="auto"`` looks for one per sample.
 FEWEST = 16
 
@@ -694,7 +693,7 @@ def samples_of(losses: Sequence[Tensor], automatic: bool, is_alone: bool = True)
         if automatic:
             return ""
         return (
-            "the losses must be one per sample: a 1-d tensor such as reduction=\"none\" gives, everything that its "
+            'the losses must be one per sample: a 1-d tensor such as reduction="none" gives, everything that its '
             "unbind() returns, or means over groups of one such tensor, as losses_by_group makes"
         )
     if not is_alone:

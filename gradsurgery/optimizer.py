@@ -630,7 +630,7 @@ class MultiLossOptimizer(Optimizer):
         """What is wanted of one loss per sample: nothing, "auto", "choose", "keep" or "rerun"."""
         if per_sample:
             raise ValueError(
-                f"{self._name}.backward: `per_sample` is for surgery methods. A weighting sees the values of the losses "
+                f"{self._name}.backward: `per_sample` is for surgery methods. A weighting sees values of losses "
                 "and takes one backward pass anyway. Leave it out."
             )
         return ""

@@ -35,7 +35,8 @@ class Report:
         names: Names of the tasks present in the call, (m,), in the order given.
         engine: How gradients were found: "rows", "ghosts" (some gradients of single losses were never formed), "blocks"
             (rows of one part of the model at a time; for both see `engine` of
-            :class:`gradsurgery.surgery.base.Surgery`), "slices" (rows spread over processes), "streaming" (see
+            :class:`gradsurgery.surgery.base.Surgery`), "per sample" (all gradients from one backward pass; see there
+            too), "slices" (rows spread over processes), "streaming" (see
             :class:`gradsurgery.PCGrad`), or "one pass". None if nothing was differentiated.
         reason: Why rows were formed or spared, in words. None where there was nothing to choose.
         projections: How often a gradient was projected off another, for the methods that do so pair by pair (PCGrad,

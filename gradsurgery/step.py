@@ -390,7 +390,7 @@ class SurgeryStep:
         for k, gram in enumerate(seen.grams):
             if promises[k] and math.isfinite(sum(applied[k].tolist())):
                 held[k] = gradients.hold(k, gram, applied[k])
-        if not all(direction is None or direction.descends for direction in held):
+        if gradients.may_rise or not all(direction is None or direction.descends for direction in held):
             self.transaction.flag("loss-may-rise")
         return gradients, applied, held
 

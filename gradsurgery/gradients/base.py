@@ -412,6 +412,9 @@ class Gradients(ABC):
         """
         return rows_module.largest_factor([*self.shared, *self.private.params])
 
+    #: Rounding may make a loss rise, and rows that could be looked at are never formed.
+    may_rise = False
+
     #: Finite results say nothing of inf and nan that were never looked at.
     is_unseen = False
 

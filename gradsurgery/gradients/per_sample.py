@@ -7,6 +7,7 @@ and the second pass is spared.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.base import Add, Gradients, Request
 from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.gram import SAFE_SQUARES, Gram, Table
-from gradsurgery.gradients.sample_graph import Key, Plan, Refused, SampleReader, Site, Value, mixing_node
+from gradsurgery.gradients.sample_graph import Key, Plan, Refused, SampleReader, Site, Value, mixing_node, named_first
 from gradsurgery.gradients.sample_layers import Column, Slots, Use
 from gradsurgery.graph.samples import Along, Samples, candidates
 from gradsurgery.graph.torch_private import metadata
@@ -40,6 +41,7 @@ _POWERS = (-3, 4)
 _SAFE = 2.0**16
 # Where all of them are below this many times that, losses are multiplied by one more power of two first.
 _ROOM = 2.0**48
+_MOST_POWER = 100
 # What ‖d‖² and wᵀ G w may differ by, relative to the square of Σ |wᵢ| ‖gᵢ‖.
 _CERTIFIED = 1e-4
 # How far products are off, relative to the lengths of the rows.
@@ -124,9 +126,7 @@ class Pass:
             consume(k, _zeros(self.plan.sites[k].node) if g is None else g)
 
 
-def _handing(
-    k: int, node: Node, consume: Callable[[int, Tensor], None]
-) -> Callable[[Sequence[Tensor | None]], None]:
+def _handing(k: int, node: Node, consume: Callable[[int, Tensor], None]) -> Callable[[Sequence[Tensor | None]], None]:
     def hand(gradients: Sequence[Tensor | None]) -> None:
         g = gradients[0]
         consume(k, _zeros(node) if g is None else g)
@@ -151,7 +151,7 @@ class Check:
     def __init__(self, passes: Pass, signs: Tensor, rng: np.random.Generator) -> None:
         self.passes = passes
         self.signs = signs
-        count = passes.samples.count
+        count = passes.samples.size
         powers = np.ldexp(1.0, rng.integers(_POWERS[0], _POWERS[1] + 1, count)) * rng.choice([-1.0, 1.0], count)
         self.powers = torch.from_numpy(powers).to(signs)
         self.found: list[Tensor] = []
@@ -190,13 +190,13 @@ class Check:
         least = max((tiny for _, tiny in peaks), default=0.0) * _SAFE * _ROOM
         if not 0.0 < largest < least:
             return 1.0
-        return 2.0 ** -int(np.frexp(largest)[1])
+        return float(2.0 ** min(-int(np.frexp(largest)[1]), _MOST_POWER))
 
     def _along(self, site: Site, a: Tensor, b: Tensor) -> Along | None:
         """Whose the entries of a site are; None if of no layout that is known."""
         if site.along is not None:
             return site.along if self._agrees(a, b, site.along) else None
-        count = self.passes.samples.count
+        count = self.passes.samples.size
         axes = set.intersection(*(set(use.axes) for _, use in site.uses))
         for axis in sorted(axes, key=lambda k: (a.shape[k] != count, k)):
             for labels in candidates(a.shape[axis], count):
@@ -216,7 +216,7 @@ class Check:
     def _named(self, site: Site, first: Sequence[Tensor]) -> str:
         """What to call the node that brings samples together."""
         again = self._taken(self.signs)
-        if any(not torch.equal(a, b) for a, b in zip(first, again, strict=True)):
+        if not all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(first, again, strict=True)):
             raise Refused("two equal backward passes differ on this device, so that nothing can be compared")
         named = mixing_node(self.passes.samples, self.passes.plan.inner)
         return named or self._first_mixed() or type(site.node).__name__
@@ -234,14 +234,15 @@ class Check:
                 rows_module.gradient(samples.edge, list(plan.params), self.passes.seeds * factors, True)
             seen.append(at)
         clean = {node: self._is_clean(a, seen[1][node]) for node, a in seen[0].items() if node in seen[1]}
+        found = []
         for node in reversed(samples.nodes):
             below = [child for child, _ in samples.nodes[node] if child is not None and child not in plan.inner]
             if clean.get(node) and any(clean.get(child) is False for child in below):
-                return type(node).__name__
-        return ""
+                found.append(node)
+        return named_first(found) or ""
 
     def _is_clean(self, a: Tensor, b: Tensor) -> bool:
-        count = self.passes.samples.count
+        count = self.passes.samples.size
         return any(
             self._agrees(a, b, Along(axis, labels))
             for axis in range(a.dim())
@@ -274,10 +275,10 @@ class PerSample(Gradients):
         self._plan = plan
         self._mode = request.batch.per_sample
         self._all = [*request.shared, *request.plain]
-        self._rng = np.random.default_rng([request.step, samples.count])
+        self._rng = np.random.default_rng([request.step, samples.size])
         batch = request.batch
         self._seeds = self._sample_seeds(torch.ones_like(torch.stack(list(batch.seeds))))
-        signs = self._rng.choice([-1.0, 1.0], samples.count)
+        signs = self._rng.choice([-1.0, 1.0], samples.size)
         self._signs = torch.from_numpy(signs).to(self._seeds)
         self._passes = Pass(plan, samples, self._seeds)
         self._slots: dict[bytes, Slots] = {}
@@ -333,7 +334,7 @@ class PerSample(Gradients):
             if named:
                 request.failed.add(f"coupled {signature}")
                 raise Refused(_coupled(named))
-            layouts = "".join(_written(site.along, self._samples.count) for site in plan.sites)
+            layouts = "".join(_written(site.along, self._samples.size) for site in plan.sites)
             known = {key: value for key, value in checked.items() if key != signature}
             for key in list(known)[: max(0, len(known) + 1 - _MOST_KNOWN)]:
                 del known[key]
@@ -344,14 +345,14 @@ class PerSample(Gradients):
         else:
             for site, letter in zip(plan.sites, checked[signature], strict=True):
                 if site.along is None:
-                    site.along = _read(letter, tuple(metadata(site.node)[0].shape), self._samples.count)
+                    site.along = _read(letter, tuple(metadata(site.node)[0].shape), self._samples.size)
                     for _, use in site.uses:
                         use.axis = site.along.axis
             self._passes.run(self._signs, not last, self._consume)
         self._lead_on()
         self._differentiate_direct()
         how = "held from it" if self._keeps else "found by a second one"
-        self.reason = f"one pass for {self._samples.count} samples; the direction is {how}"
+        self.reason = f"one pass for {self._samples.size} samples; the direction is {how}"
 
     def _fits(self) -> bool:
         """Whether what would be held is no more than what a backward pass works with: inputs and weights."""
@@ -379,7 +380,7 @@ class PerSample(Gradients):
     def _slots_of(self, along: Along, device: torch.device) -> Slots:
         key = along.labels.tobytes()
         if key not in self._slots:
-            self._slots[key] = Slots(along.labels, self._samples.count, device)
+            self._slots[key] = Slots(along.labels, self._samples.size, device)
         return self._slots[key]
 
     def _take(self, key: Key, column: Column) -> None:
@@ -400,13 +401,10 @@ class PerSample(Gradients):
             shaped = rows.view(len(rows), *entry.shape).to(entry.dtype)
             params = [self._all[place] for place in value.places]
             edge: Any = value.edge
-            with torch.enable_grad():
-                found = torch.autograd.grad(
-                    [edge], params, [shaped], retain_graph=True, is_grads_batched=True, allow_unused=True
-                )
+            found = _carried(edge, params, shaped)
             for place, g in zip(value.places, found, strict=True):
                 if g is not None:
-                    g = g.flatten(1)
+                    g = g.reshape(len(rows), -1)
                     self._signed[place] = g + self._signed[place] if place in self._signed else g
         self._derived = []
 
@@ -428,7 +426,7 @@ class PerSample(Gradients):
             if there is not None:
                 dense = [torch.zeros_like(there.to_dense() if there.is_sparse else there) if g is None
                          else g.to_dense() if g.is_sparse else g for g in column]  # fmt: skip
-                self._direct[place] = torch.stack(dense).flatten(1)
+                self._direct[place] = torch.stack(dense).reshape(len(dense), -1)
 
     def _sample_seeds(self, per_loss: Tensor) -> Tensor:
         """What each sample starts from, if the losses start from their seeds times these numbers.
@@ -452,13 +450,15 @@ class PerSample(Gradients):
     def _per_sample(self, weights: np.ndarray) -> Tensor:
         """Weights of the losses as weights of the samples."""
         w = torch.from_numpy(np.asarray(weights, np.float64)).to(self._seeds.device)
-        return w if self._samples.groups is None else torch.where(
-            self._samples.groups < 0, 0.0, w[self._samples.groups.clamp(min=0)]
+        return (
+            w
+            if self._samples.groups is None
+            else torch.where(self._samples.groups < 0, 0.0, w[self._samples.groups.clamp(min=0)])
         )
 
     # --------------------------------------------------------------------------------------- inner products
 
-    def _summed(self, places: set[int], double: bool) -> np.ndarray:
+    def summed(self, places: set[int], double: bool) -> np.ndarray:
         """Inner products over some parameters.
 
         Args:
@@ -468,7 +468,7 @@ class PerSample(Gradients):
         Returns:
             (m, m), with the loss scale.
         """
-        count = self._samples.count
+        count = self._samples.size
         device = self._seeds.device
         by_sample = torch.zeros(count, count, dtype=torch.float64, device=device)
         for key, gram in self._grams.items():
@@ -503,23 +503,28 @@ class PerSample(Gradients):
 
         def again(part: Sequence[int]) -> np.ndarray | None:
             gradients = itself()
-            return None if gradients is None else gradients._summed(set(part), True)
+            return None if gradients is None else gradients.summed(set(part), True)
 
-        self.tables = [Rows(self._summed(set(part), False), double, partial(again, part)) for part in parts]
+        self.tables = [Rows(self.summed(set(part), False), double, partial(again, part)) for part in parts]
 
     def peaks(self) -> list[Tensor]:
         if not self.request.plain:
             return [torch.zeros(self.request.m, dtype=torch.float64)]
         start = len(self.request.shared)
-        squares = self._summed(set(range(start, len(self._all))), False).diagonal()
+        squares = self.summed(set(range(start, len(self._all))), False).diagonal()
         return [torch.from_numpy(np.sqrt(squares))]
+
+    def hold(self, k: int, gram: Gram, weights: np.ndarray) -> descent.Direction | None:
+        if k and not descent.is_certain(gram.table, gram.values, weights):  # `inside` looks at the first group
+            self.may_rise = True
+        return None
 
     def inside(self, gram: Gram, weights: np.ndarray) -> tuple[Gradients, np.ndarray]:
         if not np.isfinite(weights).all() or descent.is_certain(gram.table, gram.values, weights):
             return self, weights
         moved = descent.moved_inside(gram.table, gram.values, weights)
         if moved is None:
-            self.flags.append("loss-may-rise")
+            self.may_rise = True
             return self, weights
         return self, moved
 
@@ -563,7 +568,7 @@ class PerSample(Gradients):
     def _rerun(self, places: Sequence[int], weights: np.ndarray, last: bool) -> dict[Tensor, Tensor | None]:
         """A second pass, weighted; the rows that were multiplied must add up to the same length."""
         params = [self._all[place] for place in places]
-        expected = self._summed(set(places), False) if np.isfinite(weights).all() else None
+        expected = self.summed(set(places), False) if np.isfinite(weights).all() else None
         batch = self.request.batch
         retain = batch.retain_graph or not last or self._mode == "auto"
         seeds = self._sample_seeds(torch.from_numpy(np.asarray(weights, np.float64)))
@@ -587,6 +592,19 @@ class PerSample(Gradients):
         if abs(found - float(weights @ gram @ weights)) > _CERTIFIED * size:
             named = mixing_node(self._samples, self._plan.inner) or "a node that the check has passed before"
             raise Refused(_coupled(named))
+
+
+def _carried(edge: Any, params: Sequence[Tensor], gradients: Tensor) -> Sequence[Tensor | None]:
+    """Many gradients at one place, carried down to parameters: side by side, where the operations know how."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of an operation that goes through a batch one by one
+            return torch.autograd.grad(
+                [edge], params, [gradients], retain_graph=True, is_grads_batched=True, allow_unused=True
+            )
+    except (RuntimeError, Warning):
+        rows = [rows_module.gradient(edge, params, g, True) for g in gradients]
+        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _products(column: Column) -> Tensor:
@@ -613,6 +631,9 @@ def _require_auto(plan: Plan, samples: Samples, request: Request, signature: str
     named = mixing_node(samples, plan.inner)
     if named is not None:
         raise Refused(_coupled(named))
+    if not plan.is_proven:
+        named = mixing_node(samples, plan.inner, surely=False)
+        raise Refused(f"the graph does not tell whether {named} brings samples together; per_sample=True finds out")
     if f"coupled {signature}" in request.failed:
         raise Refused("an earlier step has shown that samples depend on each other")
 

@@ -7,6 +7,7 @@ something made of parameters alone, such as a normalised weight.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,15 +19,23 @@ from torch.autograd.graph import GradientEdge, Node
 from gradsurgery.gradients.ghost_graph import Reader, has_tensor_hooks, is_simple, scales_of
 from gradsurgery.gradients.sample_layers import Convolution, Embedding, Linear, Summed, Use
 from gradsurgery.graph import is_hooked
+from gradsurgery.graph.footprints import acts_by_entry, named
 from gradsurgery.graph.samples import Along, Samples
 from gradsurgery.graph.torch_private import has_saved, hooks_after, metadata, raw_saved, saved, unpack_hook
 
 # What may lie between a parameter and the layer that uses it.
-_DERIVING = frozenset(
+_DERIVING = named(
     "TBackward0 ToCopyBackward0 ViewBackward0 ReshapeAliasBackward0 UnsafeViewBackward0 UnsqueezeBackward0 "
     "SqueezeBackward0 SqueezeBackward1 SqueezeBackward2 SliceBackward0 SelectBackward0 PermuteBackward0 "
-    "TransposeBackward0 WeightNormInterfaceBackward0 AccumulateGrad".split()
+    "TransposeBackward0 WeightNormInterfaceBackward0 AccumulateGrad"
 )
+
+# What is no part of a value, and the most nodes of one.
+_LAYERS = named(
+    "AddmmBackward0 BmmBackward0 ConvolutionBackward0 EmbeddingBackward0 NativeBatchNormBackward0 "
+    "NativeGroupNormBackward0 NativeLayerNormBackward0"
+)
+_MOST_MADE_OF = 32
 
 #: The node of a value that uses of it have in common: its place in the graph, or the id of a leaf.
 Key = tuple[Node, int] | int
@@ -211,7 +220,22 @@ class SampleReader(Reader):
         if child in self._leaves or self._is_derived(child):
             return True
         # Whose the output is, is known, and the input belongs to nobody: what carries samples comes in above.
-        return along is not None and self.samples.is_mixed(child, nr) and type(node).__name__ in _HANDLERS
+        return along is not None and self.samples.is_mixed(child, nr) and self._is_apart(node, child)
+
+    def _is_apart(self, node: Node, child: Node) -> bool:
+        """Whether a few operations make something of parameters alone, and no layer is among them."""
+        inside, waiting = {child}, [child]
+        while waiting:
+            below = [c for c, _ in self.nodes[waiting.pop()] if c is not None and c not in inside]
+            waiting += below
+            inside.update(below)
+            if len(inside) > _MOST_MADE_OF:
+                return False
+        own = [c for c in inside if c not in self._leaves]
+        if any(type(c).__name__ in _LAYERS for c in own):
+            return False
+        users = Counter(c for other in (*own, node) for c, _ in self.nodes[other] if c is not None)
+        return all(users[c] == self.uses[c] for c in own)
 
     def _is_derived(self, child: Node) -> bool:
         waiting = [child]
@@ -418,23 +442,37 @@ _HANDLERS: dict[str, Handler] = {
 }
 
 
-def mixing_node(samples: Samples, inner: Iterable[Node]) -> str | None:
-    """The first node from the losses down that surely brings samples together.
+def mixing_node(samples: Samples, inner: Iterable[Node], surely: bool = True) -> str | None:
+    """The first node from the losses down that brings samples together.
 
     Args:
         samples: The graph.
         inner: Nodes between parameters and sites.
+        surely: By its structure; otherwise one of which nothing is known will do.
 
     Returns:
         Its name; None if the graph tells of none.
     """
-    passed = set(inner)
+    passed, found = set(inner), []
     for node in reversed(samples.nodes):
         if samples.along(node, 0) is None:
             continue
         for child, nr in samples.nodes[node]:
             if child is None or child in passed or type(child).__name__ in ("AccumulateGrad", *_DERIVING):
                 continue
-            if samples.is_mixed(child, nr):
-                return type(node).__name__
-    return None
+            if samples.is_mixed(child, nr) or not (surely or samples.along(child, nr)):
+                found.append(node)
+    return named_first(found)
+
+
+def named_first(nodes: Sequence[Node]) -> str | None:
+    """What to call the place where samples come together.
+
+    Args:
+        nodes: Nodes below which they are together, from the losses down.
+
+    Returns:
+        The name of the first that does more than to add or multiply what others have mixed; None if there are none.
+    """
+    found = [node for node in nodes if not acts_by_entry(type(node))] or nodes
+    return type(found[0]).__name__ if found else None

@@ -162,7 +162,11 @@ class Use(ABC):
         """
 
     def cuts(self) -> bool:
-        """Whether forming a part of a row costs no more than its share."""
+        """Whether forming a part of a row costs no more than its share.
+
+        Returns:
+            False if all is formed at once.
+        """
         return True
 
     def weighted(self, d: Tensor, slots: Slots, weights: Tensor) -> Tensor:
@@ -199,10 +203,8 @@ class Linear(Use):
         a, d = slots.split(wide(self.inputs)), slots.split(wide(d))
         left, right = (d, a) if self.flipped else (a, d)
         left = left[:, :, start:stop]
-        if slots.times == 1:
-            rows = left.transpose(1, 2) * right
-        else:
-            rows = torch.bmm(left.transpose(1, 2), right)
+        left = left.transpose(1, 2)
+        rows = left * right if slots.times == 1 else torch.bmm(left, right)
         return slots.rows(rows.reshape(len(rows), -1))
 
     def mixed(self, d: Tensor) -> Tensor:
@@ -338,7 +340,9 @@ class Embedding(Use):
                 for block in range(0, len(at), step := max(1, _BUCKET_CPU // (most * max(most, e.shape[2])))):
                     part, who = e[block : block + step], s[block : block + step]
                     products = torch.bmm(part, part.transpose(1, 2)).double()
-                    found.index_add_(0, (who[:, :, None] * slots.count + who[:, None]).reshape(-1), products.reshape(-1))
+                    found.index_add_(
+                        0, (who[:, :, None] * slots.count + who[:, None]).reshape(-1), products.reshape(-1)
+                    )
             if most >= int(counts.max()):
                 break
             most *= 2
@@ -361,8 +365,8 @@ class Summed(Use):
     Args:
         shape: Of the value.
         aligned: The value's shape as it is broadcast to that of D.
-        factor: From D to what is added up; None: D itself.
         axes: Axes of D along which samples may change.
+        factor: From D to what is added up; None: D itself.
     """
 
     def __init__(
@@ -467,14 +471,12 @@ class Column:
         Returns:
             (B, B), float64.
         """
-        if double:
-            wider = Column([_doubled(u) for u, *_ in self._parts], [d.double() for _, d, _ in self._parts],
-                           [s for *_, s in self._parts])  # fmt: skip
-            if self._rows is not None:
-                return self._rows.double() @ self._rows.double().T
-            return wider.gram(False)
         if self._rows is not None:
-            return product(self._rows, self._rows, _CHUNK)
+            rows = self._rows.double() if double else self._rows
+            return product(rows, rows, _CHUNK)
+        if double:
+            wider = [(_doubled(use), d.double(), slots) for use, d, slots in self._parts]
+            return Column(*zip(*wider, strict=True)).gram(False)
         uses = [use for use, *_ in self._parts]
         if len(uses) == 1 and isinstance(uses[0], Embedding):
             _, d, slots = self._parts[0]

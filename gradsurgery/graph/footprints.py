@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, reduce
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul, or_
 from typing import Any, NamedTuple
 
@@ -97,12 +97,20 @@ def name(kind: type) -> str:
     return plain if plain in _ELEMENTWISE else found[1]
 
 
-def _named(operations: str) -> frozenset[str]:
+def named(operations: str) -> frozenset[str]:
+    """A set of names.
+
+    Args:
+        operations: The names, with blanks between them.
+
+    Returns:
+        The set.
+    """
     return frozenset(operations.split())
 
 
 # Operations that act entry by entry, with broadcasting.
-_ELEMENTWISE = _named(
+_ELEMENTWISE = named(
     "Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy "
     "BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone CopyBackwards Copysign Cos Cosh Detach "
     "Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish "
@@ -113,32 +121,45 @@ _ELEMENTWISE = _named(
 )
 # Operations each of whose outputs depends on whole rows, or that pick entries by their values: what passes through one
 # output passes to all of the input. Not in need of a closer look as long as all of an output is reached by the same.
-_DENSE = _named(
+_DENSE = named(
     "AdaptiveAvgPool2D Addbmm Addmm Addmv Addr Amax Amin AvgPool1D AvgPool2D AvgPool3D Baddbmm Bmm Cdist Convolution "
     "CudnnBatchNorm CudnnConvolution Cumsum Cumprod Dot Embedding EmbeddingBag FusedRmsNorm GridSampler2D "
     "LinalgVectorNorm Linear LogSoftmax Logcumsumexp Logsumexp Max MaxPool2D MaxPool2DWithIndices MaxPool3DWithIndices "
     "Mean Median Min Mm MultiMargin Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm NllLoss NllLoss2D Norm Outer "
-    "Pdist PixelShuffle Prod RepeatInterleave SafeSoftmax ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
+    "Pdist PixelShuffle Prod RepeatInterleave SafeSoftmax "
+    "ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
     "ScaledDotProductFlashAttentionForCpu Softmax Sort Std StdMean Sum Svd Topk Trace UpsampleBilinear2D "
     "UpsampleNearest2D Var VarMean WeightNormInterface"
 )
 # Views that keep every entry.
-_MOVING = _named("Permute ReshapeAlias Squeeze T Transpose Unsqueeze UnsafeView View Expand")
+_MOVING = named("Permute ReshapeAlias Squeeze T Transpose Unsqueeze UnsafeView View Expand")
 #: Operations below which a footprint of one mask stays one, whatever its entries.
 PLAIN = _ELEMENTWISE | _DENSE | _MOVING | {"AccumulateGrad"}
 #: Operations that put several tensors, or parts of one, into one.
-JOINING = _named(
+JOINING = named(
     "Cat Stack CopySlices IndexAdd IndexCopy IndexPut IndexPutImpl IndexFill MaskedScatter Put Scatter ScatterAdd "
     "ScatterReduce SelectScatter SliceScatter DiagonalScatter AsStridedScatter"
 )
 # Elementwise operations that take each entry from one of their inputs.
-_CHOOSING = _named("MaskedFill Where")
+_CHOOSING = named("MaskedFill Where")
 # Operations that may leave entries of an input out although they return as many.
-_PICKING = _named("AsStrided Embedding Gather Index IndexSelect Take Unfold")
+_PICKING = named("AsStrided Embedding Gather Index IndexSelect Take Unfold")
 # Operations that put one tensor into a larger one, next to others where such are added.
-_PLACING = _named("Col2Im ConstantPadNd MaxUnpool2D MaxUnpool3D")
+_PLACING = named("Col2Im ConstantPadNd MaxUnpool2D MaxUnpool3D")
 #: Nodes that hand output k to input k and to no other.
 IDENTITIES = frozenset(("_DDPSinkBackward", "BackwardHookFunctionBackward"))
+
+
+def acts_by_entry(kind: type) -> bool:
+    """Whether an operation takes each entry by itself, but for broadcasting.
+
+    Args:
+        kind: Class of its node.
+
+    Returns:
+        True if it does.
+    """
+    return name(kind) in _ELEMENTWISE
 
 
 def union(footprint: Footprint) -> int:
@@ -474,7 +495,7 @@ def _matched(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list
 def _common_cuts(left: Sequence[int], right: Sequence[int]) -> list[int] | None:
     """Where two shapes cut the same entries, as running products; None if one cut does not divide the next."""
     cuts = sorted({*accumulate(left, mul), *accumulate(right, mul)} - {1})
-    return None if any(a == 0 or b % a for a, b in zip(cuts, cuts[1:], strict=False)) else cuts
+    return None if any(a == 0 or b % a for a, b in pairwise(cuts)) else cuts
 
 
 def _recut(footprint: Masks, before: Sequence[int], after: Sequence[int]) -> Masks:
@@ -491,7 +512,7 @@ def _recut(footprint: Masks, before: Sequence[int], after: Sequence[int]) -> Mas
         owners = [next(k for k, end in zip(left, accumulate(sizes, mul), strict=True) if cut <= end) for cut in cuts]
         changing += [footprint.shape[k] > 1 for k in owners]
         ends = [0, *(sum(cut <= end for cut in cuts) for end in accumulate(wanted, mul))]
-        places += [list(range(start + a, start + b)) for a, b in zip(ends, ends[1:], strict=False)]
+        places += [list(range(start + a, start + b)) for a, b in pairwise(ends)]
     cut = footprint.reshape([size if changes else 1 for size, changes in zip(fine, changing, strict=True)])
     for axis in range(cut.ndim):
         first = cut.take([0], axis)
@@ -595,6 +616,11 @@ def _normalized(node: Any, below: Below, footprint: Masks) -> list[Footprint | N
     return [_collapsed(footprint, mixed), *[union(footprint)] * (len(below) - 1)]
 
 
+def _looked_up(node: Any, below: Below, footprint: Masks) -> list[Footprint | None] | None:
+    """A table that is a parameter is not told apart; one that was computed may be left out in parts."""
+    return [union(footprint)] if type(below[0][0]).__name__ == "AccumulateGrad" else None
+
+
 def _windowed(dims: int) -> Callable[[Any, Below, Masks], list[Footprint | None]]:
     """Images and channels stay apart where windows move over places."""
 
@@ -620,7 +646,7 @@ _SPREADING: dict[str, Callable[[Any, Below, Masks], list[Footprint | None] | Non
     "Convolution": _convolved,
     "Cumprod": _accumulated,
     "Cumsum": _accumulated,
-    "Embedding": _batched(lambda node, footprint: 0),
+    "Embedding": _looked_up,
     "Expand": _expanded,
     "LinalgVectorNorm": _reduced,
     "LogSoftmax": _mixed_along,

@@ -1,7 +1,7 @@
 """Which sample reaches which entries of a tensor, where a vector has one loss per sample.
 
-Every sample gets a code of 2k bits, its number and the number's complement: the union of two codes has a bit that is set
-in both halves. So the rules of :mod:`gradsurgery.graph.footprints` carry one machine word per entry, whatever the
+Every sample gets a code of 2k bits, its number and the number's complement: the union of two codes has a bit that is
+set in both halves. So the rules of :mod:`gradsurgery.graph.footprints` carry one machine word per entry, whatever the
 number of samples, and an entry that two samples reach is told from one that a single sample reaches.
 """
 
@@ -42,14 +42,14 @@ class Samples(NamedTuple):
 
     Attributes:
         edge: The vector in the graph.
-        count: Number of samples, B.
+        size: Number of samples, B.
         nodes: All nodes below, each after those below it.
         groups: For each sample the loss that it is a part of, (B,); None where each is a loss of its own.
         found: For each node the footprints of its outputs.
     """
 
     edge: GradientEdge
-    count: int
+    size: int
     nodes: Nodes
     groups: Tensor | None
     found: Mapping[Node, Mapping[int, Footprint]]
@@ -65,7 +65,7 @@ class Samples(NamedTuple):
             The samples; None where the graph proves nothing.
         """
         footprint = self.found.get(node, {}).get(output, 0)
-        labels = _decoded(footprint, self.count)
+        labels = _decoded(footprint, self.size)
         if labels is None:
             return None
         shape = tuple(metadata(node)[output].shape)
@@ -91,7 +91,7 @@ class Samples(NamedTuple):
             False where the graph does not tell.
         """
         footprint = self.found.get(node, {}).get(output, 0)
-        return not _is_vague(footprint, self.count) and _decoded(footprint, self.count) is None
+        return not _is_vague(footprint, self.size) and _decoded(footprint, self.size) is None
 
     def graph(self, m: int) -> Graph:
         """What a walk over all losses would find, as far as it matters to those who need no row.
@@ -111,7 +111,7 @@ class Samples(NamedTuple):
         return Graph(masks, tuple(masks), (True,) * m, later, False, self.nodes)
 
     def _mask(self, code: int, m: int) -> int:
-        labels = None if _is_vague(code, self.count) else _decoded(code, self.count)
+        labels = None if _is_vague(code, self.size) else _decoded(code, self.size)
         if labels is None:
             return (1 << m) - 1
         return 1 << (labels.item() if self.groups is None else int(self.groups[labels.item()]))

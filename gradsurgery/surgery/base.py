@@ -121,7 +121,16 @@ class Surgery(MultiLossOptimizer):
             "ghosts": without forming gradients of linear layers, convolutions and embeddings, wherever that is exact.
             "auto": likewise, where the shapes say that it is faster. "blocks": from the rows of one block of the model
             at a time, and one more backward pass at the end: the least memory for deep models whose layers are wide and
-            batches large, such as transformers. The result is the same up to rounding.
+            batches large, such as transformers. The result is the same up to rounding. Where a 1-d tensor of 16 losses
+            or more is handed over, or all that its ``unbind()`` returns, "auto" first looks whether each loss depends
+            on a sample of its own: then one or two backward passes do, as with ``backward(losses, per_sample=True)``.
+            An error, or the report's `reason` under "auto", names the operation that brings samples together, such as
+            a batch norm in training or a contrastive loss. Layers that are known: linear, convolutions, embeddings,
+            layer, group, instance and batch norms, attention, recurrent cells, scales, shifts, class tokens, tied
+            weights, weight normalisation; the parameters of all others take a pass per loss. Tensor hooks see these
+            passes, of weighted sums of the losses. Not with activation checkpointing, complex parameters, float16
+            layers, `accumulate`, `features` or several processes. Per-sample gradients found in this way are those of
+            autograd: nothing here is a promise of differential privacy.
         row_dtype: torch.bfloat16: each row is rounded to it as soon as its backward pass is over, and waits for the
             others in half the memory: an approximation, with the flag "rounded-rows". Inner products are those of the
             rounded rows and as accurate as ever, sums are taken in single precision, and ``.grad`` is of the
@@ -274,10 +283,9 @@ class Surgery(MultiLossOptimizer):
             raise ValueError(
                 f'{self._name}.backward: `per_sample` must be True, False, "keep" or "rerun", got {per_sample!r}.'
             )
-        possible = self.engine == "auto" and self.needs_gram_only and not self.streaming
-        possible = possible and not self.settings.puts_rows_away
+        possible = self.engine == "auto" and self.adds_rows and not self.observes and not self.streaming
         if not per_sample:
-            return "auto" if possible and self.phase == "solve" else ""
+            return "auto" if possible and self.needs_gram_only and self.phase == "solve" else ""
         if not possible:
             why = f"engine={self.engine!r} was asked for"
             if self.engine == "auto":
