@@ -157,7 +157,8 @@ class SurgeryStep:
         try:
             gradients = gather(request)
         except Refused:
-            transaction.memory["failed"] = sorted(request.failed)
+            if transaction.writable:
+                transaction.memory["failed"] = sorted(request.failed)
             raise
         if request.checked != transaction.memory.get("checked", {}) and transaction.writable:
             transaction.memory["checked"] = request.checked
