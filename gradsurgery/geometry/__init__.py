@@ -19,7 +19,7 @@ Three habits run through all of it:
 
 from gradsurgery.geometry.balance import align, equal_projection
 from gradsurgery.geometry.bargaining import power_fixed_point
-from gradsurgery.geometry.cones import closest_point, dual_cone, frank_wolfe, min_norm, project_simplex
+from gradsurgery.geometry.cones import closest_point, dual_cone, frank_wolfe, is_crowded, min_norm, project_simplex
 from gradsurgery.geometry.descent import is_descent, moved_inside, shift
 from gradsurgery.geometry.linear import best_corner
 from gradsurgery.geometry.pairwise import gradvac_mixing, pcgrad_mixing, pcgrad_of_two, streaming_pcgrad
@@ -38,6 +38,7 @@ __all__ = [
     "equal_projection",
     "frank_wolfe",
     "gradvac_mixing",
+    "is_crowded",
     "is_descent",
     "min_norm",
     "moved_inside",

@@ -7,8 +7,10 @@ from math import sqrt
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import qr, solve_triangular
+from scipy.linalg.lapack import dpstrf
 
-from gradsurgery.geometry.nonnegative import Flag, bound, guess, nonnegative, refuse
+from gradsurgery.geometry.exchange import MANY, exchange, suits
+from gradsurgery.geometry.nonnegative import Flag, by_active_sets, guess, nonnegative, refuse
 from gradsurgery.geometry.units import (
     AMPLIFICATION,
     DEPENDENT,
@@ -16,6 +18,7 @@ from gradsurgery.geometry.units import (
     Array,
     Factor,
     arranged,
+    bound,
     doubtful,
     half,
     unit,
@@ -23,7 +26,9 @@ from gradsurgery.geometry.units import (
 )
 
 
-def least_distance(columns: Array, bounds: Array, flag: Flag = refuse) -> tuple[Array, Array, float]:
+def least_distance(
+    columns: Array, bounds: Array, flag: Flag = refuse, begin: Array | None = None
+) -> tuple[Array, Array, float]:
     """Multipliers x ≥ 0 of the shortest e with ⟨u_i, e⟩ ≥ h_i, up to a factor: argmin ‖Σ x_i u_i‖² + (hᵀx − 1)².
 
     e = Σ x_i u_i / (1 − hᵀx), and no e exists when hᵀx = 1 (Lawson & Hanson 1974, chapter 23).
@@ -32,6 +37,7 @@ def least_distance(columns: Array, bounds: Array, flag: Flag = refuse) -> tuple[
         columns: u_1 … u_m, (k, m).
         bounds: h, (m,).
         flag: called with "not-converged" if x cannot be found; an error by default.
+        begin: the x of similar bounds.
 
     Returns:
         x, (m,); Σ x_i u_i, (k,); and 1 − hᵀx.
@@ -41,7 +47,7 @@ def least_distance(columns: Array, bounds: Array, flag: Flag = refuse) -> tuple[
     stacked[:k], stacked[k] = columns, bounds
     target = np.zeros(k + 1)
     target[k] = 1.0
-    x, residual = nonnegative(stacked, target, flag)
+    x, residual = nonnegative(stacked, target, flag, begin)
     return x, -residual[:k], float(residual[k])
 
 
@@ -232,6 +238,27 @@ def dual_cone(
     return u + s.reshape(u.shape)
 
 
+def is_crowded(gram: ArrayLike, noise: float = EPS) -> bool:
+    """Whether many rows lie in so few dimensions that projections on their dual cone are slow to find.
+
+    For half of all sets of m random rows of rank m / 2 no direction helps all rows, and for more at lower ranks (Wendel
+    1962).
+
+    Args:
+        gram: (m, m) Gram matrix.
+        noise: error of the Gram's entries, relative to n_i n_j.
+
+    Returns:
+        Whether there are 48 non-zero rows or more, at least twice as many as their rank.
+    """
+    norms, cosines = unit(gram)
+    m = int(np.count_nonzero(norms))
+    if m < MANY:
+        return False
+    rank = dpstrf(cosines, tol=16 * len(norms) * noise)[2]
+    return m >= 2 * int(rank)
+
+
 def _push(columns: Array, wanted: Array, products: Array, flag: Flag) -> Array:
     """The s ≥ 0 with the least ‖columns (y + s)‖, for each y of ``wanted``: (k, m), a problem a row.
 
@@ -241,15 +268,19 @@ def _push(columns: Array, wanted: Array, products: Array, flag: Flag) -> Array:
     # Where one row opposes, this often is the answer; where none does, it is.
     opposed = products < 0
     s = np.where(opposed, -products, 0.0)
-    for i in np.flatnonzero(opposed.sum(axis=1) > 1):
-        s[i] = guess(columns, targets[i])
+    several = np.flatnonzero(opposed.sum(axis=1) > 1)
+    if suits(columns):
+        s[several] = exchange(columns, targets[several])
+    else:
+        for i in several:
+            s[i] = guess(columns, targets[i])
     # The conditions of `nonnegative`, for all answers at once.
     excess = (targets - s.dot(columns.T)).dot(columns)
     np.abs(excess, out=excess, where=s > 0)
     excess -= bound(len(columns.T)) * np.sqrt(np.einsum("ij,ij->i", targets, targets))[:, None]
     if not (excess.item(excess.argmax()) <= 0 and s.item(s.argmin()) >= 0):
         for i in np.flatnonzero(~((excess <= 0) & (s >= 0)).all(axis=1)):
-            s[i] = nonnegative(columns, targets[i], flag)[0]
+            s[i] = by_active_sets(columns, targets[i], flag)[0]
     return s
 
 

@@ -9,24 +9,13 @@ import numpy as np
 from scipy.linalg import qr, solve_triangular
 from scipy.optimize import nnls
 
-from gradsurgery.geometry.units import EPS, Array
+from gradsurgery.geometry.exchange import exchange, suits
+from gradsurgery.geometry.units import EPS, Array, bound
 
 Flag = Callable[[str], None]
 
 #: The flag of an answer whose optimality conditions do not hold to rounding.
 NOT_CONVERGED = "not-converged"
-
-
-def bound(m: int) -> float:
-    """What is rounding of the product of a column and a residual, relative to the lengths of column and target.
-
-    Args:
-        m: number of columns.
-
-    Returns:
-        4 √m·eps.
-    """
-    return 4 * sqrt(m) * EPS
 
 
 def refuse(flag: str) -> None:
@@ -41,11 +30,32 @@ def refuse(flag: str) -> None:
     raise ArithmeticError(f"{flag}: no point was found whose optimality conditions hold to rounding")
 
 
-def nonnegative(columns: Array, target: Array, flag: Flag = refuse) -> tuple[Array, Array]:
+def nonnegative(columns: Array, target: Array, flag: Flag = refuse, begin: Array | None = None) -> tuple[Array, Array]:
     """The x ≥ 0 with the least ‖target − columns x‖, and what is left: r = target − columns x.
 
-    `scipy.optimize.nnls` makes a guess. It is an answer if its conditions hold: x ≥ 0, ⟨a_i, r⟩ ≤ 0 for every column,
-    and = 0 where x_i > 0, all up to rounding relative to ‖target‖. Otherwise `settle` goes on from it.
+    `scipy.optimize.nnls` makes a guess, and for many columns `exchange` before it. It is an answer if its conditions
+    hold: x ≥ 0, ⟨a_i, r⟩ ≤ 0 for every column, and = 0 where x_i > 0, all up to rounding relative to ‖target‖.
+    Otherwise `settle` goes on from it.
+
+    Args:
+        columns: a_1 … a_m, (k, m), none shorter than 1 except those that are zero.
+        target: (k,).
+        flag: called with "not-converged" if the conditions cannot be met; an error by default.
+        begin: the answer to a similar problem, (m,).
+
+    Returns:
+        ``(x, r)`` of shapes (m,) and (k,).
+    """
+    if suits(columns):
+        x = exchange(columns, target[None], None if begin is None else begin[None])[0]
+        residual = target - columns.dot(x)
+        if _is_optimal(target, x, residual.dot(columns)):
+            return x, residual
+    return by_active_sets(columns, target, flag)
+
+
+def by_active_sets(columns: Array, target: Array, flag: Flag = refuse) -> tuple[Array, Array]:
+    """The answer of `nonnegative`, one column at a time.
 
     Args:
         columns: a_1 … a_m, (k, m), none shorter than 1 except those that are zero.
@@ -57,13 +67,17 @@ def nonnegative(columns: Array, target: Array, flag: Flag = refuse) -> tuple[Arr
     """
     x = guess(columns, target)
     residual = target - columns.dot(x)
-    gradient = residual.dot(columns)
+    if _is_optimal(target, x, residual.dot(columns)):
+        return x, residual
+    return settle(columns, target, x, flag)
+
+
+def _is_optimal(target: Array, x: Array, gradient: Array) -> bool:
+    """Whether the conditions of `nonnegative` hold."""
     kept = gradient * (x > 0)
     allowed = bound(len(x)) * sqrt(target.dot(target))
     # `argmax` costs a fifth of `max` on arrays this small.
-    if gradient[gradient.argmax()] <= allowed and kept[kept.argmin()] >= -allowed and x[x.argmin()] >= 0:
-        return x, residual
-    return settle(columns, target, x, flag)
+    return bool(gradient[gradient.argmax()] <= allowed and kept[kept.argmin()] >= -allowed and x[x.argmin()] >= 0)
 
 
 def guess(columns: Array, target: Array) -> Array:

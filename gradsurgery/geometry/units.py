@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from math import sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +22,18 @@ AMPLIFICATION = 1e4
 
 #: With a pivot below this the order of the rows could show in the answer; see ``arranged``.
 DEPENDENT = 0.1
+
+
+def bound(m: int) -> float:
+    """What is rounding of the product of a column and a residual, relative to the lengths of column and target.
+
+    Args:
+        m: number of columns.
+
+    Returns:
+        4 √m·eps.
+    """
+    return 4 * sqrt(m) * EPS
 
 
 def unit(gram: ArrayLike) -> tuple[Array, Array]:

@@ -161,6 +161,7 @@ class _Line:
 
     def __init__(self, columns: Array, a: Array, mean: Array, flag: Flag) -> None:
         self.columns, self.a, self.mean, self.flag = columns, a, mean, flag
+        self.last: Array | None = None
         self.slopes = mean @ columns
 
     def bounds(self, tau: float) -> Array:
@@ -168,7 +169,9 @@ class _Line:
 
     def at(self, tau: float) -> tuple[Array, Array, float]:
         # The multipliers, e, and what both are to be divided by.
-        return least_distance(self.columns, self.bounds(tau), self.flag)
+        found = least_distance(self.columns, self.bounds(tau), self.flag, self.last)
+        self.last = found[0]
+        return found
 
     def projection(self) -> tuple[Array, Array]:
         # At τ = 0 the multipliers and the direction, ĝ_0 projected on the dual cone. The bounds of `at` are a

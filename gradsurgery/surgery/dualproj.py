@@ -17,6 +17,9 @@ class DualProj(Surgery):
     to first order, and no such direction is closer to the sum. It is positively homogeneous, and the plain sum without
     conflict.
 
+    With 48 tasks or more, at least twice as many as the rank of their gradients, the report has the flag
+    "rank-deficient": hardly any direction helps all then, and finding the projection takes longer.
+
     Paper: Lopez-Paz & Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, arXiv 1706.08840.
 
     Departures: an exact non-negative least squares problem in unit rows. All tasks are alike; the paper has one new
@@ -36,4 +39,6 @@ class DualProj(Surgery):
     preference_scales_rows = False
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        if geometry.is_crowded(gram, self.noise):
+            self.flag("rank-deficient")
         return geometry.dual_cone(gram, self.preferences(), self.factor, noise=self.noise, flag=self.flag)

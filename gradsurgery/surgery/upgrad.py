@@ -17,6 +17,9 @@ class UPGrad(Surgery):
     homogeneous; scaling one row scales its own term alone. Without conflict it is the plain sum; for two tasks it is
     PCGrad.
 
+    With 48 tasks or more, at least twice as many as the rank of their gradients, the report has the flag
+    "rank-deficient": hardly any direction helps all then, and finding the projections takes long.
+
     Paper: Quinton & Rey, Jacobian Descent for Multi-Objective Optimization, 2024, arXiv 2406.16232.
 
     Departures: the projections are exact non-negative least squares problems in unit rows, without regularisation.
@@ -36,6 +39,8 @@ class UPGrad(Surgery):
     preference_scales_rows = False
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        if geometry.is_crowded(gram, self.noise):
+            self.flag("rank-deficient")
         return geometry.dual_cone(gram, np.diag(self.preferences()), self.factor, noise=self.noise, flag=self.flag).sum(
             axis=0
         )
