@@ -228,7 +228,8 @@ it is the rounding of the result at best. The exact answer is ours in float64, w
 the reference answers of `gradsurgery.testing`. Methods that draw an order at random have none, and Krum adds squared
 distances here and plain ones there.
 
-MGDA, CAGrad, UPGrad, DualProj and PCD begin with a guess of `scipy.optimize.nnls`, and none depends on it being right:
+MGDA, CAGrad, UPGrad, DualProj and PCD begin with a guess of `scipy.optimize.nnls`, or from 48 losses on with one that
+exchanges whole blocks of columns, for all losses at once in UPGrad. None depends on it being right:
 all releases since 1.15 can return a point that is not optimal, without an error, and those from 1.12 to 1.14 work on
 normal equations and may not end. The optimality conditions of their answers are verified to rounding; where they do not
 hold, active sets of this library go on from the guess. Where even these do not reach them, the report has the flag
