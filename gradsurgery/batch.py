@@ -310,8 +310,11 @@ class Batch:
             return []
         used = [i for i, root in enumerate(self.tasks.roots) if root is not None]
         # A tensor stays where it is: all losses are there then.
-        factors = weights if isinstance(weights, Tensor) else weights[used].tolist()
-        starts = rows_module.multiplied([self.seeds[i] for i in used], factors)
+        starts = [self.seeds[i] for i in used]
+        if isinstance(weights, Tensor) or not (self.is_unscaled and self.comm.is_alone):
+            starts = rows_module.multiplied(starts, weights if isinstance(weights, Tensor) else weights[used].tolist())
+        else:
+            starts = rows_module.weighted(starts, weights[used])
         engine = "backward" if self.graph.hidden else "accumulate" if self.comm.in_place else "grad"
         leaves = list(dict.fromkeys([*params, *self.leaves])) if engine == "backward" else list(params)
         # All of them: DistributedDataParallel may write to parameters that this pass does not reach.

@@ -307,10 +307,9 @@ class SurgeryStep:
         self, gradients: Gradients, parts: dict[str, list[int]], seen: Seen, early: np.ndarray | None
     ) -> Weighed:
         """Find the weights. In a call that is rejected they are 1: a scaler has to see inf and nan to skip the step."""
-        method, ones = self.method, np.ones(self.m)
-        weights = [np.ones(len(gram)) for gram in seen.grams] or [ones for _ in parts]
+        method, weights = self.method, []
         if not self.transaction.writable:
-            return Weighed(ones if early is None else early, early, weights)
+            return Weighed(np.ones(self.m) if early is None else early, early, self._plain_sum(parts, seen))
         factors = method.factors(seen.values, *seen.measured) if early is None else early
         if self.phase == "solve" and gradients.solved is not None:
             weights = [gradients.solved for _ in parts]
@@ -319,11 +318,15 @@ class SurgeryStep:
         elif self.phase == "reuse" and (self.m == 1 or gradients.balances):
             last = self.transaction.memory["last_weights"]
             weights = [np.array([last[name] for name in self.batch.names]) for _ in parts]
+        weights = weights or self._plain_sum(parts, seen)
         if self.settings.every > 1 and self.phase == "solve":
-            new = weights[0] if weights else ones
+            new = weights[0] if weights else np.ones(self.m)
             self.transaction.memory["last_weights"] = dict(zip(self.batch.names, map(float, new), strict=True))
         comm, device = self.batch.comm, self.batch.values.device
         return Weighed(factors, early, weights if comm.is_alone else [comm.broadcast(w, device) for w in weights])
+
+    def _plain_sum(self, parts: dict[str, list[int]], seen: Seen) -> list[np.ndarray]:
+        return [np.ones(len(gram)) for gram in seen.grams] or [np.ones(self.m) for _ in parts]
 
     def _solve(
         self, gradients: Gradients, parts: dict[str, list[int]], seen: Seen, factors: np.ndarray, late: bool
@@ -338,7 +341,7 @@ class SurgeryStep:
             problem = Problem(self.batch.names, gram, measured)
             with method.part(name):
                 weights.append(solve(method, problem, values, multiplied, gradients.reaching(k)))
-        return weights or [np.ones(self.m) for _ in parts]
+        return weights
 
     # -------------------------------------------------------------------------------- weights → ``.grad``
 

@@ -18,9 +18,9 @@ _TITLES = {
 }
 _LEGEND = (
     "needs: values of the losses; norms of their gradients, inner products or entries of them; rows (gradients) kept "
-    "between steps or of more batches. cost: backward passes per step for m losses. common descent: no loss rises, to first order, "
-    "in the shared parameters. scale: sum keeps the learning rate of the plain sum. `gradsurgery explain METHOD` says "
-    "more."
+    "between steps or of more batches. cost: backward passes per step for m losses. common descent: no loss rises, to "
+    "first order, in the shared parameters. scale: sum keeps the learning rate of the plain sum. "
+    "`gradsurgery explain METHOD` says more."
 )
 
 

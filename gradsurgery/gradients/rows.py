@@ -34,6 +34,8 @@ class HasGroups(Protocol):
 
 # Entries up to which a parameter is small: calls then cost more than what they do.
 _SMALL = 2**14
+# What numpy calls the dtypes of tensors on the host.
+_IN_NUMPY = {(torch.float32, "cpu"): np.float32, (torch.float64, "cpu"): np.float64}
 # The largest number of the narrowest dtype.
 LEAST_RANGE = torch.finfo(torch.float16).max
 
@@ -633,6 +635,22 @@ def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> lis
         return [next(ones[t.dtype, t.device]) for t in tensors]
     scaled = scaler.scale([torch.ones((), device=t.device) for t in tensors])
     return [s.to(t.dtype) for s, t in zip(scaled, tensors, strict=True)]
+
+
+def weighted(ones: Sequence[Tensor], weights: np.ndarray) -> list[Tensor]:
+    """Multiply scalars that are 1: where they are on the host and of one kind, the weights take their place.
+
+    Args:
+        ones: k scalars.
+        weights: (k,).
+
+    Returns:
+        k scalars.
+    """
+    kinds = {(one.dtype, one.device.type) for one in ones}
+    if len(kinds) == 1 and kinds <= _IN_NUMPY.keys():
+        return list(torch.from_numpy(weights.astype(_IN_NUMPY[kinds.pop()])).unbind())
+    return multiplied(ones, weights.tolist())
 
 
 def multiplied(starts: Sequence[Tensor], weights: Sequence[float] | Tensor) -> list[Tensor]:
