@@ -69,14 +69,14 @@ def short(data: Data) -> list[str]:
         return [row["name"] for row in rows if key in row and row[key]["ratio"][2] < 1 and stands(row, key)]
 
     return [
-        f"Fewer errors than the plain sum, whichever problem or family is left out: {named(fewer('sum'))}.",
-        f"Fewer errors than tuned fixed weights: {named(fewer('tuned'))}. Try these weights first.",
-        "No method is the best everywhere, and these are small problems and short trainings: run your own comparison.",
+        f"Lower error than the plain sum, whichever problem or family of problems is left out: {named(fewer('sum'))}.",
+        f"Lower error than tuned fixed weights: {named(fewer('tuned'))}. So try tuned weights first.",
+        "No method is best everywhere, and these are small problems and short training runs: run your own comparison.",
     ]
 
 
 def against(data: Data, key: str, label: str) -> str:
-    """How many methods have fewer and more errors than a baseline, over all problems."""
+    """How many methods have a lower and a higher error than a baseline, over all problems."""
     methods = [row for row in data["overall"] if key in row and row["name"] not in (SUM, TUNED)]
     methods.sort(key=lambda row: row[key]["ratio"][0])
     few = [row["name"] for row in methods if row["problems"] < LEAST_PROBLEMS]
@@ -92,20 +92,21 @@ def against(data: Data, key: str, label: str) -> str:
     strict += [row["name"] for row in kept_more if row[key]["strict"][1] > 1]
     rest = len(methods) - len(kept_fewer) - len(kept_more)
     text = (
-        f"**Against {label}, {len(kept_fewer)} of {len(methods)} methods have fewer errors, {len(kept_more)} have more "
-        f"and the other {rest} cannot be told from it.** Only what holds "
-        "whichever single problem, and whichever family of problems, is left out counts here: the 95 % interval of the "
-        f"ratio then stays on one side of 1. Fewer: {listed(kept_fewer)}. More, the worst first: {listed(kept_more)}."
+        f"**Compared with {label}, {len(kept_fewer)} of {len(methods)} methods "
+        f"{'has' if len(kept_fewer) == 1 else 'have'} a lower error, {len(kept_more)} a "
+        f"higher one, and for the other {rest} no difference can be shown.** A difference counts only if it holds with "
+        "each single problem, and each family of problems, left out: the 95 % interval of the ratio then stays on one "
+        f"side of 1. Lower: {listed(kept_fewer)}. Higher, worst first: {listed(kept_more)}."
     )
     if lost:
-        text += " Fewer over all problems, but not without one of them: "
+        text += " Lower over all problems, but not without one of them: "
         text += "; ".join(doubt(data, row, key) for row in lost) + "."
     if more != kept_more:
         others = len(more) - len(kept_more)
-        text += f" {others} others have more over all problems, but not without one of them or one family."
+        text += f" For {others} others it is higher over all problems, but not without one of them or one family."
     return text + (
-        f" Of so many intervals some are wrong by chance: at a level that allows for {len(data['plan']['contenders'])} "
-        f"comparisons at once, what remains is {named(strict) if len(strict) <= MANY else f'{len(strict)} of these'}."
+        f" Among so many intervals some are wrong by chance: corrected for {len(data['plan']['contenders'])} "
+        f"comparisons, what remains is {named(strict) if len(strict) <= MANY else f'{len(strict)} of these'}."
         + (f" Too few problems to say: {named(few)}." if few else "")
     )
 
@@ -116,7 +117,7 @@ def listed(rows: list[Data]) -> str:
 
 
 def doubt(data: Data, row: Data, key: str) -> str:
-    """What a method's fewer errors rest on."""
+    """Which problem or family a method's lower error depends on."""
     found = (nearest(row, key, kind) for kind in ("problem", "family"))
     name, without = next(out for out in found if out is not None and out[1][2] >= 1)
     plain = mean_score(data, name, SUM)
@@ -132,13 +133,13 @@ def tuned_weights(data: Data) -> str:
         return ""
     versus, places = rows[TUNED]["sum"], [row["name"] for row in data["overall"]]
     _, low, high = versus["ratio"]
-    judged = "fewer errors" if high < 1 else "more errors" if low > 1 else "no clear difference over all"
-    if judged.endswith("errors"):
+    judged = "lower error" if high < 1 else "higher error" if low > 1 else "no clear difference over all problems"
+    if judged.endswith("error"):
         held = "" if stands(rows[TUNED], "sum") else ", but not without every problem or family"
         judged += held or ", whichever problem or family is left out"
     tries = data["plan"]["rates"] * data["plan"]["vectors"]
     return (
-        f"**Tuned fixed weights against the plain sum: {judged}.** Chosen among {tries} trainings instead of "
+        f"**Tuned fixed weights compared with the plain sum: {judged}.** Chosen among {tries} trainings instead of "
         f"{data['plan']['rates']}, their error is {span(versus['ratio'])} times as large; they are better on "
         f"{versus['better']} and worse on {versus['worse']} of {rows[TUNED]['problems']} problems. By mean rank they "
         f"are number {places.index(TUNED) + 1} of {len(places)}, the plain sum is number {places.index(SUM) + 1}."
@@ -180,12 +181,12 @@ def winners(data: Data) -> str:
     bottom = among([order[-max(1, len(order) // 4) :] for order in orders])
     most = max(top.values())
     both = sum(top[name] > 0 and bottom[name] > 0 for name in top)
-    lead = "One wins everywhere" if most == len(orders) else "None wins everywhere"
+    lead = "One method wins everywhere" if most == len(orders) else "No method wins everywhere"
     return (
-        f"**{lead}.** {len({order[0] for order in orders})} contenders share the first places of {len(orders)} "
-        f"problems. Most often among the best quarter, on {most} of {len(orders)}: "
-        f"{named([name for name, count in top.items() if count == most])}. {both} of {len(top)} contenders are among "
-        "the best quarter on one problem and among the worst quarter on another."
+        f"**{lead}.** {len({order[0] for order in orders})} contenders share the first places on {len(orders)} "
+        f"problems. Most often in the best quarter, on {most} of {len(orders)}: "
+        f"{named([name for name, count in top.items() if count == most])}. {both} of {len(top)} contenders are in "
+        "the best quarter on one problem and in the worst quarter on another."
     )
 
 
@@ -198,13 +199,13 @@ def leaders(data: Data) -> str:
     overlap = sum(row["rank"][1] <= rows[0]["rank"][2] for row in rows[1:])
     last = ", ".join(f"{named([row['name']])} {span(row['rank'], 1)}" for row in rows[-3:])
     return (
-        f"**Mean ranks among {len(data['overall'])}.** The first five: {best}. The interval of the first meets those "
-        f"of {overlap} others. The last three: {last}."
+        f"**Mean ranks among {len(data['overall'])}.** The first five: {best}. The interval of the first overlaps "
+        f"those of {overlap} others. The last three: {last}."
     )
 
 
 def by_kind(data: Data) -> str:
-    """Surgery against weighting."""
+    """Surgery compared with weighting."""
     parts = []
     for kind in ("surgery", "weighting"):
         rows = [row for row in data["overall"] if row["kind"] == kind and "sum" in row]
@@ -214,29 +215,30 @@ def by_kind(data: Data) -> str:
         rank = means.fmean(row["rank"][0] for row in rows)
         parts.append(f"{kind} {ratio:.2f} and {rank:.1f} ({len(rows)} methods)")
     return (
-        "**Surgery against weighting.** Median over the methods of the error relative to the plain sum, and mean of "
-        f"their mean ranks among {len(data['overall'])}: {', '.join(parts)}."
+        "**Surgery compared with weighting.** Median over the methods of the error relative to the plain sum, and mean "
+        f"of their mean ranks among {len(data['overall'])}: {', '.join(parts)}."
     )
 
 
 def together(data: Data) -> str:
-    """Whether learning together helps at all."""
+    """Whether joint training helps at all."""
     rows = {row["name"]: row["delta_m"] for row in data["overall"] if "delta_m" in row}
     if SUM not in rows:
         return ""
     medians = [row["median_delta_m"] for row in data["overall"] if "delta_m" in row]
     best = max(rows, key=lambda name: rows[name][0])
     return (
-        f"**Learning together against one model a task.** Δm of the plain sum is {percent(rows[SUM])}. The interval "
-        f"lies above 0 for {sum(low > 0 for _, low, _ in rows.values())} of {len(rows)} contenders and below for "
+        f"**Joint training compared with one model per task.** Δm of the plain sum is {percent(rows[SUM])}. The "
+        f"interval lies above 0 for "
+        f"{sum(low > 0 for _, low, _ in rows.values())} of {len(rows)} contenders and below for "
         f"{sum(high < 0 for _, _, high in rows.values())}. It is highest for {named([best])}: {percent(rows[best])}. "
-        f"A task that is learnt well alone weighs heavily in such means; the median over the problems is above 0 for "
+        f"A task that is learnt well on its own dominates such means; the median over the problems is above 0 for "
         f"{sum(median > 0 for median in medians)} contenders."
     )
 
 
 def yardsticks(data: Data) -> str:
-    """How far things lie apart that are equal, or drawn at random."""
+    """How far apart results are that should be equal, or are drawn at random."""
     rows = {row["name"]: row["sum"]["ratio"] for row in data["overall"] if "sum" in row}
     spreads = []
     for problem in real_problems(data):
@@ -249,7 +251,7 @@ def yardsticks(data: Data) -> str:
     return (
         "**Yardsticks.** `FixedWeighter` with its defaults is the plain sum: its error is "
         f"{span(rows['FixedWeighter'], 3)} times as large. `RandomWeighter`, a baseline that any method should beat, "
-        f"has {span(rows['RandomWeighter'])}. From its best seed to its worst the plain sum's error varies by "
+        f"has {span(rows['RandomWeighter'])}. From best to worst seed the plain sum's error varies by "
         f"{100 * means.median(spreads):.0f} % of its mean, in the median over the problems."
     )
 
@@ -275,7 +277,7 @@ def unsolved(data: Data) -> str:
     if not parts:
         return ""
     return (
-        f"* **Nothing from ratios of failures.** Where most contenders have an error of {NOTHING:g} or more, which is "
-        f"to have learnt next to nothing in the given steps, *better than the plain sum* does not mean good: "
+        f"* **Nothing from ratios of failures.** Where most contenders have an error of {NOTHING:g} or more, having "
+        f"learnt next to nothing in the given steps, *better than the plain sum* does not mean good: "
         f"{', '.join(parts)}.\n"
     )

@@ -30,14 +30,14 @@ from gradsurgery.cli.comparing import NEAR
 
 HEAD = """# Which method helps?
 
-{methods} methods of [the catalogue](methods.md), with their defaults, on {problems} small problems, against the plain
-sum and against constant weights that were tuned. {later}
+{methods} methods of [the catalogue](methods.md), with their defaults, on {problems} small problems, compared with
+the plain sum and with constant weights that were tuned. {later}
 
 {short}
 ![Error of every contender relative to the plain sum](_static/evidence/overall.png)
 
-*Errors relative to the plain sum's, over the {real} problems that are not toys, with 95 % intervals.* All figures are
-in [the tables](evidence-tables.md).
+*Errors relative to that of the plain sum, over the {real} problems that are not toys, with 95 % intervals.* All figures
+are in [the tables](evidence-tables.md).
 """
 
 DONE = """## What was done
@@ -51,21 +51,21 @@ DONE = """## What was done
 * **Tuned fixed weights** choose among {vectors} weight vectors at each of the {rates} rates: {budget} trainings to
   choose, where every other contender has {rates}. The vectors: the plain sum; one over each loss at the start; and
   random ones around both, log-uniform within factors of 30 and 10.
-* **Error.** Each task has one error, 0 if all is right and about 1 if nothing was learnt (wrong labels in shares of
-  guessing, squared error in shares of the variance, 1 − IoU, relative distance from the solution). A training counts
-  with the mean over its tasks, each clipped to between {least:g} and {most:g}; one that failed or diverged counts
+* **Error.** Each task has one error, 0 if everything is right and about 1 if nothing was learnt (wrong labels relative
+  to guessing, squared error relative to the variance, 1 − IoU, relative distance from the solution). The error of a
+  training run is the mean over its tasks, each clipped to between {least:g} and {most:g}; if it failed or diverged,
   {most:g}.
-* **Single-task models**, one a task, get the same grid and seeds. Δm is the mean relative improvement of the errors
-  over theirs: positive where learning together helps.
+* **Single-task models**, one per task, get the same grid and seeds. Δm is the mean relative improvement of the errors
+  over theirs: positive where joint training helps.
 * **As published.** `GradNormWeighter` and `NormalizedGradientWeighter` measure at the last shared layer; `MoDo` and
   `SDMGrad` get two further batches in every step; `FAMOWeighter` sees the batch again after the step; `DWAWeighter` has
-  ten epochs; `NTKWeighter` looks at the residuals four times in a training; `MConFIG` gets one loss in turn, over plain
-  SGD, and acts on heads too; the primary loss of those that have one is the first. All else is the default.
+  ten epochs; `NTKWeighter` looks at the residuals four times in a training; `MConFIG` gets one loss per step, in turn,
+  with plain SGD, and acts on heads too; the primary loss of those that have one is the first. All the rest is default.
 * **Intervals** (95 %) come from a bootstrap over problems, and over seeds within each. Comparisons are paired by seed.
   *Better* and *worse* on a problem: with every seed, and by 1 % or more on average. The {toys} toys are left out of all
-  sums over problems: they show how a method walks, not how it learns.
+  figures over problems: they show which path a method takes, not how it learns.
 * **One left out.** Every interval that lies on one side of 1 is computed again without each problem, and without each
-  family of problems: what does not survive that is not concluded.
+  family of problems: what does not survive that is no conclusion here.
 """
 
 TABLES = """---
@@ -74,7 +74,7 @@ hide-toc: true
 
 # Which method helps? All tables
 
-What [the page on evidence](evidence.md) is about, in full. Both are written by
+The full tables behind [the page on evidence](evidence.md). Both are written by
 `make evidence ARGS="--write docs/evidence.md"`; `evidence.json` beside them has all figures, and every sentence that
 quotes one is written from that file.
 
@@ -87,19 +87,20 @@ CANNOT = """## What cannot be concluded
   `FAMOWeighter`, `GroupDROWeighter`, `MoCo`, `MoDo`) have little time to do so, and may do better in longer runs.
 * **Nothing about a method at its best.** Only the learning rate was tuned; every other constant is a default, and none
   was chosen for these problems. The fixed weights were chosen among {budget} trainings, the rate of each method among
-  {rates}: what a method makes of {budget} tries was not asked.
-* **Little about small differences.** {seeds} seeds a problem: the figure of one method on one problem moves with the
-  seeds as much as many methods differ, and by chance alone {seeds} seeds are all on one side in 1 case out of {chance}.
-  Learning rates were chosen with one seed. {edge}
+  {rates}: what a method could do with {budget} tries was not tested.
+* **Little about small differences.** {seeds} seeds per problem: the figure of one method on one problem varies between
+  seeds as much as between many methods, and by chance alone {seeds} seeds all fall on one side in 1 case out of
+  {chance}. Learning rates were chosen with one seed. {edge}
 * **Nothing about goals other than the mean error.** `AGEM`, `Bloop`, `MetaBalance`, `PCD` put one loss first, `EPO`,
   `PMGDA`, `PBIWeighter`, `STCHWeighter` and `COSMOSWeighter` aim at a given trade-off, `Krum` and `TrimmedMean` at
-  outliers: here all of them are asked for something they were not made for. A common-descent promise is not measured
-  either.
+  outliers: here all of them are judged by something they were not made for. Whether a promise of common descent is kept
+  is not measured either.
 * **Nothing about problems of another kind.** {real} problems, of {families} families, are a small sample, and those of
-  a family resemble each other. The intervals over problems say how far {real} such problems can tell, not what holds
+  a family resemble each other. The intervals over problems say what {real} such problems can show, not what holds
   for yours.
-* **Not the price of tuning.** The plain sum and the weighters make one backward pass a step; surgery makes one a loss.
-  The budget here is in steps. With a budget in seconds the cheap ones would have had more steps, or more weights tried.
+* **Nothing about cost.** The plain sum and the weighters make one backward pass per step; surgery makes one per loss.
+  The budget here is in steps. With a budget in seconds the cheaper ones would have had more steps, or more weights
+  to try.
 """
 
 
@@ -187,7 +188,7 @@ def tables(data: Data) -> str:
         "## With one problem or one family left out\n\n" + without_text(data),
         "## All problems\n\n" + problem_text(data),
         "## Problem by problem\n\n" + pictures_text(data),
-        "## Who does not take part, and what failed\n\n" + absent_text(data),
+        "## What does not take part, and what failed\n\n" + absent_text(data),
     ]
     return TABLES + "\n".join(parts)
 
@@ -250,8 +251,8 @@ def contender_text(data: Data) -> str:
         milliseconds = " and ".join(f"{cost['milliseconds']:.2f}" for cost in costs.values())
         text += (
             "*Time* is that of a whole step relative to the plain sum's, on GradNorm's toy, where the plain sum takes "
-            f"{milliseconds} ms: processor time of one thread, median over rounds in which all take turns, apart from "
-            "the trainings. "
+            f"{milliseconds} ms: processor time of one thread, median over rounds in which all take turns, measured "
+            "apart from the training runs. "
         )
     text += "*Rate at an end*: on how many problems the chosen learning rate is the lowest or highest of the "
     text += "grid.\n\n"
@@ -260,7 +261,7 @@ def contender_text(data: Data) -> str:
 
 
 def without_text(data: Data) -> str:
-    """What the intervals on one side of 1 rest on."""
+    """Which problems the intervals on one side of 1 depend on."""
     text = (
         "Ratios of errors whose 95 % interval lies on one side of 1 over all problems that are not toys. *Without a "
         "problem*, *without a family*: the one that brings the interval closest to 1, or past it, when it is left out. "
@@ -278,7 +279,7 @@ def without_text(data: Data) -> str:
     best = [row for row in data["overall"] if "sum" in row and row["sum"]["ratio"][2] < 1]
     best.sort(key=lambda row: row["sum"]["ratio"][0])
     if best:
-        text += "\nThose with fewer errors than the plain sum, each problem and each family left out in turn:\n"
+        text += "\nThose with a lower error than the plain sum, with each problem and each family left out in turn:\n"
         text += f"\n{grid(['left out', *(named([row['name']]) for row in best)], turns(best))}\n"
     return text
 
@@ -310,7 +311,7 @@ def versus(comparison: Data | None) -> list[str]:
 
 
 def problem_text(data: Data) -> str:
-    """What came of each problem, and the weights that were chosen."""
+    """The results on each problem, and the weights that were chosen."""
     lines, weights = [], []
     for problem in data["problems"]:
         name, sizes, order = problem["name"], problem["sizes"].values(), ordered(data, problem["name"])
@@ -330,14 +331,23 @@ def problem_text(data: Data) -> str:
         if TUNED in data["results"][name]:
             chosen = data["results"][name][TUNED]["weights"]
             weights.append([name, ", ".join(f"{loss} {weight:g}" for loss, weight in chosen.items())])
-    head = ["problem", "m", "size ratio", "one model a task", SUM, TUNED, "lowest error", "methods better, even, worse"]
+    head = [
+        "problem",
+        "m",
+        "size ratio",
+        "one model per task",
+        SUM,
+        TUNED,
+        "lowest error",
+        "methods better, even, worse",
+    ]
     return (
         "Mean test error. *Size ratio*: the largest loss over the smallest, at the start. The last column counts "
-        "methods against the plain sum. The lowest of so many errors is a lucky one, too.\n\n"
+        "methods compared with the plain sum. The lowest of so many errors also owes something to luck.\n\n"
         f"{grid(head, lines)}\n\n"
-        "Error relative to the plain sum, contenders by mean rank; a dash: takes no part.\n\n"
+        "Error relative to the plain sum, contenders by mean rank; a dash: does not take part.\n\n"
         "![Error of each contender on each problem](_static/evidence/map.png)\n\n"
-        f"Weights that were chosen, with a sum of m:\n\n{grid(['problem', TUNED], weights)}\n"
+        f"The tuned weights, scaled to a sum of m:\n\n{grid(['problem', TUNED], weights)}\n"
     )
 
 
@@ -347,10 +357,10 @@ def slug(name: str) -> str:
 
 
 def pictures_text(data: Data) -> str:
-    """A picture of each problem, with what was set for it."""
+    """A picture of each problem, with its settings."""
     text = (
-        "All contenders, the lowest mean error first; a dot a seed, a bar the mean. Vertical lines: plain sum "
-        "(orange), tuned fixed weights (black), mean of the single-task models (dotted). Crosses: trainings that "
+        "All contenders, the lowest mean error first; a dot for each seed, a bar for the mean. Vertical lines: plain "
+        "sum (orange), tuned fixed weights (black), mean of the single-task models (dotted). Crosses: runs that "
         "failed or diverged.\n"
     )
     for problem in data["problems"]:
@@ -366,13 +376,13 @@ def pictures_text(data: Data) -> str:
 
 
 def toy_sentence(data: Data, problem: Data) -> str:
-    """On a toy: who gets there."""
+    """On a toy: which contenders reach the solution."""
     if problem["family"] != TOYS:
         return ""
     order = ordered(data, problem["name"])
     there = [c for c in order if max(scores(data["results"][problem["name"]][c]).values()) <= NEAR]
     rest = [c for c in order if c not in there]
-    text = f"{len(there)} of {len(order)} contenders come within {NEAR:g} with every seed"
+    text = f"{len(there)} of {len(order)} contenders get within {NEAR:g} of the solution with every seed"
     return text + (f": {named(there)}." if len(there) <= len(rest) else f"; not {named(rest)}." if rest else ".")
 
 

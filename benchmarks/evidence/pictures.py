@@ -121,7 +121,7 @@ def heat(data: Data) -> Figure:
 
 
 def one_problem(data: Data, problem: Data, kinds: dict[str, str]) -> Figure:
-    """All contenders on one problem, a dot a seed."""
+    """All contenders on one problem, a dot for each seed."""
     name = problem["name"]
     here, order = data["results"][name], ordered(data, name)
     figure = Figure(figsize=(6.6, 0.9 + _ROW * len(order)), layout="constrained")

@@ -96,7 +96,7 @@ def compared(results: Data, name: str, base: str, problems: list[str]) -> dict[s
 
 
 def stretched_ranks(results: Data, problems: list[str], count: int) -> dict[str, dict[str, list[float]]]:
-    """Ranks by contender and problem, a rank a seed; from 1 to `count`, however many take part."""
+    """Ranks by contender and problem, a rank per seed; from 1 to `count`, however many take part."""
     found: dict[str, dict[str, list[float]]] = {}
     for problem in problems:
         table = {name: scores(result) for name, result in results[problem].items() if not name.startswith(ALONE)}
@@ -112,7 +112,7 @@ def stretched_ranks(results: Data, problems: list[str], count: int) -> dict[str,
 
 
 def improvements(results: Data, name: str, problems: list[str]) -> dict[str, list[float]]:
-    """Δm of a contender by problem, a value a seed, where single-task models were trained with that seed."""
+    """Δm of a contender by problem, a value per seed, where single-task models were trained with that seed."""
     found = {}
     for problem in problems:
         here = results[problem]

@@ -64,7 +64,7 @@ def resample(groups: Sequence[Sequence[float]], draws: int, seed: int) -> np.nda
     """Bootstrap means of groups: problems are drawn with replacement, and seeds within each problem that is drawn.
 
     Args:
-        groups: A group a problem, of a value a seed.
+        groups: A group per problem, of a value per seed.
         draws: How often.
         seed: Of the random draws.
 
@@ -95,7 +95,7 @@ def bootstrap(
     """Mean over problems, and a percentile interval that knows that both problems and seeds are samples.
 
     Args:
-        groups: A group a problem, of a value a seed; at least one group, none empty.
+        groups: A group per problem, of a value per seed; at least one group, none empty.
         level: Of the interval.
         draws: How often to resample.
         seed: Of the random draws.
@@ -117,7 +117,7 @@ def relative(scores: Sequence[float], base: Sequence[float]) -> list[float]:
     """Logarithms of ratios of scores, seed by seed: paired, so that a seed that is hard for all does not matter.
 
     Args:
-        scores: A score a seed, > 0.
+        scores: A score per seed, > 0.
         base: Those of the baseline with the same seeds.
 
     Returns:
@@ -130,7 +130,7 @@ def verdict(differences: Sequence[float], least: float = 0.01) -> int:
     """Whether one is better than the other on a problem.
 
     Args:
-        differences: Logarithms of ratios, one a seed.
+        differences: Logarithms of ratios, one per seed.
         least: A mean difference below this is none.
 
     Returns:

@@ -27,7 +27,7 @@ class Point(nn.Module):
 
 def walk(seed: int, name: str) -> Start:
     toy = _BUILT[name]
-    # One start a seed, a little off the toy's own, since some have one only.
+    # One start per seed, a little off the toy's own, since some have one only.
     off = 0.2 * torch.randn(2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     point = Point(toy.starts[seed % len(toy.starts)] + off)
 

@@ -155,7 +155,7 @@ def last_trainings(plan: Plan, trainings: list[Training], records: dict[str, dic
         records: Their results, by key.
 
     Returns:
-        One training a seed.
+        One training run per seed.
     """
     best = min(trainings, key=lambda training: score(records[training.key].get("validation")))
     return [replace(best, seed=seed) for seed in plan.seeds]

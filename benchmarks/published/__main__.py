@@ -2,8 +2,8 @@
 
     python -m benchmarks.published [--quick] [--only basin valleys ...] [--write docs/published.md]
 
-Everything is computed in one process and one thread. `--write` keeps the results beside the page as JSON, draws the
-pictures and writes the page; with `--only`, kept results of the other experiments stay.
+Everything is computed in one process and one thread. `--write` stores the results beside the page as JSON, draws the
+pictures and writes both pages; with `--only`, kept results of the other experiments stay.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs; verdicts mean nothing")
     parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
-    parser.add_argument("--write", type=Path, help="write the page here, and the results beside it as JSON")
+    parser.add_argument("--write", type=Path, help="write the page here; the tables and the results go beside it")
     options = parser.parse_args()
     if options.quick and options.write:
         parser.error("--quick is no basis for a page; leave out --write.")
@@ -56,6 +56,8 @@ def main() -> int:
             results = {**json.loads(kept.read_text(encoding="utf-8")), **results}
         kept.write_text(json.dumps(results, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
         options.write.write_text(page.write(results), encoding="utf-8")
+        second = options.write.with_name(f"{options.write.stem}-tables.md")
+        second.write_text(page.tables(results), encoding="utf-8")
         subprocess.run([sys.executable, "docs/figures.py", *page.PICTURES], check=True)
     return 0
 

@@ -319,7 +319,7 @@ def pinn(found: Results) -> list[Claim]:
         ),
         Claim(
             "ConFIG, section 4",
-            "for the same work, M-ConFIG, which computes one gradient a step, is best of all",
+            "for the same work, M-ConFIG, which computes one gradient per step, is best of all",
             f"with as many gradients as the others {cheap:.1e}; best of the others "
             f"{min(error[name] for name in [*others, 'ConFIG']):.1e}",
             tuple(better(least, name) for name in [*others, "ConFIG"]),

@@ -1,4 +1,4 @@
-"""The page on published behaviour, written from the results that were kept."""
+"""The pages on published behaviour, written from the results that were kept."""
 
 from __future__ import annotations
 
@@ -20,14 +20,45 @@ CLAIMS: dict[str, Callable[[Results], list[Claim]]] = {
 # What docs/figures.py draws for this page.
 PICTURES = ("scaled", "equal", "stall")
 
+# What each experiment is called on the page.
+PROBLEMS = {
+    "basin": "five starts on the landscape of CAGrad, Nash-MTL and FAMO",
+    "valleys": "PCGrad's valleys",
+    "scales": "GradNorm's regressions",
+    "softadapt": "SoftAdapt's README",
+    "pinn": "ConFIG on the Burgers equation",
+}
+VERDICTS = ("as claimed", "in part", "not reproduced")
+
 PAGE = """# Published behaviour
 
-What papers show of their methods on small problems, run here, each claim beside our figure. Written by
-`make published ARGS="--write docs/published.md"` from `published.json`, which lies beside this page; the words of the
-verdicts follow from the numbers. `make published ARGS=--quick` runs a little of everything in about a minute.
+Papers show on small problems what their methods do. These problems are run here with this library, and each claim is
+compared with our result.
 
-*As claimed*: every condition of the claim holds. *In part*: some do. *Not reproduced*: none does. Claims are in
-our words.
+{counts}
+
+![Paths of seven methods from five starts, f₁ × 0.1, and their ends on the front](_static/published/scaled.png)
+
+*The first problem, with f₁ × 0.1: where each method goes from five starts. The grey band is the Pareto front.*
+
+*As claimed*: every condition of the claim holds. *In part*: some of them hold. *Not reproduced*: none holds. Each
+claim with our figure, all runs and their settings are in [the tables](published-tables.md).
+
+## Where results differ
+
+{differs}
+
+## How it is run
+
+`make published ARGS="--write docs/published.md"` runs everything and writes both pages from `published.json`, which is
+stored beside them; the verdicts follow from the numbers. `make published ARGS=--quick` runs a little of everything in
+about a minute.
+"""
+
+TABLES = """# Published behaviour: the tables
+
+The claims of the papers, in our words, and what was found here. [The summary](published.md) says what the verdicts
+mean.
 
 {summary}
 
@@ -116,16 +147,30 @@ the same number of gradients buys.
 
 PINN_TEXT = """$u_t + u u_x = \\nu u_{{xx}}$ with $u(x, 0) = -\\sin \\pi x$ for x in [−1, 1], three losses: the
 equation, the boundary, the initial values. Small: ν = {viscosity:.3f}, a tanh network with {depth} hidden
-layers of {width} neurons, {inside} + {edge} + {edge} new points a step, {steps} steps, {seeds} seeds. (The
+layers of {width} neurons, {inside} + {edge} + {edge} new points per step, {steps} steps, {seeds} seeds. (The
 paper: ν = 0.003, five layers of 50, 10 000 + 250 + 250 points, 30 000 steps.) Adam begins at {lr:g}, the
 paper's at 0.001; both warm up for 1 % of the steps and fall to a tenth along a cosine. M-ConFIG computes the
-gradient of one loss a step, in turn; it is given as many steps as the others, or as many gradients. *Error*:
+gradient of one loss per step, in turn; it is given as many steps as the others, or as many gradients. *Error*:
 mean square against the exact solution (transformation of Cole and Hopf, by quadrature) on a grid of 128 × 51,
 geometric mean over seeds. *Better* means better with every seed. No clock was read."""
 
 
 def write(results: Results) -> str:
-    """The page.
+    """The first page: how many claims hold, and where results differ.
+
+    Args:
+        results: What the experiments returned, by name.
+
+    Returns:
+        Markdown.
+    """
+    found = {name: make(results[name]) for name, make in CLAIMS.items()}
+    every = [claim for each in found.values() for claim in each]
+    return with_minus(PAGE.format(counts=counts(found), differs=why(every)))
+
+
+def tables(results: Results) -> str:
+    """The second page: all claims and runs.
 
     Args:
         results: What the experiments returned, by name.
@@ -136,7 +181,7 @@ def write(results: Results) -> str:
     found = {name: make(results[name]) for name, make in CLAIMS.items()}
     basin, sizes = results["basin"], results["pinn"]["size"]
     lowest = {key: basin[key]["minimum"] for key in ("scaled", "equal")}
-    text = PAGE.format(
+    text = TABLES.format(
         summary=summary([claim for each in found.values() for claim in each]),
         scaled_steps=spaced(basin["scaled"]["steps"]),
         equal_steps=spaced(basin["equal"]["steps"]),
@@ -161,7 +206,22 @@ def write(results: Results) -> str:
         pinn=pinn_table(results["pinn"]),
         pinn_why=why(found["pinn"]),
     )
-    return re.sub(r"(?<![\w−-])-(?=\d)", "−", text)  # a minus in front of numbers, but not in 1e-05
+    return with_minus(text)
+
+
+def with_minus(text: str) -> str:
+    """Write a proper minus in front of numbers, but not in 1e-05."""
+    return re.sub(r"(?<![\w−-])-(?=\d)", "−", text)
+
+
+def counts(found: dict[str, list[Claim]]) -> str:
+    """A table of how many claims about each problem have which verdict, and all of them."""
+    lines = []
+    every = [claim for each in found.values() for claim in each]
+    for name, each in [*found.items(), ("all", every)]:
+        verdicts = [claim.verdict for claim in each]
+        lines.append([PROBLEMS.get(name, "**all**"), str(len(each)), *(str(verdicts.count(v)) for v in VERDICTS)])
+    return grid(["problem", "claims", *VERDICTS], lines)
 
 
 def spaced(steps: int) -> str:
@@ -183,8 +243,10 @@ def why(found: list[Claim]) -> str:
     """Where differences come from: a list of the claims that do not hold entirely."""
     open_ones = [claim for claim in found if claim.verdict != "as claimed"]
     if not open_ones:
-        return "Nothing here differs from what is claimed."
-    return "Where it differs:\n\n" + "\n".join(f"* {c.paper}, {c.says} ({c.verdict}): {c.why}" for c in open_ones)
+        return "Every claim holds."
+    return "Claims that do not hold entirely, and why:\n\n" + "\n".join(
+        f"* {c.paper}, {c.says} ({c.verdict}): {c.why}" for c in open_ones
+    )
 
 
 def ends(setting: Results) -> str:

@@ -135,7 +135,7 @@ def train(
         size: How small.
         seed: Seed of the network and of the points.
         steps: Number of steps.
-        one_loss: One loss a step, in turn, over plain SGD: M-ConFIG. Otherwise all losses, over Adam.
+        one_loss: One loss per step, in turn, over plain SGD: M-ConFIG. Otherwise all losses, over Adam.
 
     Returns:
         Mean square error against the exact solution.
@@ -181,7 +181,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         quick: A few steps, one seed.
 
     Returns:
-        The size, the errors of each method, one a seed, and how many gradients of single losses each computed.
+        The size, the errors of each method, one per seed, and how many gradients of single losses each computed.
     """
     size = QUICK if quick else Size()
     seeds, m = range(size.seeds), len(LOSSES)

@@ -15,7 +15,7 @@ CONICGRAD = (
     "on the front no direction helps both tasks, so that Nash-MTL's is zero and it stays where it arrives; only the "
     "symmetric start, with equal scales, meets the front at the minimum. The published Nash-MTL keeps its last weights "
     "where its solver fails, which may carry it along the front. The figure does not say which scales it has. "
-    "ConicGrad is not part of this library."
+    "ConicGrad itself was not run."
 )
 VALLEYS = "how far it gets in the given steps depends on how it jumps between the walls."
 SUPPRESSED = (

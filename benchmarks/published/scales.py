@@ -62,7 +62,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         quick: Fewer steps, one seed.
 
     Returns:
-        For two and ten tasks, each method's results, one a seed.
+        For two and ten tasks, each method's results, one per seed.
     """
     steps, seeds = (40, 1) if quick else (2000, 3)
     return {

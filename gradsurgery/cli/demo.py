@@ -374,7 +374,7 @@ class Row:
 
     Args:
         name: What the table calls it.
-        runs: Its trainings, one a seed.
+        runs: Its training runs, one per seed.
     """
 
     name: str

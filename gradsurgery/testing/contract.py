@@ -126,7 +126,7 @@ class Subject:
             order: In which the losses are given; as they are by default.
 
         Returns:
-            One row a step, (t, m), in the order of the input.
+            One row per step, (t, m), in the order of the input.
 
         Raises:
             AssertionError: The method reports no weights.

@@ -1126,7 +1126,7 @@ def _ratio(weights: Array) -> float:
     "SA1",
     "NormalizedSoftAdapt",
     "weights",
-    asked="losses that fall by 1 and 0.1 a step, slopes normalised in the sound way",
+    asked="losses that fall by 1 and 0.1 per step, slopes normalised in the sound way",
     right="the one that falls less gets more, as in SoftAdapt itself",
     seen="softadapt: 0.69 and 0.31, since it divides by the signed sum",
 )

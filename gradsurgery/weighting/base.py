@@ -195,7 +195,7 @@ class Weighter(MultiLossOptimizer):
 
         With u the root mean square of a task's entries so far (Adam's own average), an entry above 10 max(u, 1) becomes
         ±u. Cut to ten times u it would still move the number by tens of ordinary steps. A loss that stays at another
-        level moves its number by the step size a step, as under Adam. The first 100 entries of a task may be above
+        level moves its number by the step size per step, as under Adam. The first 100 entries of a task may be above
         1000 max(u, 1), the first one anything.
 
         Args:

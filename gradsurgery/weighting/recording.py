@@ -171,7 +171,7 @@ def picked(owner: Weighter, argument: str, given: Mapping[str, Any]) -> list[Any
         given: By name, or in order.
 
     Returns:
-        One entry a present task.
+        One entry per present task.
     """
     return owner.each(argument, given)
 

@@ -327,12 +327,12 @@ def test_conclusions_follow_the_figures(data):
                 row[key]["ratio"] = row[key]["strict"] = ratio
                 row[key]["without"] = {kind: {"a": ratio, "b": ratio} for kind in ("problem", "family")}
     first, second, third, *_ = conclusions(changed)
-    assert "1 of 5 methods have fewer errors, 4 have more and the other 0" in first
-    assert "Fewer: `PCGrad`. More, the worst first: " in first
+    assert "1 of 5 methods has a lower error, 4 a higher one, and for the other 0 no difference" in first
+    assert "Lower: `PCGrad`. Higher, worst first: " in first
     assert "not without one of them" not in first
     assert "tuned fixed weights" in second
     assert third.startswith(
-        "**Tuned fixed weights against the plain sum: more errors, whichever problem or family is left out.**"
+        "**Tuned fixed weights compared with the plain sum: higher error, whichever problem or family is left out.**"
     )
     assert page.short(changed)[0].endswith(": `PCGrad`.")
 
@@ -351,14 +351,14 @@ def test_what_rests_on_one_problem_is_not_concluded(data, kind, name):
                 if row["name"] == name:
                     row[key]["without"][kind]["Poisson"] = [0.98, 0.95, 1.004] if name == "PCGrad" else [1.1, 0.99, 1.2]
     first = conclusions(changed)[0]
-    fewer, more = (0, 4) if name == "PCGrad" else (1, 3)
-    assert f"{fewer} of 5 methods have fewer errors, {more} have more and the other 1" in first
-    assert f"`{name}`" not in first.split("Fewer: ")[1].split("over all problems")[0]
+    counted = "0 of 5 methods have a lower error, 4" if name == "PCGrad" else "1 of 5 methods has a lower error, 3"
+    assert f"{counted} a higher one, and for the other 1 no difference" in first
+    assert f"`{name}`" not in first.split("Lower: ")[1].split("over all problems")[0]
     if name == "PCGrad":
         assert "`PCGrad`, whose ratio of 0.500 (0.400–0.600) becomes 0.980 (0.950–1.004) without Poisson" in first
         assert page.short(changed)[0].endswith(": none.")
     else:
-        assert "1 others have more over all problems, but not without" in first
+        assert "For 1 others it is higher over all problems, but not without" in first
     (row,) = (row for row in changed["overall"] if row["name"] == name)
     assert nearest(row, "sum", kind)[0] == "Poisson"
     assert not stands(row, "sum")

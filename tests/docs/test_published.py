@@ -25,15 +25,17 @@ def kept():
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def test_the_page_is_what_the_kept_results_say():
+def test_the_pages_are_what_the_kept_results_say():
     assert (DOCS / "published.md").read_text(encoding="utf-8") == page.write(kept())
+    assert (DOCS / "published-tables.md").read_text(encoding="utf-8") == page.tables(kept())
 
 
 def test_the_page_changes_with_the_results():
     results = kept()
     results["softadapt"]["SoftAdapt"]["found"] = ["1.0000e+00", "0.0000e+00", "0.0000e+00"]
-    changed = page.write(results)
-    assert "1.0000e+00, 0.0000e+00, 0.0000e+00 | not reproduced" in changed
+    assert "1.0000e+00, 0.0000e+00, 0.0000e+00 | not reproduced" in page.tables(results)
+    assert "| SoftAdapt's README | 3 | 2 | 0 | 1 |" in page.write(results)
+    assert "| **all** | 19 | 14 | 4 | 1 |" in page.write(results)
 
 
 def test_every_claim_that_differs_is_explained():
