@@ -504,12 +504,12 @@ def _verdict(found: Diagnosis) -> tuple[str, str]:
         return "sum", _why_the_sum(found) + few
     reasons = " ".join(_reasons(found, held))
     paste = f"weights = {{{', '.join(f'{name!r}: {weight:g}' for name, weight in found.weights.items())}}}"
-    constants = f"Constants to start from, which give all gradients one length here:\n\n    {paste}\n"
+    constants = f"Constants to start from, which make all gradients equally long here:\n\n    {paste}\n"
     held_weighted = [name for name, share in found.kept_weighted.items() if share < KEEPS]
     if not held_weighted:
         return "weights", (
-            f"Weights should do. {reasons} With constant weights no loss is held up any more, so that "
-            f"surgery is not needed for a start. {constants}\n"
+            f"Weights should be enough. {reasons} With constant weights no loss is held up any more, so "
+            f"surgery is not needed to begin with. {constants}\n"
             "Multiply the losses by them, or FixedWeighter(optimizer, weights=weights). Tune them by factors of 3: "
             f"equal lengths are a start, not an optimum.{few}"
         )
@@ -562,8 +562,8 @@ def _why_surgery(found: Diagnosis, held: Sequence[str]) -> str:
     )
     return (
         f"Some gradients oppose each other steadily ({_opposed(found)}), and "
-        f"constant weights do not mend it: still held up {'is' if len(held) == 1 else 'are'} {still}. "
-        f"Try {kind}, against tuned constants as the baseline.{price}"
+        f"constant weights do not change that: {still} {'is' if len(held) == 1 else 'are'} still held up. "
+        f"Try {kind}, with tuned constants as the baseline.{price}"
     )
 
 
