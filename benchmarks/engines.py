@@ -28,7 +28,7 @@ ENGINES = ("rows", "ghosts", "auto")
 LOSSES = (2, 8, 32)
 # What "auto" may cost, over the faster of the two others: in nine cells of ten, and in any.
 USUAL, MOST = 1.15, 1.5
-# An engine that takes so many times as long as another in the first round is not timed again.
+# An engine that takes so many times as long as another in the first round is not timed again: that first time stands.
 HOPELESS = 3
 
 
@@ -364,14 +364,14 @@ def cell(model: Model, m: int, rounds: int, seconds: float) -> dict[str, Any]:
         if k > 3 and time.perf_counter() - began > seconds:
             break
         for engine, optimizer in optimizers.items():
-            if k > 1 and times[engine][0] > HOPELESS * min(t[0] for t in times.values()):
+            if k and times[engine][0] > HOPELESS * min(t[0] for t in times.values()):
                 continue
             optimizer.zero_grad()
             losses, _ = net(x)
             start = time.thread_time()
             report = optimizer.backward(losses)
-            if k:  # the first one pays for caches
-                times[engine].append(1e3 * (time.thread_time() - start))
+            times[engine].append(1e3 * (time.thread_time() - start))
+    times = {engine: t[1:] or t for engine, t in times.items()}  # the first one pays for caches
     gc.collect()
     # The lower quartile: what else runs on the machine makes some rounds slow and none fast.
     found = {engine: round(sorted(t)[len(t) // 4], 3) for engine, t in times.items()}
