@@ -131,7 +131,73 @@ def pages(runs: list[dict[str, Any]], path: Path) -> tuple[str, str]:
     if all(r["device"] == "cpu" for r in runs):
         text += "\nNothing here was measured on a GPU. `--device cuda` runs the same there.\n"
     text += "".join(f"\n## {title(r)}, in short\n\n{summary(r['steps'])}" for r in runs if r["steps"])
+    if compiled_figures(path).exists():
+        text += compiled(json.loads(compiled_figures(path).read_text(encoding="utf-8")))
     return text, TABLES + "".join(section(r, path) for r in runs)
+
+
+def compiled_figures(path: Path) -> Path:
+    """Where the figures of compiled models are kept.
+
+    Args:
+        path: The first page.
+
+    Returns:
+        A file beside it.
+    """
+    return path.with_name("compiled.json")
+
+
+def compiled(run: dict[str, Any]) -> str:
+    """What steps of compiled models cost, as a section of the first page.
+
+    Args:
+        run: What ``benchmarks.compiled`` has measured.
+
+    Returns:
+        Markdown.
+    """
+    slow = {
+        model: next(r["to_plain"] for r in run["rows"] if (r["model"], r["candidate"]) == (model, "PCGrad"))
+        for model in dict.fromkeys(r["model"] for r in run["rows"])
+    }
+    where = f"{run['machine']}; torch {run['versions']['torch']}, backend {run['backend']}, mode {run['mode']}"
+    least, most = min(slow.values()), max(slow.values())
+    m = run["tasks"]
+    return f"""
+## Compiled models
+
+Whole steps, forward pass and SGD included, of a model that is compiled together with its {m} losses: time relative to
+a step of the plain sum of the same compiled model, medians of paired ratios, and the middle half of the rounds.
+Everybody runs the same graph, which was compiled once and in one piece. A step of `PCGrad` takes {least:.2f} to
+{most:.2f} times that of the plain sum, with {m} backward passes through the whole model in place of one; in a compiled
+model a pass cannot leave out the heads of the other losses, and no engine sees the layers whose weight gradients it
+could spare. "defer" stands for `nonfinite="defer"`. On the CPU there is
+no device to wait for, so that it can only cost: torch finds the weights in place of numpy, and a selection passes over
+the gradients. Measured by `make bench-compiled` on {where}.
+
+{compiled_table(run)}"""
+
+
+def compiled_table(run: dict[str, Any]) -> str:
+    """The table of that section.
+
+    Args:
+        run: What was measured.
+
+    Returns:
+        Markdown: a row for each candidate, a column for each model.
+    """
+    models = list(dict.fromkeys(r["model"] for r in run["rows"]))
+    names = list(dict.fromkeys(r["candidate"] for r in run["rows"]))
+    by = {(r["model"], r["candidate"]): r for r in run["rows"]}
+    lines = [f"|  | {' | '.join(models)} |", "| --- |" + " ---: |" * len(models)]
+    for name in names:
+        cells = [by[model, name] for model in models]
+        shown = [f"{c['to_plain']:.2f} ({c['spread'][0]:.2f}–{c['spread'][1]:.2f})" for c in cells]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    plain = [f"{by[model, names[0]]['milliseconds']:.2f} ms" for model in models]
+    return "\n".join([*lines, f"| {names[0]}, in milliseconds | {' | '.join(plain)} |"]) + "\n"
 
 
 def short(run: dict[str, Any]) -> str:

@@ -10,10 +10,13 @@ import shutil
 import subprocess
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch._functorch import config as functorch
 
-from benchmarks import compare, structure
+from benchmarks import compare, compiled, page, structure, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -275,3 +278,39 @@ def test_a_commit_is_unpacked(tmp_path, monkeypatch):
         assert (tree / "gradsurgery" / "__init__.py").read_text() == "old = True\n"
     with pytest.raises(SystemExit, match="nowhere"), compare.package_of("nowhere"):
         pass
+
+
+# ------------------------------------------------------------------------------------------ compiled models
+
+
+def test_steps_of_a_compiled_model_are_timed_and_shown(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "performance.md"
+    path.with_suffix(".json").write_text(json.dumps({"runs": []}))
+    command = ["compiled", "--rounds", "2", "--backend", "aot_eager", "--write"]
+    monkeypatch.setattr("sys.argv", [*command, str(path), "--models", "MLP 2 x 64"])
+    with functorch.patch(donated_buffer=False):
+        compiled.main()
+    torch._dynamo.reset()
+    run = json.loads(page.compiled_figures(path).read_text())
+    assert len(run["rows"]) == 9
+    assert {r["to_plain"] for r in run["rows"] if r["candidate"] == "plain sum"} == {1.0}
+    assert all(r["milliseconds"] > 0 for r in run["rows"])
+    table = page.compiled_table(run)
+    assert table in path.read_text()
+    assert table in capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + 9 + 1
+
+
+def test_a_model_that_is_compiled_in_pieces_is_no_measurement(monkeypatch):
+    class Broken(workloads.Multi):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    monkeypatch.setitem(
+        compiled.MODELS, "broken", lambda: (Broken(torch.nn.Linear(2, 2), 2, 2), lambda: torch.ones(1, 2))
+    )
+    options = SimpleNamespace(rounds=0, backend="eager", mode=None, device="cpu")
+    with pytest.raises(RuntimeError, match="broken: the model was not compiled once and as a whole"):
+        compiled.measure("broken", options)
+    torch._dynamo.reset()

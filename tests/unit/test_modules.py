@@ -390,7 +390,7 @@ def test_parameters_that_are_not_there_yet_are_left_alone(build):
     assert all(p.grad is not None for p in net.parameters())
 
 
-@pytest.mark.parametrize("device", ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @OVER_METHODS
 def test_a_model_cut_in_two_trains_as_a_whole_one(method, device):
     nets = [loops.Net(), loops.Net()]
