@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import statistics
 import time
@@ -163,6 +164,7 @@ def main() -> None:
         "backend": options.backend,
         "mode": options.mode or "default",
         "tasks": TASKS,
+        "load": os.getloadavg()[0],
         "rows": [],
     }
     for name in options.models:

@@ -162,6 +162,8 @@ def compiled(run: dict[str, Any]) -> str:
         for model in dict.fromkeys(r["model"] for r in run["rows"])
     }
     where = f"{run['machine']}; torch {run['versions']['torch']}, backend {run['backend']}, mode {run['mode']}"
+    if run["load"] > 1.5:
+        where += f", while other programs ran beside it (load {run['load']:.1f})"
     least, most = min(slow.values()), max(slow.values())
     m = run["tasks"]
     return f"""
@@ -169,12 +171,12 @@ def compiled(run: dict[str, Any]) -> str:
 
 Whole steps, forward pass and SGD included, of a model that is compiled together with its {m} losses: time relative to
 a step of the plain sum of the same compiled model, medians of paired ratios, and the middle half of the rounds.
-Everybody runs the same graph, which was compiled once and in one piece. A step of `PCGrad` takes {least:.2f} to
-{most:.2f} times that of the plain sum, with {m} backward passes through the whole model in place of one; in a compiled
-model a pass cannot leave out the heads of the other losses, and no engine sees the layers whose weight gradients it
-could spare. "defer" stands for `nonfinite="defer"`. On the CPU there is
-no device to wait for, so that it can only cost: torch finds the weights in place of numpy, and a selection passes over
-the gradients. Measured by `make bench-compiled` on {where}.
+All but the rows that say so run the same graph, which was compiled once and in one piece. A step of `PCGrad` takes
+{least:.2f} to {most:.2f} times that of the plain sum, with {m} backward passes through the whole model in place of one;
+in a compiled model a pass cannot leave out the heads of the other losses, and no engine sees the layers whose weight
+gradients it could spare. "defer" stands for `nonfinite="defer"`. On the CPU there is no device to wait for, so that it
+can only cost: torch finds the weights in place of numpy, and a selection passes over the gradients. Measured by
+`make bench-compiled` on {where}.
 
 {compiled_table(run)}"""
 
