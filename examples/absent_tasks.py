@@ -20,7 +20,7 @@ for step in range(200):
     labelled = {"depth": True, "normal": step % 2 == 0, "edge": step % 5 == 0}
     losses = {name: (head(z) - target).square().mean() if labelled[name] else None for name, head in heads.items()}
     if step % 50 == 0:
-        losses["edge"] = losses["edge"] * float("nan")  # nonfinite="drop" treats it as absent
+        losses["edge"] = (heads["edge"](z) - target).mean() * float("nan")  # nonfinite="drop" treats it as absent
 
     optimizer.zero_grad()
     report = optimizer.backward(losses)

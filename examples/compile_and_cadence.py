@@ -37,8 +37,9 @@ for _ in range(60):
     outputs = model(inputs)
     losses = [nn.functional.mse_loss(y, t) for y, t in zip(outputs, targets, strict=True)]
     optimizer.zero_grad()
-    flags += optimizer.backward(losses).flags
+    report = optimizer.backward(losses)
+    flags += report.flags
     optimizer.step()
 
 seen = {flag: flags.count(flag) for flag in ("warmup", "reused")}
-print(f"losses {optimizer.report.losses}, of 60 steps {seen}")
+print(f"losses {report.losses}, of 60 steps {seen}")

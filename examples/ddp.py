@@ -33,7 +33,7 @@ for _ in range(200):
     outputs = model(inputs[mine])
     losses = {name: mse_loss(y, targets[name][mine]) for name, y in outputs.items()}
     optimizer.zero_grad()
-    optimizer.backward(losses)
+    report = optimizer.backward(losses)
     optimizer.step()
 
 sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
@@ -41,6 +41,6 @@ everyone = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
 dist.all_gather(everyone, sums)
 if dist.get_rank() == 0:
     same = all(torch.equal(sums, other) for other in everyone)
-    print(f"losses over the whole batch: {optimizer.report.losses}; replicas are equal: {same}")
+    print(f"losses over the whole batch: {report.losses}; replicas are equal: {same}")
 del model  # before its group: torch may wait for ever where a model is the last to hold one
 dist.destroy_process_group()

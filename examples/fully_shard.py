@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 
 import gradsurgery
@@ -37,10 +38,10 @@ for _ in range(100):
     outputs = model(inputs[mine])
     losses = {name: mse_loss(y, targets[name][mine]) for name, y in outputs.items()}
     optimizer.zero_grad()
-    optimizer.backward(losses)
+    report = optimizer.backward(losses)
     optimizer.step()
 
-held = sum(p.to_local().numel() for p in model.parameters())
+held = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
 if dist.get_rank() == 0:
-    print(f"{held} of {sum(p.numel() for p in model.parameters())} parameters here, losses {optimizer.report.losses}")
+    print(f"{held} of {sum(p.numel() for p in model.parameters())} parameters here, losses {report.losses}")
 dist.destroy_process_group()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import BertConfig, BertModel, BertPreTrainedModel, Trainer, TrainingArguments
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 import gradsurgery
 from gradsurgery.integrations.transformers import MultiLossTrainerMixin
@@ -25,7 +25,7 @@ class TwoHeads(BertPreTrainedModel):
     def forward(self, input_ids, topic=None, score=None):
         features = self.bert(input_ids).pooler_output
         outputs = ModelOutput(topics=self.topic(features), scores=self.score(features).squeeze(1))
-        if topic is not None:
+        if topic is not None and score is not None:
             outputs["losses"] = {
                 "topic": cross_entropy(outputs["topics"], topic),
                 "score": mse_loss(outputs["scores"], score),
@@ -39,8 +39,11 @@ class MultiLossTrainer(MultiLossTrainerMixin, Trainer):
 
 def main():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    model = TwoHeads(BertConfig(vocab_size=16, max_position_embeddings=8, **sizes))
+    config = BertConfig(
+        vocab_size=16, max_position_embeddings=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    model = TwoHeads(config)
     data = [{"input_ids": ids, "topic": ids[0] % 2, "score": ids.float().mean()} for ids in torch.randint(16, (256, 6))]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -42,4 +42,6 @@ for _ in range(15):
     optimizer.step(closure)
 
 error = (net(x) - x.sin()).abs().max().item()
-print(f"largest error {error:.1e}, weights {optimizer.report.weights}")
+report = optimizer.report
+assert report is not None  # there is one after the first `backward`
+print(f"largest error {error:.1e}, weights {report.weights}")

@@ -5,6 +5,7 @@ pip install ".[frameworks]"; python examples/lightning_automatic.py
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,7 +28,7 @@ class TwoHeads(MultiLossModuleMixin, lightning.LightningModule):
             "value": mse_loss(self.value(features).squeeze(1), values),
         }
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         # In several processes: PCGrad(..., distributed=True).
         optimizer = gradsurgery.PCGrad(torch.optim.AdamW(self.parameters(), lr=1e-2))
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)

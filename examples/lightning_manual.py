@@ -27,11 +27,14 @@ class TwoHeads(lightning.LightningModule):
             "value": mse_loss(self.value(features).squeeze(1), values),
         }
         optimizer = self.optimizers()
+        assert isinstance(optimizer, gradsurgery.PCGrad)  # for type checkers: Lightning's object poses as it
         optimizer.zero_grad()
         # Under precision="16-mixed" the plugin has a scaler; `optimizer.step()` then unscales and updates by itself.
         report = optimizer.backward(losses, scaler=getattr(self.trainer.precision_plugin, "scaler", None))
         optimizer.step()
-        self.log_dict({**report.losses, "conflict_rate": report.conflict_rate})
+        self.log_dict(report.losses)
+        if report.conflict_rate is not None:  # the gradients were looked at, as in most steps of a surgery
+            self.log("conflict_rate", report.conflict_rate)
 
     def on_before_optimizer_step(self, optimizer):
         nn.utils.clip_grad_norm_(self.parameters(), 10.0)  # here, since a scaler has unscaled by now

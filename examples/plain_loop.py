@@ -35,9 +35,9 @@ def train(method):
             "corner": nn.functional.mse_loss(corner, corners[batch]),
         }
         optimizer.zero_grad()
-        optimizer.backward(losses)
+        report = optimizer.backward(losses)
         optimizer.step()
-    return ((net(inputs)[0] > 0) == labels.bool()).float().mean().item(), optimizer.report
+    return ((net(inputs)[0] > 0) == labels.bool()).float().mean().item(), report
 
 
 for method in (gradsurgery.FixedWeighter, gradsurgery.ConFIG):

@@ -25,4 +25,5 @@ for _ in range(200):
     of_trunk.step()
     of_table.step()
 
-print(f"losses {report.losses}; the gradient of the table is sparse: {table.weight.grad.is_sparse}")
+gradient = table.weight.grad
+print(f"losses {report.losses}; the gradient of the table is sparse: {gradient is not None and gradient.is_sparse}")
