@@ -19,7 +19,7 @@ MINUTES ?= 10
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-old-processor test-browser explore lint format docs bench bench-compare structure bench-joined bench-compiled gpu bench-solvers mutants published conformance evidence clean
+.PHONY: help demo test test-all test-old-processor test-browser explore lint format docs bench bench-compare structure bench-joined bench-per-sample bench-compiled gpu bench-solvers mutants published conformance evidence clean
 
 help: ## Say what the targets are
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -80,6 +80,9 @@ bench-compiled: $(VENV)/demo.stamp ## Time steps of compiled models: plain sum, 
 
 gpu: $(VENV)/test.stamp $(VENV)/peers.stamp ## Measure and test on a GPU, in 8 minutes (ARGS="--device cpu --quick" tries the script)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+bench-per-sample: $(VENV)/peers.stamp ## Measure what one loss per sample costs beside a plain backward pass (ARGS=--quick)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.per_sample $(ARGS)
 
 # One thread: on matrices this small, waiting for a second one costs more than it brings.
 bench-solvers: $(VENV)/peers.stamp ## Time the methods against TorchJD's on the same matrices

@@ -82,8 +82,9 @@ def read(losses: Losses, owner: str, may_be_empty: bool = False, names: Sequence
     present = _present(named, where)
     if not present and not may_be_empty:
         raise ValueError(f"{where}: every loss is None. Skip the step when no task is in the batch.")
-    checked = _checked(present, where)
-    roots = _edges_of_stack(losses, where) if isinstance(losses, Tensor) else checked
+    checked = _checked(present[:1] if isinstance(losses, Tensor) else present, where)
+    checked += [loss for _, loss in present[len(checked) :]]  # the entries of one tensor are all alike
+    roots = _edges_of_stack(losses, checked, where) if isinstance(losses, Tensor) else checked
     return Tasks(tuple(n for n, _ in named), tuple(n for n, _ in present), tuple(checked), tuple(roots))
 
 
@@ -164,7 +165,7 @@ def _renamed(named: list[tuple[str, Loss]], losses: Losses, names: Sequence[str]
     return [(name, loss) for name, (_, loss) in zip(given, named, strict=True)]
 
 
-def _edges_of_stack(losses: Tensor, where: str) -> Sequence[Tensor | GradientEdge]:
+def _edges_of_stack(losses: Tensor, entries: list[Tensor], where: str) -> Sequence[Tensor | GradientEdge]:
     # Through torch.stack every loss would reach every other loss's parameters with a gradient of zeros, and no
     # parameter would be private any more. So differentiation starts below the stack.
     node = losses.grad_fn
@@ -173,8 +174,7 @@ def _edges_of_stack(losses: Tensor, where: str) -> Sequence[Tensor | GradientEdg
             if below is None:
                 raise _detached(where, str(i))
         return [GradientEdge(below, nr) for below, nr in node.next_functions if below is not None]
-    with torch.enable_grad():
-        return losses.unbind()
+    return entries
 
 
 def _bare(loss: Tensor) -> Tensor:

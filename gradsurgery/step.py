@@ -428,7 +428,8 @@ class SurgeryStep:
         if self.method.lengthens:
             return True
         if gram is not None:
-            lengths = [seen.unit * math.sqrt(square) for square in gram.diagonal().tolist()]
+            unit = seen.unit
+            lengths = [unit * math.sqrt(square) for square in gram.diagonal().tolist()]
         else:
             lengths = [0.0] * self.m if seen.norms is None else seen.norms.tolist()
         terms = [*((w.tolist(), lengths) for w in applied), (factors.tolist(), seen.peaks.tolist())]

@@ -27,9 +27,9 @@ from gradsurgery.gradients.base import Add, Gradients, Request
 from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.gram import SAFE_SQUARES, Gram, Table
 from gradsurgery.gradients.sample_graph import Key, Plan, Refused, SampleReader, Site, Value, mixing_node, named_first
-from gradsurgery.gradients.sample_layers import Column, Slots, Use
+from gradsurgery.gradients.sample_layers import Column, Known, Slots, Use, wide
 from gradsurgery.graph.samples import Along, Samples, candidates
-from gradsurgery.graph.torch_private import metadata
+from gradsurgery.graph.torch_private import foreach_norm, metadata
 
 # Committed steps between two exact checks.
 _EVERY = 100
@@ -205,11 +205,13 @@ class Check:
         return None
 
     def _agrees(self, a: Tensor, b: Tensor, along: Along) -> bool:
-        if not bool(torch.isfinite(a).all()):  # the usual rule acts
-            return True
         labels = torch.from_numpy(along.labels).to(a.device)
         by = self.powers.to(a)[labels.clamp(min=0)]
         expected = a * by.view(-1, *(1,) * (a.dim() - 1 - along.axis)) if a.dim() else a * by
+        if torch.equal(b, expected):  # as almost always
+            return True
+        if not bool(torch.isfinite(a).all()):  # the usual rule acts
+            return True
         least = torch.finfo(a.dtype).tiny * _SAFE
         return bool(((b == expected) | ((b.abs() < least) & (a.abs() < least))).all())
 
@@ -276,8 +278,8 @@ class PerSample(Gradients):
         self._mode = request.batch.per_sample
         self._all = [*request.shared, *request.plain]
         self._rng = np.random.default_rng([request.step, samples.size])
-        batch = request.batch
-        self._seeds = self._sample_seeds(torch.ones_like(torch.stack(list(batch.seeds))))
+        self._loss_seeds = torch.stack(list(request.batch.seeds))
+        self._seeds = self._sample_seeds(torch.ones_like(self._loss_seeds))
         signs = self._rng.choice([-1.0, 1.0], samples.size)
         self._signs = torch.from_numpy(signs).to(self._seeds)
         self._passes = Pass(plan, samples, self._seeds)
@@ -369,13 +371,14 @@ class PerSample(Gradients):
         site = self._plan.sites[k]
         assert site.along is not None
         slots = self._slots_of(site.along, d.device)
+        known: Known = {}
         for key, use in site.uses:
             parts = self._waiting.setdefault(key, [])
             parts.append((use, d, slots))
             if len(parts) == self._uses[key]:
                 del self._waiting[key]
                 with torch.no_grad(), exactly(d.device):
-                    self._take(key, Column(*zip(*parts, strict=True)))
+                    self._take(key, Column(parts, known))
 
     def _slots_of(self, along: Along, device: torch.device) -> Slots:
         key = along.labels.tobytes()
@@ -437,7 +440,7 @@ class PerSample(Gradients):
         Returns:
             (B,).
         """
-        seeds, groups = torch.stack(list(self.request.batch.seeds)), self._samples.groups
+        seeds, groups = self._loss_seeds, self._samples.groups
         if groups is None:
             return seeds * per_loss.to(seeds)
         roots = self.request.batch.roots
@@ -544,7 +547,11 @@ class PerSample(Gradients):
         for k, (part, w) in enumerate(jobs):
             if part:
                 last = not any(p for p, _ in jobs[k + 1 :])
-                found.update(self._kept(part, w) if self._keeps else self._rerun(part, w, last))
+                if not self._keeps:
+                    found.update(self._rerun(part, w, last))
+                    continue
+                with exactly(self._seeds.device):
+                    found.update(self._kept(part, w))
         self._columns, self._grams, self._signed, self._direct, self.tables = {}, {}, {}, {}, []
         return found
 
@@ -556,8 +563,7 @@ class PerSample(Gradients):
             place = self._plan.values[key].places[0]
             if place in places:
                 p = self._all[place]
-                with exactly(p.device):
-                    found[p] = _as(column.weighted(signed), p)
+                found[p] = _as(column.weighted(signed), p)
                 del self._columns[key]
         for rows_of, w in ((self._signed, signed), (self._direct, torch.from_numpy(weights))):
             for place in rows_of.keys() & set(places):
@@ -580,12 +586,10 @@ class PerSample(Gradients):
         return dict(zip(params, gradients, strict=True))
 
     def _certify(self, weights: np.ndarray, gram: np.ndarray, gradients: Sequence[Tensor | None]) -> None:
-        squares = [
-            torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g, dtype=torch.float64).square()
-            for g in gradients
-            if g is not None
-        ]
-        found = float(sum(s.cpu() for s in squares)) if squares else 0.0
+        there = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
+        found = sum(float(norm) ** 2 for norm in foreach_norm(list(map(wide, there)))) if there else 0.0
+        if not SAFE_SQUARES[0] <= found <= SAFE_SQUARES[1]:
+            found = sum(float(torch.linalg.vector_norm(g.double())) ** 2 for g in there)
         size = float(np.abs(weights) @ np.sqrt(np.maximum(gram.diagonal(), 0.0))) ** 2
         if not np.isfinite(found) or not np.isfinite(size):  # the usual rule acts
             return
@@ -612,7 +616,7 @@ def _products(column: Column) -> Tensor:
     found = column.gram(False)
     low, high = SAFE_SQUARES
     squares = found.diagonal()
-    unsafe = (squares < low) | (squares > high) | ~torch.isfinite(squares)
+    unsafe = ~((squares >= low) & (squares <= high))
     if bool(unsafe.any()) and bool((column.squares()[unsafe] > 0).any()):
         return column.gram(True)
     return found

@@ -138,6 +138,8 @@ class SampleReader(Reader):
         Raises:
             Refused: Samples cannot be told apart by sites, whatever the model.
         """
+        if any(type(node).__name__ == "CompiledFunctionBackward" for node in self.nodes):
+            raise Refused("what torch.compile has compiled does not show its layers")
         found = [site for node in reversed(self.nodes) if (site := self._site(node)) is not None]
         users: dict[Node | int, set[tuple[Node, int]]] = {}
         for site in found:
@@ -186,13 +188,13 @@ class SampleReader(Reader):
             site.is_lowest = site.node not in above
 
     def _site(self, node: Node) -> Site | None:
+        handler = _HANDLERS.get(type(node).__name__)
+        if handler is None:
+            return None
         uses: list[tuple[Key, Use]] = []
         along = self.samples.along(node, 0)
         for slot, (child, nr) in enumerate(self.nodes[node]):
             if child is None or not self._is_value(node, child, nr, along):
-                continue
-            handler = _HANDLERS.get(type(node).__name__)
-            if handler is None:
                 continue
             value = self._value(node, slot, child, nr, type(node).__name__)
             if value is None:
@@ -204,6 +206,8 @@ class SampleReader(Reader):
                 uses.append((key, use))
         if not uses:
             return None
+        if metadata(node)[0].dtype == torch.float16:
+            raise Refused(f"{type(node).__name__} is in float16, which cannot be scaled exactly: use bfloat16")
         if is_hooked(node):
             raise Refused(f"a hook is registered at {type(node).__name__}")
         return Site(node, uses, along)

@@ -17,6 +17,9 @@ from torch import Tensor
 from gradsurgery.gradients.gram import product
 from gradsurgery.graph.samples import Labels
 
+#: Products of gradients with themselves, by their addresses.
+Known = dict[int, tuple[Tensor, Tensor]]
+
 # Entries of rows that are formed at a time on the host, and elsewhere.
 _BUCKET_CPU, _BUCKET_GPU = 2**22, 2**26
 # Columns of a product in single precision, before it is added up in double.
@@ -401,16 +404,20 @@ class Column:
     """All uses of one value, with the gradients at their outputs.
 
     Args:
-        uses: The uses.
-        ds: The gradients, one per use.
-        slots: Whose these are.
+        parts: The uses, with the gradient at the output of each and whose it is.
+        known: Inner products of gradients at outputs that another value has asked for already, by their addresses.
     """
 
-    def __init__(self, uses: Sequence[Use], ds: Sequence[Tensor], slots: Sequence[Slots]) -> None:
-        self.shape = uses[0].shape
-        self._parts: list[tuple[Use, Tensor, Slots]] = list(zip(uses, ds, slots, strict=True))
+    def __init__(
+        self,
+        parts: Sequence[tuple[Use, Tensor, Slots]],
+        known: Known | None = None,
+    ) -> None:
+        self.known = {} if known is None else known
+        self.shape = parts[0][0].shape
+        self._parts = list(parts)
         self._rows: Tensor | None = None
-        self.count = slots[0].count
+        self.count = parts[0][2].count
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Gradients of the samples in a part of the value.
@@ -473,16 +480,15 @@ class Column:
         """
         if self._rows is not None:
             rows = self._rows.double() if double else self._rows
-            return product(rows, rows, _CHUNK)
+            return _squared(rows, {} if double else self.known)
         if double:
-            wider = [(_doubled(use), d.double(), slots) for use, d, slots in self._parts]
-            return Column(*zip(*wider, strict=True)).gram(False)
+            return Column([(_doubled(use), d.double(), slots) for use, d, slots in self._parts]).gram(False)
         uses = [use for use, *_ in self._parts]
         if len(uses) == 1 and isinstance(uses[0], Embedding):
             _, d, slots = self._parts[0]
             return uses[0].gram(d, slots)
         if all(isinstance(use, Linear) for use in uses) and (joined := self._joined()) is not None:
-            found = _from_kernels(*joined)
+            found = _from_kernels(*joined, self.known)
             if found is not None:
                 return found
         total: Tensor | None = None
@@ -545,14 +551,21 @@ class Column:
         return found
 
 
-def _from_kernels(a: Tensor, d: Tensor) -> Tensor | None:
+def _squared(x: Tensor, known: Known) -> Tensor:
+    """X Xᵀ, which is not to be changed; made once for the weight and the bias of a layer."""
+    if x.data_ptr() not in known:
+        known[x.data_ptr()] = x, product(x, x, _CHUNK)  # the address is that of nothing else as long as it is held
+    return known[x.data_ptr()][1]
+
+
+def _from_kernels(a: Tensor, d: Tensor, known: Known) -> Tensor | None:
     """Inner products ⟨Dᵢᵀ Aᵢ, Dⱼᵀ Aⱼ⟩ from those of all slots; None where forming rows takes less."""
     m, times, width = a.shape
     out = d.shape[2]
     if times > 1 and times**2 * (width + out + 16) >= width * out * (1 + times / m):
         return None
     if times == 1:
-        return product(a[:, 0], a[:, 0]).mul_(product(d[:, 0], d[:, 0]))
+        return product(a[:, 0], a[:, 0]).mul_(_squared(d[:, 0], known))
     if (m * times) ** 2 > _BUCKET_CPU * 4:
         return None
     a, d = a.reshape(m * times, width), d.reshape(m * times, out)

@@ -65,19 +65,15 @@ class Samples(NamedTuple):
             The samples; None where the graph proves nothing.
         """
         footprint = self.found.get(node, {}).get(output, 0)
-        labels = _decoded(footprint, self.size)
-        if labels is None:
+        if isinstance(footprint, int) and not _is_one(footprint, self.size):
             return None
         shape = tuple(metadata(node)[output].shape)
-        if labels.size == 1:
-            return Along(0, np.full(shape[0] if shape else 1, labels.item(), np.int64))
-        for axis in range(labels.ndim):
-            most = labels.max(axis, keepdims=True)
-            if labels.shape[axis] > 1 and ((labels == most) | (labels == -1)).all():  # the same, or nobody
-                labels = most
+        labels = _decoded(_without_repeats(np.asarray(footprint, np.int64)), self.size)
+        if labels is None:
+            return None
         axes = [axis for axis, size in enumerate(labels.shape) if size > 1]
         if not axes:
-            return Along(0, np.full(shape[0], labels.item(), np.int64))
+            return Along(0, np.full(shape[0] if shape else 1, labels.item(), np.int64))
         return Along(axes[0], labels.reshape(-1)) if len(axes) == 1 else None
 
     def is_mixed(self, node: Node, output: int) -> bool:
@@ -91,6 +87,8 @@ class Samples(NamedTuple):
             False where the graph does not tell.
         """
         footprint = self.found.get(node, {}).get(output, 0)
+        if isinstance(footprint, int):
+            return not footprint >> 2 * _bits(self.size) and not _is_one(footprint, self.size)
         return not _is_vague(footprint, self.size) and _decoded(footprint, self.size) is None
 
     def graph(self, m: int) -> Graph:
@@ -151,7 +149,7 @@ def _spread(
 ) -> Sequence[Footprint]:
     """The footprints of the inputs. What is mixed stays mixed, without a look at the operation."""
     first = next(iter(outputs.values()))
-    if len(outputs) == 1 and isinstance(first, int) and (_is_vague(first, count) or _decoded(first, count) is None):
+    if len(outputs) == 1 and isinstance(first, int) and not _is_one(first, count):
         return [first] * len(below)
     return footprints.spread(node, below, outputs, losses)
 
@@ -258,8 +256,30 @@ def _codes(count: int) -> NDArray[np.int64]:
     return numbers | (numbers ^ ((1 << k) - 1)) << k
 
 
+def _without_repeats(codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Codes without the axes along which they are the same, but for places that nobody reaches."""
+    for axis in range(codes.ndim):
+        if codes.shape[axis] == 1:
+            continue
+        line = codes[tuple(slice(None) if k == axis else 0 for k in range(codes.ndim))]
+        if line[0] and line[-1] and line[0] != line[-1]:  # as along the samples
+            continue
+        most = codes.max(axis, keepdims=True)
+        if ((codes == most) | (codes == 0)).all():
+            codes = most
+    return codes
+
+
 def _is_vague(footprint: Footprint, count: int) -> bool:
-    return bool(footprints.union(footprint) >> 2 * _bits(count))
+    everything = footprint if isinstance(footprint, int) else int(np.bitwise_or.reduce(footprint, axis=None))
+    return bool(everything >> 2 * _bits(count))
+
+
+def _is_one(code: int, count: int) -> bool:
+    """Whether a footprint that is the same everywhere is that of one sample, or of nobody."""
+    k = _bits(count)
+    full = (1 << k) - 1
+    return not code or (code & full) ^ (code >> k) == full
 
 
 def _decoded(footprint: Footprint, count: int) -> Labels | None:
@@ -267,8 +287,9 @@ def _decoded(footprint: Footprint, count: int) -> Labels | None:
     k = _bits(count)
     full = (1 << k) - 1
     codes = np.asarray(footprint, np.int64)
-    low, high = codes & full, codes >> k
+    low = codes & full
+    single = low ^ (codes >> k) == full
+    if single.all():
+        return low
     nobody = codes == 0
-    if not ((low ^ high == full) | nobody).all():
-        return None
-    return np.where(nobody, -1, low)
+    return np.where(nobody, -1, low) if (single | nobody).all() else None

@@ -773,3 +773,55 @@ def test_weak_references_to_the_losses_die_with_them() -> None:
     gc.collect()
     del losses
     assert dead() is None
+
+
+# ------------------------------------------------------------------------------------- what is refused by name
+
+
+def test_float16_is_refused() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Linear(5, 3).half(), torch.randn(M, 5).half()
+    with pytest.raises(RuntimeError, match="AddmmBackward0 is in float16"):
+        gradsurgery.DualProj(torch.optim.SGD(net.parameters(), lr=0.1)).backward(
+            squares(net(x).float()), per_sample=True
+        )
+
+
+def test_complex_parameters_are_refused() -> None:
+    torch.manual_seed(0)
+    weight, x = nn.Parameter(torch.randn(5, 3, dtype=torch.complex128)), numbers(5).to(torch.complex128)
+    method = gradsurgery.DualProj(torch.optim.SGD([weight], lr=0.1))
+    with pytest.raises(RuntimeError, match="complex parameters"):
+        method.backward((x @ weight).abs().square().mean(1), per_sample=True)
+    assert method.backward((x @ weight).abs().square().mean(1)).engine == "rows"
+
+
+def test_losses_over_several_processes_are_refused() -> None:
+    from gradsurgery.batch import samples_of
+
+    net, x = model_of("linear")
+    found = samples_of(squares(net(x)).unbind(), automatic=False, is_alone=False)
+    assert isinstance(found, str)
+    assert "several processes" in found
+
+
+def test_a_dropped_loss_takes_a_pass_per_loss() -> None:
+    net, x = model_of("linear")
+    method = gradsurgery.DualProj(torch.optim.SGD(net.parameters(), lr=0.1), nonfinite="drop")
+    losses = torch.where(torch.arange(M) == 4, torch.nan, squares(net(x)))
+    report = method.backward(losses, per_sample=True)
+    assert report.engine == "rows"
+    assert report.reason is not None
+    assert "dropped" in report.reason
+    assert len(report.names) == M - 1
+
+
+def test_steps_that_reuse_weights_take_one_pass() -> None:
+    net, x = model_of("linear")
+    method = gradsurgery.DualProj(torch.optim.SGD(net.parameters(), lr=0.1), every=2, warmup=1)
+    engines = []
+    for _ in range(4):
+        method.zero_grad()
+        engines.append(method.backward(squares(net(x)), per_sample=True).engine)
+        method.step()
+    assert engines == ["one pass", "per sample", "one pass", "per sample"]
