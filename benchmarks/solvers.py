@@ -2,6 +2,7 @@
 
     python -m benchmarks.solvers [--rounds 15] [--tasks 4 8 20] [--methods MGDA CAGrad] [--write docs/solvers.md]
     python -m benchmarks.solvers --again docs/solvers.md    writes the pages from the figures beside them
+    python -m benchmarks.solvers --samples docs/solvers.md  measures one loss per sample anew, and writes the pages
 
 Both libraries get the same matrices, in turn, in one process. Figures are medians of ratios over rounds. The exact
 answers are those of this library for the rows in float64; before anything is timed they are compared with the
@@ -166,6 +167,37 @@ def measure(name: str, m: int, n: int, dtype: torch.dtype, rounds: int, jd: obje
     return result
 
 
+def of_samples(m: int, rank: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random rows, as many as there are samples in a batch: (m, rank)."""
+    return torch.from_numpy(np.random.default_rng([m, rank]).standard_normal((m, rank))).to(dtype)
+
+
+def measure_samples(name: str, m: int, times_m: int, rounds: int = 5) -> dict:
+    """Processor time of one method on m random rows of length ``times_m`` m; the least of some rounds."""
+    rows = of_samples(m, times_m * m)
+    call = METHODS[name].ours(any_optimizer(), reduction=METHODS[name].reduction).combine
+    call(rows)
+    spent_each = []
+    for _ in range(rounds):
+        start = time.process_time()
+        call(rows)
+        spent_each.append(time.process_time() - start)
+    return {"method": name, "m": m, "length": times_m, "seconds": min(spent_each)}
+
+
+def samples_table(results: list[dict]) -> str:
+    """A Markdown table of milliseconds, methods by number and length of rows."""
+    columns = sorted({(r["length"], r["m"]) for r in results})
+    lines = [
+        "| method | " + " | ".join(f"{m} × {length * m}" for length, m in columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for name in dict.fromkeys(r["method"] for r in results):
+        cells = {(r["length"], r["m"]): f"{r['seconds'] * 1e3:.1f}" for r in results if r["method"] == name}
+        lines.append(f"| {name} | " + " | ".join(cells[column] for column in columns) + " |")
+    return "\n".join(lines)
+
+
 def check() -> None:
     """What is timed must be right: every reference answer, in float64."""
     for method in METHODS.values():
@@ -258,6 +290,14 @@ still have a common descent direction; `n` is their length.
 Milliseconds of one call, rows of length {wide} in float64.
 
 {large}
+
+## One loss per sample
+
+Milliseconds of processor time of one call on m random rows of length 2m and 4m, float64, one thread; the least of five
+calls, on a machine that was busy with other work, which makes them longer. Measured after the tables above, with
+`make bench-solvers ARGS="--samples docs/solvers.md"`: from 48 losses on solvers begin in another way now.
+
+{samples}
 """
 
 
@@ -300,7 +340,9 @@ def pages(data: dict) -> tuple[str, str]:
     """
     run = data["run"]
     first = PAGE.format(**run, short=short(data["pairs"]))
-    return first, TABLES.format(**run, table=table(data["pairs"]), large=wide_table(data["large"]))
+    return first, TABLES.format(
+        **run, table=table(data["pairs"]), large=wide_table(data["large"]), samples=samples_table(data["samples"])
+    )
 
 
 def write(path: Path, data: dict) -> None:
@@ -320,6 +362,17 @@ def write(path: Path, data: dict) -> None:
     two_pages.save(path, *pages(data), figure)
 
 
+def save(path: Path, data: dict) -> None:
+    """Keep what was measured as JSON beside the first page, and write the pages."""
+    path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write(path, data)
+
+
+def all_samples() -> list[dict]:
+    """One loss per sample, by all methods."""
+    return [measure_samples(name, m, length) for name in METHODS for length in (2, 4) for m in (64, 256, 512)]
+
+
 def main() -> int:
     """Run what the command line asks for, and print or write the tables.
 
@@ -334,7 +387,14 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--write", type=Path, help="write the page here, and the figures beside it as JSON")
     parser.add_argument("--again", type=Path, help="write this page from the figures beside it, and measure nothing")
+    parser.add_argument("--samples", type=Path, help="measure one loss per sample, and write this page again")
     options = parser.parse_args()
+    if options.samples:
+        torch.set_num_threads(1)
+        check()
+        kept = json.loads(options.samples.with_suffix(".json").read_text(encoding="utf-8"))
+        save(options.samples, kept | {"samples": all_samples()})
+        return 0
     if options.again:
         write(options.again, json.loads(options.again.with_suffix(".json").read_text(encoding="utf-8")))
         return 0
@@ -367,9 +427,7 @@ def main() -> int:
             "python": platform.python_version(),
             "wide": wide,
         }
-        kept = {"run": run, "pairs": results, "large": large}
-        options.write.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
-        write(options.write, kept)
+        save(options.write, {"run": run, "pairs": results, "large": large, "samples": all_samples()})
     return 0
 
 

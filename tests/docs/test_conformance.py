@@ -442,6 +442,9 @@ def test_solver_figures(monkeypatch):
     assert "| MGDA | 4 | 10 | float64 |" in solvers.table([result])
     alone = solvers.measure("Krum", 8, 10, torch.float64, rounds=1, jd=None)
     assert "| Krum |" in solvers.wide_table([alone])
+    samples = [solvers.measure_samples("Krum", m, 2, rounds=1) for m in (8, 4)]
+    assert all(0 < sample["seconds"] < 10 for sample in samples)
+    assert solvers.samples_table(samples).startswith("| method | 4 × 8 | 8 × 16 |\n| --- | --- | --- |\n| Krum | ")
 
 
 def test_solvers_are_compared_on_rows_that_conflict():
