@@ -606,6 +606,11 @@ class Surgery(MultiLossOptimizer):
     def combine(self, rows: Tensor, losses: Sequence[float] | Tensor | None = None, update: bool = False) -> Tensor:
         """The direction for given rows, without any model: for research and tests.
 
+        All columns count as shared, so that the method is asked about a single row too. ``backward`` with one loss
+        gives its plain gradient, since nothing is shared then. The two differ in length where a method does not have
+        the scale of the sum: one row gives ‖d‖ = 1 with ``NashMTL(scale="paper")``, for example, and its `preference`
+        and `normalize` act.
+
         Args:
             rows: Gradients of m losses, (m, n), real floating point.
             losses: Their values, (m,); only methods that read them ask for them.
@@ -822,7 +827,7 @@ class Surgery(MultiLossOptimizer):
 
     @property
     def is_alone(self) -> bool:
-        """Whether one loss alone is present, so that there is nothing to balance. `combine` takes rows as they are."""
+        """Whether one loss alone is present, so that there is nothing to balance. `combine` asks the method anyway."""
         return self._now.batch is not None and len(self.names) == 1
 
     def parameters(self) -> list[Tensor]:

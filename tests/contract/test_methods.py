@@ -245,6 +245,21 @@ def test_one_task_gives_its_own_gradient(row, rows):
     np.testing.assert_allclose(d, rows[0], rtol=1e-12)
 
 
+@every(GRAM, lambda row: not row.build(any_optimizer()).acts_on_private)
+def test_one_loss_alone_gets_its_plain_gradient(row):
+    """No parameter is shared then. For `combine` all columns are, so it asks the method, which may change the length."""
+    p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    row.build(torch.optim.SGD([p], lr=0.1)).backward({"a": 3 * p[0] + 4 * p[1]})
+    assert p.grad.tolist() == [3.0, 4.0]
+
+
+def test_combine_asks_a_method_about_a_single_row():
+    p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = gradsurgery.NashMTL(torch.optim.SGD([p], lr=0.1), scale="paper")
+    rows = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    torch.testing.assert_close(optimizer.combine(rows), torch.tensor([0.6, 0.8], dtype=torch.float64))
+
+
 @every(GRAM, lambda row: row.stationary_is_zero)
 @given(rows=stationary() | with_zero_row(), factor=scales())
 def test_stationary_gives_zero_and_a_flag(row, rows, factor):
