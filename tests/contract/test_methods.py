@@ -247,7 +247,7 @@ def test_one_task_gives_its_own_gradient(row, rows):
 
 @every(GRAM, lambda row: not row.build(any_optimizer()).acts_on_private)
 def test_one_loss_alone_gets_its_plain_gradient(row):
-    """No parameter is shared then. For `combine` all columns are, and the method, which is asked, may change lengths."""
+    """No parameter is shared then. For `combine` all are, and the method, which is asked, may change the length."""
     p = nn.Parameter(torch.ones(2, dtype=torch.float64))
     row.build(torch.optim.SGD([p], lr=0.1)).backward({"a": 3 * p[0] + 4 * p[1]})
     assert p.grad.tolist() == [3.0, 4.0]
