@@ -54,6 +54,7 @@ from gradsurgery.watch import monitor
 from gradsurgery.watch.diagnose import Diagnosis, diagnose
 from gradsurgery.watch.estimate import EngineCost, Estimate, estimate
 from gradsurgery.watch.monitor import Monitor
+from gradsurgery.watch.samples import sample_gram, sample_norms
 from gradsurgery.weighting.base import Weighter
 from gradsurgery.weighting.cosmos import COSMOSWeighter
 from gradsurgery.weighting.cov import CoVWeighter
@@ -214,5 +215,7 @@ __all__ = [
     "losses_by_group",
     "method",
     "methods",
+    "sample_gram",
+    "sample_norms",
     "uniform_prior",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -260,6 +260,49 @@ def _noting(at: dict[Node, Tensor], node: Node) -> Callable[[Sequence[Tensor | N
     return note
 
 
+class Collector:
+    """Puts the gradients at sites together, value by value.
+
+    Args:
+        plan: The sites.
+        size: Number of samples.
+        take: Takes all uses of a value, once they have their gradients.
+    """
+
+    def __init__(self, plan: Plan, size: int, take: Callable[[Key, Column], None]) -> None:
+        self._plan = plan
+        self._size = size
+        self._take = take
+        self._slots: dict[bytes, Slots] = {}
+        self._uses = Counter(key for site in plan.sites for key, _ in site.uses)
+        self._waiting: dict[Key, list[tuple[Use, Tensor, Slots]]] = {}
+
+    def consume(self, k: int, d: Tensor) -> None:
+        """Take the gradient at one site.
+
+        Args:
+            k: Its number.
+            d: The gradient at its output.
+        """
+        site = self._plan.sites[k]
+        assert site.along is not None
+        slots = self._slots_of(site.along, d.device)
+        known: Known = {}
+        for key, use in site.uses:
+            parts = self._waiting.setdefault(key, [])
+            parts.append((use, d, slots))
+            if len(parts) == self._uses[key]:
+                del self._waiting[key]
+                with torch.no_grad(), exactly(d.device):
+                    self._take(key, Column(parts, known))
+
+    def _slots_of(self, along: Along, device: torch.device) -> Slots:
+        key = along.labels.tobytes()
+        if key not in self._slots:
+            self._slots[key] = Slots(along.labels, self._size, device)
+        return self._slots[key]
+
+
 class PerSample(Gradients):
     """Gradients of one loss per sample.
 
@@ -283,10 +326,7 @@ class PerSample(Gradients):
         signs = self._rng.choice([-1.0, 1.0], samples.size)
         self._signs = torch.from_numpy(signs).to(self._seeds)
         self._passes = Pass(plan, samples, self._seeds)
-        self._slots: dict[bytes, Slots] = {}
-        self._uses = Counter(key for site in plan.sites for key, _ in site.uses)
-        # What waits for the other uses of a value, and what for the end of the pass.
-        self._waiting: dict[Key, list[tuple[Use, Tensor, Slots]]] = {}
+        # What waits for the end of the pass.
         self._derived: list[tuple[Value, Tensor]] = []
         # What is left of the passes: of each value the inner products, and what they follow from, or rows.
         self._columns: dict[Key, Column] = {}
@@ -326,7 +366,7 @@ class PerSample(Gradients):
 
     def _measure(self, signature: str) -> None:
         request, plan = self.request, self._plan
-        checked = request.checked
+        checked, collector = request.checked, Collector(plan, self._samples.size, self._take)
         due = request.step % _EVERY == 0 or signature not in checked
         self._keeps = self._mode == "keep" or (self._mode != "rerun" and plan.is_proven and self._fits())
         last = self._keeps and not plan.direct and not request.batch.retain_graph
@@ -343,15 +383,15 @@ class PerSample(Gradients):
             checked.clear()
             checked.update({**known, signature: layouts})
             for k, d in enumerate(check.found):
-                self._consume(k, d)
+                collector.consume(k, d)
         else:
             for site, letter in zip(plan.sites, checked[signature], strict=True):
                 if site.along is None:
                     site.along = _read(letter, tuple(metadata(site.node)[0].shape), self._samples.size)
                     for _, use in site.uses:
                         use.axis = site.along.axis
-            self._passes.run(self._signs, not last, self._consume)
-        self._lead_on()
+            self._passes.run(self._signs, not last, collector.consume)
+        self._signed, self._derived = _led_on(self._derived, self._all), []
         self._differentiate_direct()
         how = "held from it" if self._keeps else "found by a second one"
         self.reason = f"one pass for {self._samples.size} samples; the direction is {how}"
@@ -366,26 +406,6 @@ class PerSample(Gradients):
                 inputs += int(np.prod(use.shape)) + (0 if given is None else given.numel())
         return held <= 2 * inputs
 
-    def _consume(self, k: int, d: Tensor) -> None:
-        """Take the gradient at one site; multiply where all uses of a value have theirs."""
-        site = self._plan.sites[k]
-        assert site.along is not None
-        slots = self._slots_of(site.along, d.device)
-        known: Known = {}
-        for key, use in site.uses:
-            parts = self._waiting.setdefault(key, [])
-            parts.append((use, d, slots))
-            if len(parts) == self._uses[key]:
-                del self._waiting[key]
-                with torch.no_grad(), exactly(d.device):
-                    self._take(key, Column(parts, known))
-
-    def _slots_of(self, along: Along, device: torch.device) -> Slots:
-        key = along.labels.tobytes()
-        if key not in self._slots:
-            self._slots[key] = Slots(along.labels, self._samples.size, device)
-        return self._slots[key]
-
     def _take(self, key: Key, column: Column) -> None:
         value = self._plan.values[key]
         if value.edge is not None:
@@ -395,21 +415,6 @@ class PerSample(Gradients):
         if self._keeps:
             self._columns[key] = column
         self._grams[key] = _products(column)
-
-    def _lead_on(self) -> None:
-        """Rows of what is made of parameters, carried down to these."""
-        for value, rows in self._derived:
-            assert value.edge is not None
-            entry = metadata(value.edge.node)[value.edge.output_nr]
-            shaped = rows.view(len(rows), *entry.shape).to(entry.dtype)
-            params = [self._all[place] for place in value.places]
-            edge: Any = value.edge
-            found = _carried(edge, params, shaped)
-            for place, g in zip(value.places, found, strict=True):
-                if g is not None:
-                    g = g.reshape(len(rows), -1)
-                    self._signed[place] = g + self._signed[place] if place in self._signed else g
-        self._derived = []
 
     def _differentiate_direct(self) -> None:
         """A pass per loss for the parameters that no site gives."""
@@ -596,6 +601,77 @@ class PerSample(Gradients):
         if abs(found - float(weights @ gram @ weights)) > _CERTIFIED * size:
             named = mixing_node(self._samples, self._plan.inner) or "a node that the check has passed before"
             raise Refused(_coupled(named))
+
+
+def _led_on(derived: Sequence[tuple[Value, Tensor]], params: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Rows of what is made of parameters, carried down to these."""
+    found: dict[int, Tensor] = {}
+    for value, rows in derived:
+        assert value.edge is not None
+        entry = metadata(value.edge.node)[value.edge.output_nr]
+        shaped = rows.view(len(rows), *entry.shape).to(entry.dtype)
+        for place, g in zip(
+            value.places, _carried(value.edge, [params[place] for place in value.places], shaped), strict=True
+        ):
+            if g is not None:
+                g = g.reshape(len(rows), -1)
+                found[place] = g + found[place] if place in found else g
+    return found
+
+
+def analysed(samples: Samples, params: Sequence[Tensor], seeds: Tensor, products: bool) -> Tensor:
+    """Inner products or lengths of the gradients of samples, after an exact check. The graph stays.
+
+    Args:
+        samples: The losses.
+        params: The parameters.
+        seeds: What each sample starts from, (B,).
+        products: All inner products; otherwise the squared lengths alone, which need none.
+
+    Returns:
+        (B, B) or (B,), float64.
+
+    Raises:
+        Refused: Samples cannot be told apart.
+    """
+    _require_single(params)
+    plan = SampleReader(samples, params).plan()
+    rng = np.random.default_rng(samples.size)
+    signs = torch.from_numpy(rng.choice([-1.0, 1.0], samples.size)).to(seeds)
+    check = Check(Pass(plan, samples, seeds), signs, rng)
+    if named := check.make():
+        raise Refused(_coupled(named))
+    size = samples.size
+    total = torch.zeros((size, size) if products else size, dtype=torch.float64, device=seeds.device)
+    derived: list[tuple[Value, Tensor]] = []
+
+    def take(key: Key, column: Column) -> None:
+        value = plan.values[key]
+        if value.edge is None:
+            total.add_(_products(column) if products else column.squares())
+        else:
+            derived.append((value, column.whole()))
+
+    collector = Collector(plan, size, take)
+    for k, d in enumerate(check.found):
+        collector.consume(k, d)
+    rows = [*_led_on(derived, params).values(), *_rows_one_by_one(samples, plan, seeds, signs)]
+    for r in rows:
+        total += gram_module.gram_in([[row] for row in r], torch.float64) if products else r.double().square().sum(1)
+    return total * signs.double()[:, None] * signs.double() if products else total
+
+
+def _rows_one_by_one(samples: Samples, plan: Plan, seeds: Tensor, signs: Tensor) -> Iterator[Tensor]:
+    """Rows of the parameters that no site gives, times signs."""
+    params = [plan.params[place] for place in plan.direct]
+    passes = [
+        rows_module.gradient(samples.edge, params, torch.zeros_like(seeds).index_fill_(0, one, 1) * seeds * signs, True)
+        for one in torch.arange(samples.size if params else 0, device=seeds.device).unbind()
+    ]
+    for column in zip(*passes, strict=True):
+        there = next((g for g in column if g is not None), None)
+        if there is not None:
+            yield torch.stack([torch.zeros_like(there) if g is None else g for g in column]).reshape(samples.size, -1)
 
 
 def _carried(edge: Any, params: Sequence[Tensor], gradients: Tensor) -> Sequence[Tensor | None]:

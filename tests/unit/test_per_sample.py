@@ -825,3 +825,29 @@ def test_steps_that_reuse_weights_take_one_pass() -> None:
         engines.append(method.backward(squares(net(x)), per_sample=True).engine)
         method.step()
     assert engines == ["one pass", "per sample", "one pass", "per sample"]
+
+
+# -------------------------------------------------------------------------------------------------- by-products
+
+
+@pytest.mark.parametrize("case", ["linear", "tokens, many", "groups", "attention", "tied", "weight norm", "fused"])
+def test_lengths_and_products_for_analysis(case: str) -> None:
+    net, x = model_of(case)
+    params = list(net.parameters())
+    losses = squares(net(x))
+    rows = jacobian(losses, params)
+    for given in (net, params, torch.optim.SGD(params, lr=0.1)):
+        assert close(gradsurgery.sample_gram(losses, given), rows @ rows.T)
+    assert close(gradsurgery.sample_norms(losses, net), rows.norm(dim=1))
+    assert all(p.grad is None for p in params)
+
+
+def test_lengths_of_coupled_samples_are_refused() -> None:
+    torch.manual_seed(0)
+    net, x = Coupled(nn.BatchNorm1d(6)).double(), numbers(5)
+    with pytest.raises(RuntimeError, match="sample_norms: NativeBatchNormBackward0 brings samples together"):
+        gradsurgery.sample_norms(squares(net(x)), net)
+    with pytest.raises(ValueError, match=r"sample_gram: `losses` must be a 1-d tensor with a graph.*got \(\)"):
+        gradsurgery.sample_gram(squares(net(x)).sum(), net)
+    with pytest.raises(ValueError, match="must have a parameter"):
+        gradsurgery.sample_gram(squares(net(x)), [])
