@@ -161,7 +161,9 @@ class Reader:
         return _Call(node, way, bias, inputs.detach())
 
     def _linear(self, calls: Sequence[_Call]) -> Linear | None:
-        if len({(call.weight.flipped, *_sort(call)) for call in calls}) > 1:  # they cannot be put one below the other
+        if (
+            len({(call.weight.flipped, *_formats(call)) for call in calls}) > 1
+        ):  # they cannot be put one below the other
             return None
         places = self._weight_and_bias(calls)
         return Linear(
@@ -220,7 +222,7 @@ class Reader:
                 return None
             if metadata(node)[0].shape[-1] != width:
                 return None
-        if len(set(map(_sort, calls))) > 1:
+        if len(set(map(_formats, calls))) > 1:
             return None
         indices = torch.cat([call.inputs for call in calls]) if len(calls) > 1 else calls[0].inputs
         groups, unique = _grouped(indices)
@@ -321,7 +323,7 @@ class Reader:
         return [node for node in reversed(self.nodes) if node in leading]
 
 
-def _sort(call: _Call) -> tuple[torch.device, torch.dtype, torch.dtype]:
+def _formats(call: _Call) -> tuple[torch.device, torch.dtype, torch.dtype]:
     """Where a call was made, and in which precision."""
     return call.inputs.device, call.inputs.dtype, metadata(call.node)[0].dtype
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery.gradients import gram as gram_module
-from gradsurgery.gradients.gram import Room, Row
+from gradsurgery.gradients.gram import Row, Workspace
 from gradsurgery.graph.torch_private import metadata, version
 
 # Entries of all tasks that are handled at once.
@@ -91,13 +91,13 @@ class Linear(NamedTuple):
         """
         return gradients[0] if len(gradients) == 1 else _joined(gradients, [a.shape[0] for a in self.inputs])
 
-    def products(self, rows: Sequence[Tensor], least: torch.dtype, room: Room) -> tuple[Tensor, Tensor]:
+    def products(self, rows: Sequence[Tensor], least: torch.dtype, workspace: Workspace) -> tuple[Tensor, Tensor]:
         """Inner products of the gradients in the parameters.
 
         Args:
             rows: What is kept of each loss, m matrices.
             least: Half and single precision are multiplied in this one.
-            room: Memory for parts of them.
+            workspace: Memory for parts of them.
 
         Returns:
             (m, m), and Σₙ ‖aₙ‖² ‖dₙ‖² for each loss, (m,); float64.
@@ -120,7 +120,7 @@ class Linear(NamedTuple):
         for start in range(0, out, step):
             pieces = list(rows) if step >= out else [row[:, start : start + step] for row in rows]
             shape = n, m * pieces[0].shape[1]
-            part, moved = (room.matrix(k, shape, kernel.device, dtype) for k in (0, 1))
+            part, moved = (workspace.matrix(k, shape, kernel.device, dtype) for k in (0, 1))
             if all(piece.dtype == dtype for piece in pieces):
                 torch.cat(pieces, dim=1, out=part)
             else:
@@ -235,18 +235,18 @@ class Convolution(NamedTuple):
         (g,) = gradients
         return None if g is None else g.flatten(2).transpose(1, 2).reshape(-1, g.shape[1])
 
-    def products(self, rows: Sequence[Tensor], least: torch.dtype, room: Room) -> tuple[Tensor, Tensor]:
+    def products(self, rows: Sequence[Tensor], least: torch.dtype, workspace: Workspace) -> tuple[Tensor, Tensor]:
         """Inner products of the gradients in the parameters; see :meth:`Linear.products`.
 
         Args:
             rows: What is kept of each loss, m matrices.
             least: Half and single precision are multiplied in this one.
-            room: Memory for parts of them.
+            workspace: Memory for parts of them.
 
         Returns:
             (m, m), and the sizes of what is added up, (m,); float64.
         """
-        return self._unfolded().products(rows, least, room)
+        return self._unfolded().products(rows, least, workspace)
 
     def combine(self, rows: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
         """Add up gradients.
@@ -390,7 +390,7 @@ def _beyond_rows(layer: Linear | Convolution, m: int, clock: Clock) -> float:
     assert kept is not None
     rows, device = [kept.clone() for _ in range(m)], kept.device
     one = clock(lambda: layer.combine(rows[:1], [1.0]), device)
-    ours = clock(lambda: layer.products(rows, torch.float32, Room()), device)
+    ours = clock(lambda: layer.products(rows, torch.float32, Workspace()), device)
     return ours + clock(lambda: layer.combine(rows, [0.5] * m), device) - m * one
 
 

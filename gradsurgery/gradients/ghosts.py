@@ -27,7 +27,7 @@ from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.formed import Formed, refusal
 from gradsurgery.gradients.ghost_graph import Reader
 from gradsurgery.gradients.ghost_layers import Convolution, Embedding, Layer, Linear
-from gradsurgery.gradients.gram import Room, Row, Table
+from gradsurgery.gradients.gram import Row, Table, Workspace
 from gradsurgery.graph.torch_private import version
 
 # Rounding of ⟨D, K D⟩ in float32 relative to Σₙ ‖aₙ‖² ‖dₙ‖², and what is allowed of it relative to the squared norm.
@@ -238,7 +238,7 @@ class Found(Table):
         linear = [k for k, layer in enumerate(layers) if not isinstance(layer, Embedding)]
         gram = gram_module.gram_in([[g for k, g in enumerate(row) if k not in linear] for row in self.rows], least)
         sizes = torch.zeros_like(gram.diagonal())
-        room = Room()
+        workspace = Workspace()
         for k in linear:
             layer = layers[k]
             assert not isinstance(layer, Embedding)
@@ -252,7 +252,7 @@ class Found(Table):
                     part = gram_module.gram_in([list(layer.combine([g], [1.0])) for g in kept], least)
                     size = part.new_zeros(len(kept))
                 else:
-                    part, size = layer.products(kept, least, room)
+                    part, size = layer.products(kept, least, workspace)
             if len(kept) < len(self.rows):
                 at = torch.tensor(present, device=part.device)
                 part = part.new_zeros(gram.shape).index_put_((at[:, None], at), part)

@@ -501,7 +501,7 @@ def product(a: Tensor, b: Tensor, chunk: int = _WIDE_CHUNK) -> Tensor:
     return total + (a[:, whole:] @ b[:, whole:].T) if whole < width else total
 
 
-class Room:
+class Workspace:
     """Memory for intermediate results, which is used again and again: taking it anew costs as much as filling it."""
 
     def __init__(self) -> None:
@@ -541,14 +541,14 @@ def buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
     pieces: list[list[Tensor]] = []  # of one bucket: for each piece the m flat parts
     held = 0
     kind: tuple[torch.device, torch.dtype] | None = None
-    room = Room()
+    workspace = Workspace()
 
     def joined() -> Tensor:
         assert kind is not None
         parts = [flats[i] for i in range(m) for flats in pieces]
         if parts[0].dtype != kind[1]:
             return torch.cat(parts).view(m, held).to(kind[1])
-        matrix = room.matrix(0, (m, held), *kind)
+        matrix = workspace.matrix(0, (m, held), *kind)
         torch.cat(parts, out=matrix.view(-1))
         return matrix
 

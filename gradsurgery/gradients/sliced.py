@@ -120,13 +120,13 @@ class Sliced(Gradients):
         direction = held[0]
         with exactly(self._rows.device):
             if direction is None:
-                mine = torch.from_numpy(weights[0]).to(self._rows.device, wide) @ self._rows.to(wide)
+                part = torch.from_numpy(weights[0]).to(self._rows.device, wide) @ self._rows.to(wide)
             else:
-                mine = direction.flat
+                part = direction.flat
             if self._late is not None:
-                mine += torch.from_numpy(factors).to(self._rows.device, wide) @ self._late.to(wide)
+                part += torch.from_numpy(factors).to(self._rows.device, wide) @ self._late.to(wide)
         flat = self._rows.new_empty(self._width * self._processes.size)
-        all_gather(flat, mine.to(self._rows.dtype), group=self._processes.group)
+        all_gather(flat, part.to(self._rows.dtype), group=self._processes.group)
         pieces = flat[: self._n].split([p.numel() for p in self.shared])
         found: dict[Tensor, Tensor | None] = {
             p: None if p in self.silent else piece.view(p.shape) for p, piece in zip(self.shared, pieces, strict=True)

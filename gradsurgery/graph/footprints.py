@@ -781,14 +781,14 @@ def _moved_one_by_one(
     results: list[Footprint] = []
     arrived = 0
     for move, (child, nr) in zip(moves, below, strict=True):
-        mine = [] if move is None else [masks[place] for place in move[0]]
-        different = set(mine)
+        moved = [] if move is None else [masks[place] for place in move[0]]
+        different = set(moved)
         for mask in different:
             arrived |= mask
         if len(different) < 2 or move is None or child is None:
-            results.append(mine[0] if mine else 0)
+            results.append(moved[0] if moved else 0)
             continue
-        array: Masks = np.array(mine, losses.dtype).reshape(move[1])
+        array: Masks = np.array(moved, losses.dtype).reshape(move[1])
         array = array if array.ndim < 2 else _short(array)
         results.append(array if array.shape == _shape(child, nr) else settled(_fitted(array, _shape(child, nr))))
     if all(child is not None for child, _ in below) and any(mask & ~arrived for mask in masks):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import gradsurgery
 from gradsurgery.gradients import ghost_graph, ghost_layers
 from gradsurgery.gradients import ghosts as ghost
-from gradsurgery.gradients.gram import Room
+from gradsurgery.gradients.gram import Workspace
 from gradsurgery.graph import reach
 
 Losses = Callable[[nn.Module], list[Tensor]]
@@ -200,7 +200,7 @@ def test_many_losses_over_many_samples_are_added_up_in_one_product(monkeypatch) 
     sizes = []
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: sizes.append(a.shape[0] * a.shape[1] * b.shape[2]) or bmm(a, b))
-    found, _ = linear.products(rows, torch.float64, Room())
+    found, _ = linear.products(rows, torch.float64, Workspace())
     formed = torch.stack([torch.cat([g.reshape(-1) for g in linear.combine([row.double()], [1.0])]) for row in rows])
     torch.testing.assert_close(found, (formed.double() @ formed.double().T), rtol=1e-5, atol=1e-4)
     assert max(sizes, default=0) <= m * samples * 5
