@@ -305,7 +305,7 @@ def ours(net: Net) -> Backward:
 
 
 def loop(net: Net) -> Backward:
-    """A training loop as in LibMTL: a gradient a loss in what was declared shared, and the heads' own beside it."""
+    """A training loop as in LibMTL: one gradient per loss in what was declared shared, and the heads' own beside it."""
 
     def run(given: Losses) -> None:
         rows = []

@@ -8,10 +8,10 @@ Jᵀ, or J itself where it has no more columns than rows. All data are random, a
 * ``detector-9-k``, ``detector-21-k``: a transformer that decodes queries, with the class, box and overlap losses of
   each of 3 or 7 decoder layers through the same heads, after k steps.
 * ``pinn-3-k``, ``pinn-5-k``: a network for the heat or the wave equation; residual, initial and boundary losses.
-* ``samples-m``: a network of two layers, one loss a sample; ``logistic-m``: logistic regression with fewer features
+* ``samples-m``: a network of two layers, one loss per sample; ``logistic-m``: logistic regression with fewer features
   than samples and some inputs with both labels.
 * ``sparse-m``: rows with a few entries each, between 1e-40 and 1.
-* ``wide-…-256``: one loss a sample as above, and rows near a space of few dimensions.
+* ``wide-…-256``: one loss per sample as above, and rows near a space of few dimensions.
 """
 
 from __future__ import annotations

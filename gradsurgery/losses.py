@@ -235,7 +235,7 @@ def values(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 def losses_by_group(
     per_sample: Tensor, group_ids: Tensor, groups: Sequence[str] | int | None = None
 ) -> dict[str, Tensor | None]:
-    """Split one head's losses by domain: one loss a group, the mean over its samples.
+    """Split one head's losses by domain: one loss per group, the mean over its samples.
 
     The result goes to ``backward`` as it is, so that domains within one batch are treated as tasks.
 

@@ -306,7 +306,7 @@ class MultiLossOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # A gradient scaler asks before it steps. It shall unscale the gradients and skip the step by itself, as with
+        # A gradient scaler asks before it steps. It is to unscale the gradients and skip the step, as with
         # any optimizer that does not have this.
         self.transaction.loop.see_scaler(self, calling_frame(1))
         raise AttributeError(f"{self._name} leaves the scale to the gradient scaler.")

@@ -100,7 +100,7 @@ def load(target: str) -> Callable[[], Any]:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path_text} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
-    # As when a script is run: it finds what lies beside it, and pickle finds the module.
+    # As when a script is run: it finds the files beside it, and pickle finds the module.
     sys.path.insert(0, str(path.resolve().parent))
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)

@@ -186,7 +186,7 @@ def dual_cone(
 
     Args:
         gram: (m, m) Gram matrix.
-        u: (m,) weights of the vector to project, or (k, m), one vector a row.
+        u: (m,) weights of the vector to project, or (k, m), one vector per row.
         factor: called for B (m, k) with B Bᵀ = J Jᵀ when the Gram is too coarse.
         noise: error of the Gram's entries, relative to n_i n_j.
         flag: called with "not-converged" if the conditions of the answer cannot be met; an error by default.
@@ -260,7 +260,7 @@ def is_crowded(gram: ArrayLike, noise: float = EPS) -> bool:
 
 
 def _push(columns: Array, wanted: Array, products: Array, flag: Flag) -> Array:
-    """The s ≥ 0 with the least ‖columns (y + s)‖, for each y of ``wanted``: (k, m), a problem a row.
+    """The s ≥ 0 with the least ‖columns (y + s)‖, for each y of ``wanted``: (k, m), one problem per row.
 
     ``products`` are those of the columns with each vector, as far as they are known.
     """

@@ -49,7 +49,7 @@ def exchange(columns: Array, targets: Array, begin: Array | None = None) -> Arra
 
     Args:
         columns: a_1 … a_m, (k, m).
-        targets: (n, k), a problem a row.
+        targets: (n, k), one problem per row.
         begin: an answer to similar problems, (n, m).
 
     Returns:

@@ -1,1 +1,1 @@
-"""Surgery methods, one file a paper."""
+"""Surgery methods, one file per paper."""

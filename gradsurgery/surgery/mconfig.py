@@ -1,4 +1,4 @@
-"""M-ConFIG: ConFIG on momenta, with one loss a step."""
+"""M-ConFIG: ConFIG on momenta, with one loss per step."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Input:
     Attributes:
         kind: One of :data:`KINDS`.
         number: Which of this kind, from 0.
-        rows: J, one gradient a row, (m, n).
+        rows: J, one gradient per row, (m, n).
         history: Losses of some steps, positive, (t, m).
     """
 

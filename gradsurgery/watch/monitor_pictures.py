@@ -91,7 +91,7 @@ def short(names: Sequence[str], most: int = 18) -> list[str]:
 
 
 def _lines(axes: Axes, steps: np.ndarray, curves: dict[str, np.ndarray], colours: Colours) -> None:
-    """Draw a curve a task, thin as recorded and thick as a running mean, with its name at the end."""
+    """Draw one curve per task, thin as recorded and thick as a running mean, with its name at the end."""
     curves = {name: curve for name, curve in curves.items() if np.isfinite(curve).any()}
     if not curves:
         axes.text(0.05, 0.9, "No finite value was recorded.", transform=axes.transAxes, va="center")

@@ -1,1 +1,1 @@
-"""Weighting methods, one file a paper."""
+"""Weighting methods, one file per paper."""

@@ -124,7 +124,7 @@ def test_graddrop_leak_is_what_stays():
 
 
 def test_graddrop_draws_for_every_coordinate():
-    # Seen: one draw a tensor, all coordinates kept or dropped together.
+    # Seen: one draw per tensor, all coordinates kept or dropped together.
     d = GradDrop(any_optimizer()).combine(torch.tensor([1.0, -1.0])[:, None].expand(2, 1000))
     assert 400 < int((d > 0).sum()) < 600
     assert set(d.tolist()) == {1.0, -1.0}

@@ -189,7 +189,7 @@ def test_layers_over_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
 
 
 def test_many_losses_over_many_samples_are_added_up_in_one_product(monkeypatch) -> None:
-    """There are more losses than outputs: a product a sample would hold more numbers than all gradients."""
+    """There are more losses than outputs: one product per sample would hold more numbers than all gradients."""
     torch.manual_seed(0)
     samples, m = 24, 30
     layer, x = nn.Linear(6, 5), torch.randn(samples, 6)

@@ -40,7 +40,7 @@ def unit_columns(rows):
 
 
 def is_optimal(columns, targets, x):
-    """The conditions of non-negative least squares, for a problem a row."""
+    """The conditions of non-negative least squares, for one problem per row."""
     slope = (targets - x @ columns.T) @ columns
     off = np.where(x > 0, np.abs(slope), slope).max(axis=1)
     return (x >= 0).all(axis=1) & (off <= bound(columns.shape[1]) * np.linalg.norm(targets, axis=1))
