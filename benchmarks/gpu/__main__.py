@@ -11,6 +11,7 @@ the time. What fails is kept with the rest, and the program then ends with 1.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 import traceback
@@ -84,15 +85,19 @@ def main(arguments: list[str] | None = None) -> int:
     }
     shares = sum(SECTIONS[name][2] for name in options.sections)
     begin, left = time.monotonic(), 60 * options.minutes - 10.0  # for the start, and for writing
-    for name in options.sections:
-        # What earlier sections have not used is shared out.
-        share = (begin + left - time.monotonic()) * SECTIONS[name][2] / shares
-        shares -= SECTIONS[name][2]
-        run["sections"][name] = take(name, device, options.quick, share)
-        run["seconds"] = time.monotonic() - begin
-        print(page.section(name, run["sections"][name]), flush=True)
-        if path is not None:  # after each: whatever ends the run leaves what there is
-            page.write(path, run)
+    gc.freeze()  # memory is collected before each measurement, and what was imported is no part of that
+    try:
+        for name in options.sections:
+            # What earlier sections have not used is shared out.
+            share = (begin + left - time.monotonic()) * SECTIONS[name][2] / shares
+            shares -= SECTIONS[name][2]
+            run["sections"][name] = take(name, device, options.quick, share)
+            run["seconds"] = time.monotonic() - begin
+            print(page.section(name, run["sections"][name]), flush=True)
+            if path is not None:  # after each: whatever ends the run leaves what there is
+                page.write(path, run)
+    finally:
+        gc.unfreeze()
     failed = page.failures(run)
     print(f"{run['seconds']:.0f} seconds, {failed} failures.")
     return int(failed > 0)
