@@ -384,20 +384,24 @@ def counted(candidate: candidates.Candidate) -> Row:
 
 def batched(section: Section) -> None:
     """m passes through the trunk one after the other, against one pass that ``vmap`` batches."""
-    for name, build in list(models.NARROW.items())[: 1 if section.quick else None]:
-        for tasks in (4,) if section.quick else (4, 16):
-            section.attempt(
-                {"model": name, "tasks": tasks},
-                lambda build=build, tasks=tasks: against(models.workload(build, tasks, section.device), section.quick),
-            )
+    cells = [(name, m) for m in ((4,) if section.quick else (4, 16)) for name in models.NARROW]
+    cells = cells[: 1 if section.quick else None]
+    for k, (name, tasks) in enumerate(cells):
+
+        def measure(name=name, tasks=tasks, k=k) -> Row:
+            work = models.workload(models.NARROW[name], tasks, section.device)
+            return against(work, section.left / (len(cells) - k))
+
+        section.attempt({"model": name, "tasks": tasks}, measure)
 
 
-def against(work: Workload, quick: bool) -> Row:
+def against(work: Workload, seconds: float, rounds: int = 30) -> Row:
     """Time both, and compare their rows.
 
     Args:
         work: The model.
-        quick: Two rounds are enough.
+        seconds: After which no other round begins, if there were three.
+        rounds: How many there are at most.
 
     Returns:
         Milliseconds, their ratio, and how far the rows are apart.
@@ -418,7 +422,10 @@ def against(work: Workload, quick: bool) -> Row:
     ours = candidates.ours(work, "PCGrad")
     spent: dict[str, list[float]] = {"one by one": [], "together": [], "PCGrad": []}
     runs: dict[str, Callable[..., Any]] = {"one by one": one_by_one, "together": together, "PCGrad": ours.run}
-    for _ in range(3 if quick else 30):
+    begin = time.monotonic()
+    for k in range(rounds):
+        if k > 2 and time.monotonic() - begin > seconds:
+            break
         for name, run in runs.items():
             losses, z = ours.losses()
             steps.wait(work.device)

@@ -95,12 +95,19 @@ def test_a_wrong_result_fails(monkeypatch):
 
 def test_a_batched_pass_gives_the_same_rows(monkeypatch):
     work = models.workload(lambda: models.mlp(4, 2, 3), 2, CPU)
-    row = sections.against(work, quick=True)
+    row = sections.against(work, seconds=60.0, rounds=3)
     assert row["distance"] < 1e-6
     assert row["to_one_by_one"] > 0
     monkeypatch.setattr(sections, "distance", lambda found, wanted: 0.5)
     with pytest.raises(RuntimeError, match=r"batched pass are off by 0\.5"):
-        sections.against(work, quick=True)
+        sections.against(work, seconds=60.0, rounds=3)
+
+
+def test_rounds_end_when_the_time_does(monkeypatch):
+    work, calls = models.workload(lambda: models.mlp(4, 2, 3), 2, CPU), []
+    monkeypatch.setattr(sections.steps, "wait", calls.append)
+    sections.against(work, seconds=0.0)
+    assert len(calls) == 3 * 3 * 2, "three rounds of three candidates"
 
 
 @pytest.mark.parametrize("name", models.LARGE)
