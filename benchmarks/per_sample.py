@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import random
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -166,6 +168,8 @@ def resident() -> int:
 
 def peak(run: Callable[[], None]) -> float:
     """The highest resident memory during a call above that before, MiB."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # what was freed before would be used again unseen
+        libc.malloc_trim(0)
     before, most, done = resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -239,6 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory", action="store_true", help="peaks instead of times")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # of vmap, which is what is measured
     for name, (_, _, sizes) in MODELS.items():
         if args.only not in (None, name) or (args.quick and name == "transformer"):
             continue
