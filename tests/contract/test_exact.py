@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import gradsurgery
-from gradsurgery.gradients import ghosts
+from gradsurgery.gradients import exact, ghosts
 from gradsurgery.gradients import gram as gram_module
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.exact import exactly
@@ -173,3 +173,12 @@ def test_few_entries_are_multiplied_in_double_precision_and_are_said_to_be():
     exact = float(rows[0].double() @ rows[0].double())
     assert abs(float(table.products()[0, 1]) - exact) <= 1e-12 * exact  # in single precision it is 1e-6
     assert table.noise == gram_module.Table(rows).noise == 2e-7
+
+
+def test_the_one_switch_of_older_torch_is_held_off_and_given_back(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    monkeypatch.setattr(exact, "_allowed", lambda: [(None, "high")])
+    with exactly(CPU):
+        assert set_to == ["highest"]
+    assert set_to == ["highest", "high"]
