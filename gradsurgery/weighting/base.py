@@ -186,8 +186,8 @@ class Weighter(MultiLossOptimizer):
             self.keep(f"{key}.{name}", value, names)
         library = deferred.library(values)
         size = library.sqrt(second / (1 - 0.999**count))
-        moved = first / (1 - 0.9**count) / library.where(size > 0, size, 1.0)
-        stepped: np.ndarray = values - lr * library.where(size > 0, moved, 0.0)
+        moved = first / (1 - 0.9**count) / deferred.where(size > 0, size, 1.0)
+        stepped: np.ndarray = values - lr * deferred.where(size > 0, moved, 0.0)
         return stepped
 
     def without_spikes(self, key: str, gradient: np.ndarray, rule: Literal["adam", "sgd"]) -> np.ndarray:
@@ -211,11 +211,11 @@ class Weighter(MultiLossOptimizer):
         library = deferred.library(gradient)
         count = self.recall(f"{key}.count", 0.0, like=gradient)
         second = self.recall(f"{key}.second", 0.0, like=gradient)
-        usual = library.sqrt(second / library.where(count > 0, 1 - 0.999**count, 1.0))
-        most = library.where(count < EARLY_STEPS, WILD_EARLY, WILD) * usual.clip(min=1.0)
+        usual = library.sqrt(second / deferred.where(count > 0, 1 - 0.999**count, 1.0))
+        most = deferred.where(count < EARLY_STEPS, WILD_EARLY, WILD) * usual.clip(min=1.0)
         wild = (count > 0) & (abs(gradient) > most)
         # A number that never had to move has u = 0, and must still be able to.
-        found: np.ndarray = library.where(wild, library.sign(gradient) * usual.clip(min=1e-3), gradient)
+        found: np.ndarray = deferred.where(wild, library.sign(gradient) * usual.clip(min=1e-3), gradient)
         return found
 
     def recall(

@@ -115,20 +115,25 @@ def kept_out(gradients: Row, fine: Tensor) -> None:
         fine: Whether all is well, a scalar.
     """
     marks: dict[torch.device, Tensor] = {fine.device: fine}
+    zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for j, g in enumerate(gradients):
         if g is None:
             continue
         if g.device not in marks:
             marks[g.device] = fine.to(g.device, non_blocking=True)
         mark = marks[g.device]
+        # A number would be copied from the host, and waited for.
+        if (g.device, g.dtype) not in zeros:
+            zeros[g.device, g.dtype] = torch.zeros((), dtype=g.dtype, device=g.device)
+        zero = zeros[g.device, g.dtype]
         if g.is_sparse:
             g = g.coalesce()
-            values = torch.where(mark, g.values(), 0.0)
+            values = torch.where(mark, g.values(), zero)
             gradients[j] = torch.sparse_coo_tensor(
                 g.indices(), values, g.shape, is_coalesced=True, check_invariants=False
             )
         else:
-            gradients[j] = torch.where(mark, g, 0.0)
+            gradients[j] = torch.where(mark, g, zero)
 
 
 class Late:
@@ -181,3 +186,23 @@ def library(array: Any) -> Any:
         ``numpy`` or ``torch``.
     """
     return torch if isinstance(array, Tensor) else np
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """Choose entry by entry. On a device ``torch.where`` copies plain numbers from the host and waits for them.
+
+    Args:
+        condition: An array of numpy or a tensor, (m,).
+        yes: A number, or such an array.
+        no: Likewise.
+
+    Returns:
+        (m,), float64.
+    """
+    if not isinstance(condition, Tensor):
+        return np.where(condition, yes, no)
+    return torch.where(condition, *(x if isinstance(x, Tensor) else _filled(condition, x) for x in (yes, no)))
+
+
+def _filled(like: Tensor, value: float) -> Tensor:
+    return torch.full_like(like, value, dtype=torch.float64)

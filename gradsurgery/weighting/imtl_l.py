@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.base import Weighter
-from gradsurgery.weighting.deferred import library
+from gradsurgery.weighting.deferred import library, where
 from gradsurgery.weighting.recording import LOG_LIMIT, require_nonnegative, step_size
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ class IMTLLWeighter(Weighter):
         xp, s = library(losses), self.recall("log_scale", 0.0, like=losses)
         known = losses > 0
         # lᵢ exp(sᵢ), kept where its square is an ordinary number.
-        weighted = xp.exp((xp.log(xp.where(known, losses, 1.0)) + s).clip(max=300.0))
-        gradient = self.without_spikes("log_scale", xp.where(known, weighted - 1, 0.0), self.weight_optimizer)
+        weighted = xp.exp((xp.log(where(known, losses, 1.0)) + s).clip(max=300.0))
+        gradient = self.without_spikes("log_scale", where(known, weighted - 1, 0.0), self.weight_optimizer)
         moved = self.descend("log_scale", s, gradient, step_size(self, self.lr), self.weight_optimizer)
-        self.keep("log_scale", xp.where(known, moved.clip(-LOG_LIMIT, LOG_LIMIT), s))
+        self.keep("log_scale", where(known, moved.clip(-LOG_LIMIT, LOG_LIMIT), s))
         weights: np.ndarray = xp.exp(s)
         return weights

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from gradsurgery.optimizer import Switches
 from gradsurgery.weighting.base import Weighter
-from gradsurgery.weighting.deferred import library
+from gradsurgery.weighting.deferred import library, where
 from gradsurgery.weighting.recording import LOG_LIMIT, picked, require_nonnegative, step_size
 
 if TYPE_CHECKING:
@@ -100,16 +100,16 @@ class UncertaintyWeighter(Weighter):
         xp, s = library(losses), self.recall("log_variance", self.initial, like=losses)
         known = losses > 0
         # lᵢ exp(−sᵢ), kept where its square is an ordinary number.
-        weighted = xp.exp((xp.log(xp.where(known, losses, 1.0)) - s).clip(max=300.0))
+        weighted = xp.exp((xp.log(where(known, losses, 1.0)) - s).clip(max=300.0))
         share: float | np.ndarray = 0.5
         if self.form == "log1p":
             gradient = 1 / (1 + xp.exp(-s)) - share * weighted
         else:
             share = self._shares(losses)
             gradient = 0.5 - share * weighted
-        gradient = self.without_spikes("log_variance", xp.where(known, gradient, 0.0), self.weight_optimizer)
+        gradient = self.without_spikes("log_variance", where(known, gradient, 0.0), self.weight_optimizer)
         moved = self.descend("log_variance", s, gradient, step_size(self, self.lr), self.weight_optimizer)
-        self.keep("log_variance", xp.where(known, moved.clip(-LOG_LIMIT, LOG_LIMIT), s))
+        self.keep("log_variance", where(known, moved.clip(-LOG_LIMIT, LOG_LIMIT), s))
         weights: np.ndarray = share * xp.exp(-s)
         return weights
 

@@ -25,7 +25,8 @@ class Reads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         # By name: what is on the CPU already is sent to the device of another tensor.
         to_host = name == "to" and "cpu" in [a for a in (*args[1:], *(kwargs or {}).values()) if isinstance(a, str)]
-        if func in [getattr(Tensor, read) for read in READS] or to_host or func is torch.equal:
+        number = func is torch.where and not all(isinstance(a, Tensor) for a in args)  # is copied, and waited for
+        if number or func in [getattr(Tensor, read) for read in READS] or to_host or func is torch.equal:
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
