@@ -44,6 +44,8 @@ _ROOM = 2.0**48
 _MOST_POWER = 100
 # What ‖d‖² and wᵀ G w may differ by, relative to the square of Σ |wᵢ| ‖gᵢ‖.
 _CERTIFIED = 1e-4
+# The same in units of the coarsest precision of any gradient, where that is more.
+_CERTIFIED_UNITS = 8.0
 # How far products are off, relative to the lengths of the rows.
 _NOISE, _NOISE_DOUBLE = 4e-6, 1e-13
 
@@ -171,7 +173,7 @@ class Check:
         for site, a, b in zip(self.passes.plan.sites, *compared, strict=True):
             along = self._along(site, a, b)
             if along is None:
-                return self._named(site, compared[0])
+                return self._named(site, first)
             site.along = along
             for _, use in site.uses:
                 use.axis = along.axis
@@ -328,6 +330,7 @@ class PerSample(Gradients):
         self._passes = Pass(plan, samples, self._seeds)
         # What waits for the end of the pass.
         self._derived: list[tuple[Value, Tensor]] = []
+        self._by_rows = plan.by_rows()
         # What is left of the passes: of each value the inner products, and what they follow from, or rows.
         self._columns: dict[Key, Column] = {}
         self._grams: dict[Key, Tensor] = {}
@@ -368,7 +371,9 @@ class PerSample(Gradients):
         request, plan = self.request, self._plan
         checked, collector = request.checked, Collector(plan, self._samples.size, self._take)
         due = request.step % _EVERY == 0 or signature not in checked
-        self._keeps = self._mode == "keep" or (self._mode != "rerun" and plan.is_proven and self._fits())
+        # On the user's word too, a check is made in full: the powers of two samples may be equal by chance.
+        on_word = self._mode == "keep" and (plan.is_proven or not due)
+        self._keeps = on_word or self._mode not in ("keep", "rerun") and plan.is_proven and self._fits()
         last = self._keeps and not plan.direct and not request.batch.retain_graph
         if due:
             check = Check(self._passes, self._signs, self._rng)
@@ -408,7 +413,7 @@ class PerSample(Gradients):
 
     def _take(self, key: Key, column: Column) -> None:
         value = self._plan.values[key]
-        if value.edge is not None:
+        if key in self._by_rows:
             self._derived.append((value, column.whole()))
             return
         column.keep()
@@ -598,21 +603,24 @@ class PerSample(Gradients):
         size = float(np.abs(weights) @ np.sqrt(np.maximum(gram.diagonal(), 0.0))) ** 2
         if not np.isfinite(found) or not np.isfinite(size):  # the usual rule acts
             return
-        if abs(found - float(weights @ gram @ weights)) > _CERTIFIED * size:
+        dtypes = {metadata(site.node)[0].dtype for site in self._plan.sites}
+        dtypes |= {g.dtype for g in gradients if g is not None}
+        coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+        if abs(found - float(weights @ gram @ weights)) > max(_CERTIFIED, _CERTIFIED_UNITS * coarsest) * size:
             named = mixing_node(self._samples, self._plan.inner) or "a node that the check has passed before"
             raise Refused(_coupled(named))
 
 
 def _led_on(derived: Sequence[tuple[Value, Tensor]], params: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Rows of what is made of parameters, carried down to these."""
+    """Rows of what is made of parameters, carried down to these, and of what else uses these."""
     found: dict[int, Tensor] = {}
     for value, rows in derived:
-        assert value.edge is not None
-        entry = metadata(value.edge.node)[value.edge.output_nr]
-        shaped = rows.view(len(rows), *entry.shape).to(entry.dtype)
-        for place, g in zip(
-            value.places, _carried(value.edge, [params[place] for place in value.places], shaped), strict=True
-        ):
+        below: Sequence[Tensor | None] = [rows]
+        if value.edge is not None:
+            entry = metadata(value.edge.node)[value.edge.output_nr]
+            shaped = rows.view(len(rows), *entry.shape).to(entry.dtype)
+            below = _carried(value.edge, [params[place] for place in value.places], shaped)
+        for place, g in zip(value.places, below, strict=True):
             if g is not None:
                 g = g.reshape(len(rows), -1)
                 found[place] = g + found[place] if place in found else g
@@ -645,12 +653,13 @@ def analysed(samples: Samples, params: Sequence[Tensor], seeds: Tensor, products
     total = torch.zeros((size, size) if products else size, dtype=torch.float64, device=seeds.device)
     derived: list[tuple[Value, Tensor]] = []
 
+    by_rows = plan.by_rows()
+
     def take(key: Key, column: Column) -> None:
-        value = plan.values[key]
-        if value.edge is None:
-            total.add_(_products(column) if products else column.squares())
+        if key in by_rows:
+            derived.append((plan.values[key], column.whole()))
         else:
-            derived.append((value, column.whole()))
+            total.add_(_products(column) if products else column.squares())
 
     collector = Collector(plan, size, take)
     for k, d in enumerate(check.found):
@@ -712,7 +721,7 @@ def _require_auto(plan: Plan, samples: Samples, request: Request, signature: str
     if named is not None:
         raise Refused(_coupled(named))
     if not plan.is_proven:
-        named = mixing_node(samples, plan.inner, surely=False)
+        named = mixing_node(samples, plan.inner, surely=False) or "an operation"
         raise Refused(f"the graph does not tell whether {named} brings samples together; per_sample=True finds out")
     if f"coupled {signature}" in request.failed:
         raise Refused("an earlier step has shown that samples depend on each other")

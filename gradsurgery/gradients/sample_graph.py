@@ -97,6 +97,15 @@ class Plan:
         """Whether the graph proves for each site whose its entries are."""
         return all(site.along is not None for site in self.sites)
 
+    def by_rows(self) -> set[Key]:
+        """The values whose uses must give rows, since products of the parameters below do not add up from theirs.
+
+        Returns:
+            What is made of parameters, and these, where sites use them as well.
+        """
+        made = {place for value in self.values.values() if value.edge is not None for place in value.places}
+        return {key for key, value in self.values.items() if value.edge is not None or value.places[0] in made}
+
     def signature(self, samples: Samples) -> str:
         """What must stay the same for a check to hold in later steps.
 
@@ -141,6 +150,9 @@ class SampleReader(Reader):
         if any(type(node).__name__ == "CompiledFunctionBackward" for node in self.nodes):
             raise Refused("what torch.compile has compiled does not show its layers")
         found = [site for node in reversed(self.nodes) if (site := self._site(node)) is not None]
+        # What makes one value of others, such as a product of two parameters, is no site of theirs.
+        making = {step for site in found for key, _ in site.uses for step, _ in self._inside[key] if isinstance(step, Node)}
+        found = [site for site in found if site.node not in making]
         users: dict[Node | int, set[tuple[Node, int]]] = {}
         for site in found:
             for key, _ in site.uses:

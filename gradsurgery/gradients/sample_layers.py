@@ -500,11 +500,19 @@ class Column:
         return total
 
     def _joined(self) -> tuple[Tensor, Tensor] | None:
-        """The inputs and the gradients of linear calls, one below the other: (B, T, in) and (B, T, out)."""
+        """The inputs and the gradients of linear calls, one below the other: (B, T, in) and (B, T, out), or (out) and (in).
+
+        Returns:
+            Tensors of which sample i has the row LᵢᵀRᵢ or its transpose; None if that is not enough.
+        """
         if any(slots.present is not None for *_, slots in self._parts):
             return None
-        a = [slots.split(wide(use.inputs)) for use, _, slots in self._parts]  # type: ignore[attr-defined]
-        d = [slots.split(wide(d)) for _, d, slots in self._parts]
+        a, d = [], []
+        for use, at_output, slots in self._parts:
+            inputs, gradient = slots.split(wide(use.inputs)), slots.split(wide(at_output))  # type: ignore[attr-defined]
+            same = use.flipped == self._parts[0][0].flipped  # type: ignore[attr-defined]
+            a.append(inputs if same else gradient)
+            d.append(gradient if same else inputs)
         return (a[0], d[0]) if len(a) == 1 else (torch.cat(a, 1), torch.cat(d, 1))
 
     def squares(self) -> Tensor:

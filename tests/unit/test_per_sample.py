@@ -112,6 +112,44 @@ class Scaled(nn.Module):
         return self.act(self.norm(x) + self.positions[: x.shape[1]]).flatten(1)
 
 
+class BothWays(nn.Module):
+    """A weight that leads there and back, the latter transposed, where inner products follow from those of slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(40, 40) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, self.weight)) @ self.weight
+
+
+class Made(nn.Module):
+    """A weight that is used as it is, and in part, squared and multiplied by another as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.other = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(x, self.weight))
+        penalty = self.weight.square().sum()
+        return torch.cat([h, F.linear(x, self.weight[:4]), F.linear(x, self.other @ self.weight) * penalty], 1)
+
+
+class Slope(nn.Module):
+    """What it gives, and the gradient of that in the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        out = self.net(x)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return torch.cat([out, slope], 1)
+
+
 def numbers(*shape: int) -> Tensor:
     return torch.randn(M, *shape, dtype=torch.float64)
 
@@ -166,6 +204,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "unrolled": (Unrolled, lambda: numbers(4, 5)),
     "tied": (Tied, lambda: words(3)),
     "twice": (Twice, lambda: numbers(5)),
+    "both ways": (BothWays, lambda: numbers(2, 40)),
+    "made of itself": (Made, lambda: numbers(5)),
+    "slope": (Slope, lambda: numbers(5)),
     "scaled": (Scaled, lambda: numbers(6, 5)),
     "weight norm": (lambda: pooled(normed(nn.Linear(5, 6)), nn.Tanh(), normed(nn.Linear(6, 3))), lambda: numbers(5)),
     "bilinear": (lambda: Self(nn.Bilinear(5, 5, 3)), lambda: numbers(5)),
@@ -405,7 +446,41 @@ def test_losses_of_any_scale_pass(scale: float) -> None:
 def test_coupling_shows_at_any_scale() -> None:
     torch.manual_seed(0)
     net, x = Coupled(nn.BatchNorm1d(6)), torch.randn(M, 5)
-    refused(net, lambda: squares(net(x)) * 1e-37)
+    text = refused(net, lambda: squares(net(x)) * 1e-37)
+    assert "NativeBatchNormBackward0" in text
+
+
+@pytest.mark.parametrize("mode", [True, "keep", "rerun"])
+def test_a_coupled_pair_shows_even_if_the_check_multiplies_both_by_the_same(mode: Any) -> None:
+    def paired(h: Tensor) -> Tensor:
+        return torch.cat([h[:1] + h[first : first + 1], h[1:]])
+
+    for first in range(1, M):  # the check alone passes one in sixteen
+        torch.manual_seed(0)
+        net, x = Coupled(paired).double(), numbers(5)
+        method = Fixed(torch.optim.SGD(net.parameters(), lr=0.1))
+        with pytest.raises(RuntimeError, match="brings samples together"):
+            method.backward(squares(net(x)), per_sample=mode)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rounding_in_half_precision_is_no_coupling(autocast: bool) -> None:
+    dtype = torch.bfloat16
+    for seed in range(10):
+        torch.manual_seed(seed)
+        net, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(1, 5) + 0.01 * torch.randn(M, 5)
+        if not autocast:
+            net, x = net.to(dtype), x.to(dtype)
+        params = list(net.parameters())
+
+        def losses(net: nn.Module = net, x: Tensor = x) -> Tensor:
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                return squares(net(x))
+
+        rows = jacobian(losses(), params).double()
+        report = Fixed(torch.optim.SGD(params, lr=0.1)).backward(losses(), per_sample="rerun")
+        assert report.gram is not None
+        assert close(report.gram, rows @ rows.T, 2 * torch.finfo(dtype).eps)
 
 
 def test_samples_that_are_fitted_are_no_coupling() -> None:
