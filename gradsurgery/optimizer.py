@@ -546,9 +546,9 @@ class MultiLossOptimizer(Optimizer):
                 Surgery methods that need inner products only then take two backward passes, whatever the number of
                 losses; see :class:`gradsurgery.surgery.base.Surgery`. True: what the first pass leaves is held, and
                 spares the second one, where the graph proves that samples stay apart and memory allows it. "rerun":
-                always two passes, which takes least memory. "keep": always hold it. That losses depend on their own
-                samples is then taken on your word in between the steps that check it. By default ``engine="auto"``
-                looks for samples from 16 losses on, and forms rows where it finds none.
+                always two passes, which takes least memory. "keep": hold it in every step that makes no check. That
+                losses depend on their own samples is then taken on your word in these steps. By default
+                ``engine="auto"`` looks for samples from 16 losses on, and forms rows where it finds none.
 
         Returns:
             What happened; also kept as `report`.

@@ -373,7 +373,8 @@ class PerSample(Gradients):
         due = request.step % _EVERY == 0 or signature not in checked
         # On the user's word too, a check is made in full: the powers of two samples may be equal by chance.
         on_word = self._mode == "keep" and (plan.is_proven or not due)
-        self._keeps = on_word or self._mode not in ("keep", "rerun") and plan.is_proven and self._fits()
+        chosen = self._mode not in ("keep", "rerun") and plan.is_proven and self._fits()
+        self._keeps = on_word or chosen
         last = self._keeps and not plan.direct and not request.batch.retain_graph
         if due:
             check = Check(self._passes, self._signs, self._rng)

@@ -151,7 +151,9 @@ class SampleReader(Reader):
             raise Refused("what torch.compile has compiled does not show its layers")
         found = [site for node in reversed(self.nodes) if (site := self._site(node)) is not None]
         # What makes one value of others, such as a product of two parameters, is no site of theirs.
-        making = {step for site in found for key, _ in site.uses for step, _ in self._inside[key] if isinstance(step, Node)}
+        making = {
+            step for site in found for key, _ in site.uses for step, _ in self._inside[key] if isinstance(step, Node)
+        }
         found = [site for site in found if site.node not in making]
         users: dict[Node | int, set[tuple[Node, int]]] = {}
         for site in found:

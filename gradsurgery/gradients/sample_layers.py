@@ -500,10 +500,11 @@ class Column:
         return total
 
     def _joined(self) -> tuple[Tensor, Tensor] | None:
-        """The inputs and the gradients of linear calls, one below the other: (B, T, in) and (B, T, out), or (out) and (in).
+        """The inputs and the gradients of linear calls, one below the other: (B, T, in) and (B, T, out).
 
         Returns:
-            Tensors of which sample i has the row LᵢᵀRᵢ or its transpose; None if that is not enough.
+            The two, exchanged in calls that use the weight the other way round than the first one does, so that what they
+            give adds up; None if not all samples have slots.
         """
         if any(slots.present is not None for *_, slots in self._parts):
             return None
