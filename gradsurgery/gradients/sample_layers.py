@@ -503,7 +503,7 @@ class Column:
         """The inputs and the gradients of linear calls, one below the other: (B, T, in) and (B, T, out).
 
         Returns:
-            The two, exchanged in calls that use the weight the other way round than the first one does, so that what they
+            The two, exchanged in calls that use the weight the other way round than the first, so that what they
             give adds up; None if not all samples have slots.
         """
         if any(slots.present is not None for *_, slots in self._parts):
