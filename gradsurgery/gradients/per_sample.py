@@ -359,7 +359,10 @@ class PerSample(Gradients):
             return batch.unsampled
         params = [*request.shared, *request.plain]
         _require_single(params)
-        plan = SampleReader(samples, params).plan()
+        reader = SampleReader(samples, params)
+        plan = reader.plan()
+        if batch.per_sample == "auto" and reader.is_watched():
+            raise Refused("hooks look at gradients on the way, which would be those of weighted sums")
         found = cls(request, samples, plan)
         signature = plan.signature(samples)
         if batch.per_sample == "auto":

@@ -926,3 +926,15 @@ def test_lengths_of_coupled_samples_are_refused() -> None:
         gradsurgery.sample_gram(squares(net(x)).sum(), net)
     with pytest.raises(ValueError, match="must have a parameter"):
         gradsurgery.sample_gram(squares(net(x)), [])
+
+
+def test_a_hook_on_the_way_sees_each_row_where_nobody_has_asked_for_samples() -> None:
+    net, x = model_of("linear")
+    seen: list[Tensor] = []
+    hidden = torch.tanh(net[0](x))  # type: ignore[index]
+    hidden.register_hook(lambda g: seen.append(g.clone()))
+    report = gradsurgery.DualProj(torch.optim.SGD(net.parameters(), lr=0.1)).backward(squares(net[2](hidden)))  # type: ignore[index]
+    assert report.engine == "rows"
+    assert report.reason is not None
+    assert "hooks look at gradients on the way" in report.reason
+    assert len(seen) == M
