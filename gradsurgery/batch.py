@@ -479,7 +479,9 @@ class Reading(NamedTuple):
             return None, self.unsampled
         if dropped:
             return None, "a loss was dropped, and the others are no longer one per sample"
-        found = samples_of(tasks.tensors, given.per_sample == "auto", self.comm.is_alone)
+        found: Samples | str = "gradients of earlier micro-batches wait, and samples must be of one whole batch"
+        if self.transaction.accumulated is None:
+            found = samples_of(tasks.tensors, given.per_sample == "auto", self.comm.is_alone)
         if isinstance(found, str):
             if given.per_sample != "auto":
                 raise RuntimeError(f"{self.owner}.backward: per_sample={shown_mode(given.per_sample)}: {found}.")

@@ -902,6 +902,23 @@ def test_steps_that_reuse_weights_take_one_pass() -> None:
     assert engines == ["one pass", "per sample", "one pass", "per sample"]
 
 
+def test_the_last_micro_batch_has_no_samples_of_its_own() -> None:
+    net, x = model_of("linear")
+    params = list(net.parameters())
+    written_by = []
+    for engine in ("auto", "rows"):
+        method = gradsurgery.DualProj(torch.optim.SGD(params, lr=0.1), engine=engine)
+        method.zero_grad()
+        method.backward(squares(net(x)), accumulate=True)
+        if engine == "auto":
+            with pytest.raises(RuntimeError, match="per_sample=True: gradients of earlier micro-batches wait"):
+                method.backward(squares(net(x.flip(0))), per_sample=True)
+        report = method.backward(squares(net(x.flip(0))))
+        assert report.engine == "rows"
+        written_by.append(written(params))
+    assert close(*written_by)
+
+
 # -------------------------------------------------------------------------------------------------- by-products
 
 
