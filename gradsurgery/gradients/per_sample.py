@@ -337,6 +337,8 @@ class PerSample(Gradients):
         self._signed: dict[int, Tensor] = {}
         self._direct: dict[int, Tensor] = {}
         self._keeps = False
+        # Hooks on the way may bring samples together in any step, whatever they did in the last one.
+        self._is_watched = False
 
     # ------------------------------------------------------------------------------------------- the pass
 
@@ -361,9 +363,11 @@ class PerSample(Gradients):
         _require_single(params)
         reader = SampleReader(samples, params)
         plan = reader.plan()
-        if batch.per_sample == "auto" and reader.is_watched():
+        is_watched = reader.is_watched()
+        if batch.per_sample == "auto" and is_watched:
             raise Refused("hooks look at gradients on the way, which would be those of weighted sums")
         found = cls(request, samples, plan)
+        found._is_watched = is_watched
         signature = plan.signature(samples)
         if batch.per_sample == "auto":
             _require_auto(plan, samples, request, signature)
@@ -373,10 +377,11 @@ class PerSample(Gradients):
     def _measure(self, signature: str) -> None:
         request, plan = self.request, self._plan
         checked, collector = request.checked, Collector(plan, self._samples.size, self._take)
-        due = request.step % _EVERY == 0 or signature not in checked
+        due = request.step % _EVERY == 0 or signature not in checked or (self._is_watched and self._mode == "keep")
         # On the user's word too, a check is made in full: the powers of two samples may be equal by chance.
-        on_word = self._mode == "keep" and (plan.is_proven or not due)
-        chosen = self._mode not in ("keep", "rerun") and plan.is_proven and self._fits()
+        is_proven = plan.is_proven and not self._is_watched
+        on_word = self._mode == "keep" and (is_proven or not due)
+        chosen = self._mode not in ("keep", "rerun") and is_proven and self._fits()
         self._keeps = on_word or chosen
         last = self._keeps and not plan.direct and not request.batch.retain_graph
         if due:
@@ -681,10 +686,10 @@ def _rows_one_by_one(samples: Samples, plan: Plan, seeds: Tensor, signs: Tensor)
         rows_module.gradient(samples.edge, params, torch.zeros_like(seeds).index_fill_(0, one, 1) * seeds * signs, True)
         for one in torch.arange(samples.size if params else 0, device=seeds.device).unbind()
     ]
-    for column in zip(*passes, strict=True):
-        there = next((g for g in column if g is not None), None)
-        if there is not None:
-            yield torch.stack([torch.zeros_like(there) if g is None else g for g in column]).reshape(samples.size, -1)
+    for k, column in enumerate(zip(*passes, strict=True)):
+        if any(g is not None for g in column):
+            dense = [torch.zeros_like(params[k]) if g is None else g.to_dense() for g in column]
+            yield torch.stack(dense).reshape(samples.size, -1)
 
 
 def _carried(edge: Any, params: Sequence[Tensor], gradients: Tensor) -> Sequence[Tensor | None]:

@@ -220,12 +220,20 @@ def grouped(losses: Sequence[Tensor]) -> tuple[GradientEdge | None, Tensor | Non
         (g,) = engine_backward(tuple(losses), seeds, (edge,), True, accumulate=False)  # type: ignore[arg-type]
         found.append(torch.zeros(0) if g is None else g.detach().double())
     ones, first, second = found
-    used = ones != 0
+    # What several losses hold of a sample may cancel in one of the passes.
+    used = (ones != 0) | (first != 0) | (second != 0)
     safe = torch.where(used, ones, torch.ones_like(ones))
     groups = torch.where(used, (first / safe).round() - 1, -torch.ones_like(ones)).long()
     inside = (groups >= -1) & (groups < len(losses))
-    expected = mark.to(second)[groups.clamp(0, len(losses) - 1)]
-    close = ((second / safe - expected).abs() <= 1e-3) & ((first / safe - 1 - groups).abs() <= 1e-3)
+    place = groups.clamp(0, len(losses) - 1)
+    # The marks as the losses' own dtypes hold them, and rounding of the few operations from a loss to the vector.
+    rounding = 16 * max(torch.finfo(loss.dtype).eps for loss in losses)
+    held = [
+        torch.stack([x.to(loss).double() for x, loss in zip(marks, losses, strict=True)]) for marks in (numbers, mark)
+    ]
+    wanted = [marks.to(second)[place] for marks in held]
+    errors = [(seen / safe - one).abs() <= rounding * one for seen, one in zip((first, second), wanted, strict=True)]
+    close = errors[0] & errors[1]
     return (edge, groups) if bool((inside & (close | ~used)).all()) else (None, None)
 
 

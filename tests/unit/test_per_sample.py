@@ -955,3 +955,47 @@ def test_a_hook_on_the_way_sees_each_row_where_nobody_has_asked_for_samples() ->
     assert report.reason is not None
     assert "hooks look at gradients on the way" in report.reason
     assert len(seen) == M
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hooks_that_bring_samples_together_in_a_later_step_are_noticed(mode: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer, x = Fixed(torch.optim.SGD(net.parameters(), lr=0.01)), torch.randn(M, 4)
+
+    def losses(mixes: bool) -> Tensor:
+        hidden = net[:2](x)
+        hidden.register_hook(lambda g: g - g.mean(0) if mixes else 2 * g)
+        return squares(net[2](hidden))
+
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward(losses(False), per_sample=mode)
+        optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="Nothing was written"):
+        optimizer.backward(losses(True), per_sample=mode)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("part", [1e-3, 1e-5])
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_that_share_samples_by_a_small_part_are_refused(mode: Any, part: float) -> None:
+    net, x = nn.Linear(4, 3), torch.randn(M, 4)
+    optimizer = Fixed(torch.optim.SGD(net.parameters(), lr=0.01))
+    vector = squares(net(x))
+    with pytest.raises(RuntimeError, match="per_sample"):
+        optimizer.backward([vector[:9].mean() + part * vector.sum(), vector[9:].sum()], per_sample=mode)
+    vector = squares(net(x))
+    with pytest.raises(RuntimeError, match="per_sample"):  # the second passes cancel in a sum
+        optimizer.backward([vector[:9].mean() + vector[9], vector[10:].sum() - vector[9]], per_sample=mode)
+
+
+def test_analysis_of_sparse_rows() -> None:
+    table = nn.EmbeddingBag(9, 4, mode="sum", sparse=True, dtype=torch.float64)
+    x = torch.randint(0, 9, (M, 6))
+    losses = squares(table(x).tanh())
+    rows = torch.stack([torch.autograd.grad(one, table.weight, retain_graph=True)[0].to_dense() for one in losses])
+    rows = rows.reshape(M, -1)
+    found = gradsurgery.sample_gram(losses, table.parameters())
+    torch.testing.assert_close(found, rows @ rows.T)
