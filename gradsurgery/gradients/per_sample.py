@@ -743,8 +743,12 @@ _HINTS = {
 
 
 def _coupled(node: str) -> str:
-    hint = _HINTS.get(node, "compute each loss from its own sample")
-    return f"{node} brings samples together, so that a loss depends on others than its own: {hint}"
+    if node in _HINTS:
+        return f"{node} brings samples together, so that a loss depends on others than its own: {_HINTS[node]}"
+    return (
+        f"{node} brings samples together, so that a loss depends on others than its own, or puts them into an order "
+        "that is not followed: compute each loss from its own sample, in the order of the batch"
+    )
 
 
 def _written(along: Along | None, count: int) -> str:
