@@ -639,6 +639,7 @@ def arguments(
 
     Raises:
         TypeError: One is of a wrong kind.
+        ValueError: `per_sample` is given together with what excludes it.
     """
     found = list(others) if isinstance(others, Iterable) else [others]
     for other in found:
