@@ -39,11 +39,10 @@ class MultiLossTrainer(MultiLossTrainerMixin, Trainer):
 
 def main():
     torch.manual_seed(0)
-    config = BertConfig(
+    model = TwoHeads(BertConfig(
         vocab_size=16, max_position_embeddings=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=64,
-    )  # fmt: skip
-    model = TwoHeads(config)
+    ))  # fmt: skip
     data = [{"input_ids": ids, "topic": ids[0] % 2, "score": ids.float().mean()} for ids in torch.randint(16, (256, 6))]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -48,11 +48,7 @@ def main():
     inputs = torch.randn(512, 8)
     data = TensorDataset(inputs, (inputs[:, 0] > 0).long(), -3 * inputs[:, 0] + inputs[:, 1])
     trainer = lightning.Trainer(
-        max_epochs=5,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
+        max_epochs=5, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     trainer.fit(TwoHeads(), DataLoader(data, batch_size=32, shuffle=True))
     print({name: round(value.item(), 3) for name, value in trainer.logged_metrics.items()})

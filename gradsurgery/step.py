@@ -57,8 +57,8 @@ class Seen(NamedTuple):
         for gram in self.grams:
             found += sum(gram.values.diagonal().tolist())
         for numbers in self.measured:
-            found += float(numbers.sum())
-        return math.isfinite(found if self.norms is None else found + float(self.norms.sum()))
+            found += sum(numbers.ravel().tolist())
+        return math.isfinite(found if self.norms is None else found + sum(self.norms.tolist()))
 
     @property
     def unit(self) -> float:

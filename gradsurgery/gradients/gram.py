@@ -379,13 +379,12 @@ def gram_of_matrix(rows: Tensor) -> np.ndarray:
         J Jᵀ, (m, m), float64.
     """
     # For small matrices on the host numpy costs less per call.
-    if rows.device.type == "cpu":
-        if rows.dtype is torch.float64:
-            j = rows.numpy()
-            with np.errstate(over="ignore", invalid="ignore"):  # such products are made again, of smaller rows
-                return np.asarray(j.dot(j.T))
-        if rows.dtype is torch.float32 and rows.numel() <= _FEW:
-            j = rows.numpy().astype(np.float64)
+    if rows.device.type == "cpu" and (
+        rows.dtype is torch.float64 or (rows.dtype is torch.float32 and rows.numel() <= _FEW)
+    ):
+        j = rows.numpy().astype(np.float64, copy=False)
+        # Whoever asks looks for inf and nan; products that float64 does not hold are made again, of smaller rows.
+        with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(j.dot(j.T))
     return gram_in(as_rows(rows), torch.float64 if few(rows) else torch.float32).cpu().numpy()
 
