@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import engines
 from benchmarks.two_pages import beside
 from benchmarks.workloads import WORKLOADS
 
@@ -131,6 +132,8 @@ def pages(runs: list[dict[str, Any]], path: Path) -> tuple[str, str]:
     if all(r["device"] == "cpu" for r in runs):
         text += "\nNothing here was measured on a GPU. `--device cuda` runs the same there.\n"
     text += "".join(f"\n## {title(r)}, in short\n\n{summary(r['steps'])}" for r in runs if r["steps"])
+    if (grid := path.with_name("engines.json")).exists():
+        text += engines.section(json.loads(grid.read_text(encoding="utf-8")))
     if compiled_figures(path).exists():
         text += compiled(json.loads(compiled_figures(path).read_text(encoding="utf-8")))
     return text, TABLES + "".join(section(r, path) for r in runs)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch._functorch import config as functorch
 
-from benchmarks import compare, compiled, page, structure, workloads
+from benchmarks import compare, compiled, engines, page, structure, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -314,3 +314,27 @@ def test_a_model_that_is_compiled_in_pieces_is_no_measurement(monkeypatch):
     with pytest.raises(RuntimeError, match="broken: the model was not compiled once and as a whole"):
         compiled.measure("broken", options)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("model", [*engines.TUNED, *engines.UNSEEN], ids=lambda model: f"{model.family} {model.size}")
+def test_every_model_of_the_grid_has_losses_with_gradients(model):
+    trunk, width = model.build()
+    losses, _ = workloads.Multi(trunk, width, 2)(model.draw())
+    grads = torch.autograd.grad(losses[0], [p for p in trunk.parameters() if p.requires_grad], allow_unused=True)
+    assert sum(g is not None and bool(g.any()) for g in grads) > len(grads) / 2
+
+
+def test_the_grid_of_engines_compares_auto_with_the_faster_one():
+    assert len(engines.TUNED) == 40
+    assert len(engines.UNSEEN) == 12
+    found = engines.cell(engines.TUNED[0], 2, engines.ENGINES, rounds=1, seconds=0.0)
+    assert found["took"] == "rows"
+    assert all(found[engine] > 0 for engine in engines.ENGINES)
+    slow = found | {"rows": 2.0, "ghosts": 1.0, "auto": 1.6, "took": "ghosts"}
+    alone = found | {"rows": 2.0, "auto": 2.0}
+    del alone["ghosts"]
+    assert [engines.ratio(slow), engines.ratio(alone)] == [1.6, 1.0]
+    assert engines.summary([slow, alone], "All") == "All: 1 of 2 cells within 1.15 (50%), worst 1.60, median 1.30"
+    text = engines.section({"tuned": [slow, alone], "unseen": [alone]})
+    assert "| MLP | 2 | 1 | 1.30 | 1.60: 3 × 64, batch 64, m = 2 |" in text
+    assert "| MLP (unseen) | 1 | 0 | 1.00 |" in text
