@@ -273,6 +273,14 @@ class Reader:
             self._hooked[node] = is_hooked(node)
         return self._hooked[node]
 
+    def has_convolutions(self) -> bool:
+        """Look for convolutions among the nodes.
+
+        Returns:
+            True if there is one.
+        """
+        return any(_kind(node) == "ConvolutionBackward0" for node in self.nodes)
+
     def is_watched(self) -> bool:
         """Look for hooks on tensors and modules, as far as the graph tells of them.
 

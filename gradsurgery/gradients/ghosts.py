@@ -26,7 +26,7 @@ from gradsurgery.gradients.base import Request
 from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.formed import Formed, refusal
 from gradsurgery.gradients.ghost_graph import Reader
-from gradsurgery.gradients.ghost_layers import Convolution, Embedding, Layer, Linear
+from gradsurgery.gradients.ghost_layers import Embedding, Layer, Linear
 from gradsurgery.gradients.gram import Row, Table, Workspace
 from gradsurgery.graph.torch_private import version
 
@@ -304,10 +304,10 @@ class Plan:
         """Whether hardly anything of the rows is formed, so that several losses may pass side by side.
 
         Returns:
-            True if one entry in twenty at most belongs to a direct parameter, and there are no convolutions, which are
-            faster one by one.
+            True if one entry in twenty at most belongs to a direct parameter, and there are no convolutions, ghosts or
+            not, which are faster one by one.
         """
-        if any(isinstance(layer, Convolution) for layer in self.layers):
+        if self._reader.has_convolutions():
             return False
         total = sum(p.numel() for p in self.shared)
         return 20 * sum(self.shared[place].numel() for place in self.direct) <= total

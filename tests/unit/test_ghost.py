@@ -956,3 +956,19 @@ def test_a_retained_gradient_that_nothing_tells_of_is_an_error_with_the_cure() -
     assert all(p.grad is None for p in model.parameters())
     optimizer.engine = "rows"
     optimizer.backward(losses())
+
+
+def test_losses_go_one_by_one_through_a_convolution_that_is_no_ghost() -> None:
+    """As the patches of a vision transformer: nearly all entries belong to ghosts, and the convolution has rows."""
+
+    def planned(first: nn.Module) -> ghost.Plan:
+        trunk = nn.Sequential(first, nn.Flatten(), nn.Linear(32, 2000), nn.ReLU(), nn.Linear(2000, 2000))
+        features = trunk(torch.randn(8, 2, 4, 4))
+        values = [features[:, k].square().mean() for k in range(4)]
+        found = ghost.plan(values, list(trunk.parameters()))
+        assert found is not None
+        return found
+
+    patches, none = planned(nn.Conv2d(2, 2, 3, 1, 1)), planned(nn.Identity())
+    assert {type(layer).__name__ for layer in patches.layers} == {"Linear"}
+    assert (patches.is_mostly_ghosts, none.is_mostly_ghosts) == (False, True)
