@@ -436,7 +436,8 @@ def section(results: dict[str, list[dict[str, Any]]]) -> str:
 slow. {summary(results["tuned"], "Models that the rule may be tuned on")}.
 {summary(results["unseen"], "Models that it has not seen")}. Where "auto" forms rows it does what "rows" does, so that
 what differs from 1 there is what looking costs, and noise. `make bench-engines`, CPU, one thread, beside one other
-program; the vision transformers in a second run, after the rule for convolutions below the trunk had changed.
+program; all cells of vision transformers but the last in a second run, after the rule for convolutions below the trunk
+had changed.
 
 """
         + "\n".join(lines)
