@@ -1,45 +1,77 @@
 """Which lines of logic no test dies without: each mutant changes one operator, and some test should fail.
 
-python -m benchmarks.mutants [--files step transaction] [--count 40] [--seed 0]
+python -m benchmarks.mutants [--files step transaction] [--count 40] [--seed 0] [--cases 10]
 
-Every mutant is a copy of the package with one change. The tests of its file run against it until one fails; a mutant on
-which none does has survived, and is printed with its line. It takes minutes: as many as the tests of the file take, for
-each survivor, and less for the rest.
+The tests are collected once, and each is run once to see which lines it reaches; some cases of a test that has many.
+Every mutant is a fork of that process in which one function has another code: the tests that reach its line run, quick
+ones first, until one fails. What lies outside of functions is imported anew. A mutant on which no test fails has
+survived, and is printed at once. Those that change nothing a user can see are explained in `mutants.json`, and counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import copy
+import gc
+import importlib.machinery
+import json
 import os
+import pickle
 import random
-import shutil
-import subprocess
+import resource
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-#: The files that are changed, and the tests that are to notice, those that notice most first.
+#: The files that are changed, and the tests that are to notice.
 TESTS = {
     "step": ("test_kinds_of_step", "test_switches", "test_backward", "test_cheap_modes"),
     "batch": ("test_backward", "test_losses", "test_accumulation", "test_kinds_of_step"),
     "transaction": ("test_state", "test_faults", "test_misuse", "test_accumulation"),
     "guard": ("test_faults", "test_range", "test_deferred"),
-    "sharing": ("test_kinds_of_step", "test_backward", "test_joined"),
+    "sharing": ("test_kinds_of_step", "test_backward", "test_joined", "test_masks"),
+    "solve": ("test_switches", "test_priority_methods", "test_gram_methods"),
+    "settings": ("test_switches", "test_cheap_modes", "test_engines", "test_messages"),
     "gradients/exact": ("test_exact",),
     "gradients/gram": ("test_precision", "test_range", "test_ghost", "test_numerics"),
     "gradients/descent": ("test_common_descent",),
     "gradients/dense": ("test_kinds_of_step", "test_cheap_modes", "test_engines"),
     "gradients/rows": ("test_backward", "test_precision", "test_engines"),
+    "gradients/base": ("test_engines", "test_gradients", "test_kinds_of_step"),
+    "gradients/flat": ("test_engines", "test_gradients", "test_precision"),
+    "gradients/blocks": ("test_blocks", "test_engines"),
 }
+#: Why some mutants may live: a list for each file, of the line, the change and the reason.
+EXPLAINED = Path(__file__).with_name("mutants.json")
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
 }  # fmt: skip
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+#: What the process of a mutant ends with.
+SURVIVED, KILLED, BROKEN = 0, 1, 3
+
+
+class Mutant(NamedTuple):
+    """One change of a file."""
+
+    line: int
+    text: str  # of that line
+    change: str
+    tree: ast.Module  # of the whole file, with the lines of the original
+    span: range  # lines of the statement
+    function: bool  # whether a function holds it
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -76,6 +108,19 @@ def _annotations(tree: ast.AST) -> set[int]:
     return found
 
 
+def _places(node: ast.AST, span: range, function: bool) -> Iterator[tuple[ast.AST, range, bool]]:
+    """All nodes, with the lines of the statement that holds each, and whether a function's body does."""
+    if isinstance(node, ast.stmt):
+        body = getattr(node, "body", None)
+        span = range(node.lineno, body[0].lineno if body else node.end_lineno + 1)
+    yield node, span, function
+    for field, value in ast.iter_fields(node):
+        inside = function or (field == "body" and isinstance(node, ast.FunctionDef))
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _places(child, span, inside)
+
+
 class _Replace(ast.NodeTransformer):
     def __init__(self, old: ast.AST, new: ast.AST) -> None:
         self.old, self.new = old, new
@@ -86,74 +131,293 @@ class _Replace(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def mutants(source: str) -> list[tuple[int, str, str]]:
-    """All mutants of a file: line, what was changed, and the source."""
-    tree, found = ast.parse(source), []
+def mutants(source: str) -> list[Mutant]:
+    """All mutants of a file."""
+    tree, lines, found = ast.parse(source), source.splitlines(), []
     unused = _annotations(tree)
-    places = [(i, node) for i, node in enumerate(ast.walk(tree)) if id(node) not in unused]
-    for place, node in places:
-        for k, new in enumerate(changes(node)):
+    for place, (node, span, function) in enumerate(_places(tree, range(0), False)):
+        for k, new in enumerate(changes(node) if id(node) not in unused else ()):
             fresh = ast.parse(source)
-            old = next(n for i, n in enumerate(ast.walk(fresh)) if i == place)
-            wanted = list(changes(old))[k]
-            text = ast.unparse(ast.fix_missing_locations(_Replace(old, wanted).visit(fresh)))
-            found.append((node.lineno, f"{ast.unparse(node)}  →  {ast.unparse(new)}", text))
+            old = next(n for i, (n, *_) in enumerate(_places(fresh, range(0), False)) if i == place)
+            whole = ast.fix_missing_locations(_Replace(old, list(changes(old))[k]).visit(fresh))
+            change = f"{ast.unparse(node)}  →  {ast.unparse(new)}"
+            found.append(Mutant(node.lineno, lines[node.lineno - 1].strip(), change, whole, span, function))
     return found
 
 
-def survives(tree: Path, file: str, source: str, tests: list[str], seconds: float) -> bool:
-    """Whether all tests pass with another source of a file. One that takes too long has not passed."""
-    path = tree / "gradsurgery" / f"{file}.py"
-    before = path.read_text("utf-8")
-    path.write_text(source, "utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not browser"]
-    try:
-        done = subprocess.run([*command, *tests], cwd=tree, env=environment, capture_output=True, timeout=seconds)
-        return done.returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        path.write_text(before, "utf-8")
+def explained(file: str, mutant: Mutant, path: Path = EXPLAINED) -> bool:
+    """Whether the list says why a mutant lives."""
+    known = json.loads(path.read_text("utf-8")).get(file, []) if path.exists() else []
+    return any((entry["line"], entry["change"]) == (mutant.text, mutant.change) for entry in known)
 
 
-def copied(root: Path, to: Path) -> Path:
-    """A copy of all that the tests need."""
-    ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", "_build", "*.egg-info")
-    shutil.copytree(root, to, ignore=ignore, dirs_exist_ok=True)
-    return to
+def swap(path: Path, tree: ast.Module) -> None:
+    """Give the functions of a file, whoever holds them, the code of another tree of it."""
+    codes, todo = {}, [compile(tree, str(path), "exec")]
+    while todo:
+        code = todo.pop()
+        todo += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        codes[code.co_name, code.co_firstlineno] = code
+    for function in gc.get_objects():
+        # By type: some objects of torch warn where they are asked for their class.
+        if type(function) is types.FunctionType and function.__code__.co_filename == str(path):
+            place = function.__code__.co_name, function.__code__.co_firstlineno
+            # Two lambdas of a line have one name, and those within functions are made anew.
+            function.__code__ = function.__code__ if place[0] == "<lambda>" else codes[place]
 
 
-def run(root: Path, files: list[str], count: int, seed: int, seconds: float) -> int:
-    """Try some mutants of each file, and say which survive. Returns their number."""
-    alive = 0
-    with tempfile.TemporaryDirectory() as folder:
-        tree = copied(root, Path(folder))
-        for file in files:
-            source = (tree / "gradsurgery" / f"{file}.py").read_text("utf-8")
-            tests = [str(next((tree / "tests").rglob(f"{name}.py")).relative_to(tree)) for name in TESTS[file]]
-            if not survives(tree, file, source, tests, seconds):
-                raise SystemExit(f"{file}: its tests fail, or take over {seconds:g} s, without any change.")
-            every = mutants(source)
-            chosen = sorted(random.Random(seed).sample(every, min(count, len(every))))
-            survivors = [(line, what) for line, what, text in chosen if survives(tree, file, text, tests, seconds)]
-            print(
-                f"{file}: {len(chosen) - len(survivors)} of {len(chosen)} mutants killed, of {len(every)} possible ones"
+def import_as(path: Path, tree: ast.Module) -> None:
+    """Import a file, when its turn comes, with the code of another tree of it."""
+    plain = importlib.machinery.SourceFileLoader.get_code
+
+    def get_code(self: importlib.machinery.SourceFileLoader, name: str) -> types.CodeType | None:
+        return compile(tree, str(path), "exec") if self.path == str(path) else plain(self, name)
+
+    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+
+
+def forked(task: Callable[[], int], seconds: int | None = None) -> int:
+    """What a task returns in a process of its own, which may take some seconds of processor time."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        code = BROKEN
+        try:
+            if seconds is not None:
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+                signal.alarm(20 * seconds)  # what waits for ever takes no processor time
+            code = task()
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def first_failure(session: pytest.Session, items: list[pytest.Item]) -> str | None:
+    """Run tests until one fails, and return its name."""
+    for item, after in zip(items, [*items[1:], None], strict=True):
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
+        if session.testsfailed:
+            return item.nodeid
+    return None
+
+
+class Reached(NamedTuple):
+    """What one test does without any change."""
+
+    seconds: float  # of processor time
+    lines: dict[str, set[int]]  # that it runs of each file
+
+
+def record(session: pytest.Session, paths: dict[str, str]) -> dict[str, Reached]:
+    """Run every test, and see which lines it reaches. `paths` are files by path."""
+    found: dict[str, Reached] = {}
+    for item in session.items:
+        lines: dict[str, set[int]] = {path: set() for path in paths}
+
+        def local(frame: Any, event: str, arg: Any, lines: dict[str, set[int]] = lines) -> Any:
+            lines[frame.f_code.co_filename].add(frame.f_lineno)
+            return local
+
+        def trace(frame: Any, event: str, arg: Any, local: Any = local) -> Any:
+            return local if frame.f_code.co_filename in paths else None
+
+        begin = time.process_time()
+        sys.settrace(trace)
+        failed = first_failure(session, [item])
+        sys.settrace(None)
+        if failed is not None:
+            raise SystemExit(f"{failed} fails without any change.")
+        found[item.nodeid] = Reached(time.process_time() - begin, {paths[path]: lines[path] for path in paths})
+    return found
+
+
+def in_session(tests: list[Path], folder: Path, task: Callable[[pytest.Session], int]) -> int:
+    """What a task returns that gets the collected tests. Where they cannot be collected that is `KILLED`."""
+
+    class Loop:
+        def pytest_runtestloop(self, session: pytest.Session) -> bool:
+            self.code = KILLED if session.testsfailed else task(session)
+            return True
+
+    loop = Loop()
+    loop.code = KILLED
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)  # what pytest says
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not browser and not cuda"]
+    pytest.main([*options, f"--basetemp={folder / 'tests'}", *map(str, tests)], plugins=[loop])
+    return loop.code
+
+
+class Run:
+    """The mutants of some files, tried one after the other.
+
+    Args:
+        root: The folder that holds `gradsurgery` and `tests`.
+        files: The tests of each file of `gradsurgery`.
+        count: How many mutants of each, drawn at random.
+        seed: Of the draw.
+        slowest: Tests that take longer, in seconds, are left out.
+        cases: How many cases of each test, drawn at random.
+        spare: Seconds of processor time for a mutant beyond five times what its tests took.
+        folder: Where to write for a while.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        files: dict[str, tuple[str, ...]],
+        count: int,
+        seed: int,
+        slowest: float,
+        cases: int,
+        spare: int,
+        folder: Path,
+    ) -> None:
+        self.paths = {file: root / "gradsurgery" / f"{file}.py" for file in files}
+        self.tests = {file: [next((root / "tests").rglob(f"{name}.py")) for name in files[file]] for file in files}
+        self.slowest, self.cases, self.spare, self.folder = slowest, cases, spare, folder
+        self.random = random.Random(seed)
+        every = {file: mutants(path.read_text("utf-8")) for file, path in self.paths.items()}
+        self.possible = {file: len(found) for file, found in every.items()}
+        self.chosen = {
+            file: sorted(self.random.sample(found, min(count, len(found))), key=lambda mutant: mutant.line)
+            for file, found in every.items()
+        }
+        self.reached: dict[str, Reached] = {}
+        self.kills: collections.Counter[str] = collections.Counter()  # how many each test has killed
+        self.counts = {file: collections.Counter[str]() for file in files}
+        self.out = os.fdopen(os.dup(1), "w")
+
+    def say(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+    def all(self) -> int:
+        """Try all, say which survive, and return their number."""
+        tests = sorted({test for several in self.tests.values() for test in several})
+        if forked(lambda: in_session(tests, self.folder, self.in_functions)) != SURVIVED:
+            raise SystemExit("The tests fail without any change.")
+        self.__dict__.update(pickle.loads((self.folder / "score").read_bytes()))
+        self.elsewhere()
+        for file, counts in self.counts.items():
+            self.say(
+                f"{file}: {counts['killed']} of {len(self.chosen[file])} mutants killed, "
+                f"{counts['explained']} explained, {counts['alive']} survive, of {self.possible[file]} possible ones"
             )
-            for line, what in survivors:
-                print(f"  gradsurgery/{file}.py:{line}: {what}")
-            alive += len(survivors)
-    return alive
+        return sum(counts["alive"] for counts in self.counts.values())
+
+    def in_functions(self, session: pytest.Session) -> int:
+        """Try the mutants that only change what a function does, in forks of this process."""
+        for path in self.paths.values():
+            swap(path, ast.parse(path.read_text("utf-8")))  # does no harm, or the tests say so
+        self.draw(session)
+        self.say(f"{len(session.items)} tests are run once")
+        code = forked(lambda: self.recorded(session))
+        if code != SURVIVED:
+            return code
+        self.reached = pickle.loads((self.folder / "reached").read_bytes())
+        items = {item.nodeid: item for item in session.items}
+        for file, mutant in self.each(function=True):
+            names = self.noticing(file, mutant)
+            self.judge(
+                file, mutant, names, lambda m=mutant, f=file, n=names: self.swapped(f, m, [items[name] for name in n])
+            )
+        (self.folder / "score").write_bytes(
+            pickle.dumps({"reached": self.reached, "kills": self.kills, "counts": self.counts})
+        )
+        return SURVIVED
+
+    def draw(self, session: pytest.Session) -> None:
+        """Leave some cases of each test."""
+        of_test: dict[str, list[str]] = collections.defaultdict(list)
+        for item in session.items:
+            of_test[item.nodeid.partition("[")[0]].append(item.nodeid)
+        drawn = {name for names in of_test.values() for name in self.random.sample(names, min(self.cases, len(names)))}
+        session.items = [item for item in session.items if item.nodeid in drawn]
+
+    def elsewhere(self) -> None:
+        """Try the others, each in a process that imports the library anew."""
+        for file, mutant in self.each(function=False):
+            names = self.noticing(file, mutant)
+            self.judge(file, mutant, names, lambda m=mutant, f=file, n=names: self.imported(f, m, n))
+
+    def each(self, function: bool) -> Iterator[tuple[str, Mutant]]:
+        for file, several in self.chosen.items():
+            yield from ((file, mutant) for mutant in several if mutant.function is function)
+
+    def recorded(self, session: pytest.Session) -> int:
+        found = record(session, {str(path): file for file, path in self.paths.items()})
+        (self.folder / "reached").write_bytes(pickle.dumps(found))
+        return SURVIVED
+
+    def noticing(self, file: str, mutant: Mutant) -> list[str]:
+        """The tests that reach a mutant, those first that have killed the most, then the quick ones."""
+        names = [
+            name
+            for name, (seconds, lines) in self.reached.items()
+            if seconds <= self.slowest and (not mutant.function or not lines[file].isdisjoint(mutant.span))
+        ]
+        return sorted(names, key=lambda name: (-self.kills[name], self.reached[name].seconds))
+
+    def swapped(self, file: str, mutant: Mutant, items: list[pytest.Item]) -> int:
+        swap(self.paths[file], mutant.tree)
+        return self.first(items)
+
+    def imported(self, file: str, mutant: Mutant, names: list[str]) -> int:
+        import_as(self.paths[file], mutant.tree)
+
+        def task(session: pytest.Session) -> int:
+            items = {item.nodeid: item for item in session.items}
+            return self.first([items[name] for name in names if name in items])
+
+        return in_session(self.tests[file], self.folder, task)
+
+    def first(self, items: list[pytest.Item]) -> int:
+        """Run tests until one fails, and leave a note which."""
+        if not items:
+            return SURVIVED
+        failed = first_failure(items[0].session, items)
+        (self.folder / "killer").write_text(failed or "", "utf-8")
+        return SURVIVED if failed is None else KILLED
+
+    def judge(self, file: str, mutant: Mutant, names: list[str], task: Callable[[], int]) -> None:
+        """Try one mutant. One that takes too long, or crashes, has not passed."""
+        killer = self.folder / "killer"
+        killer.unlink(missing_ok=True)
+        code = forked(task, self.spare + int(5 * sum(self.reached[name].seconds for name in names)))
+        if code == BROKEN:
+            raise SystemExit(f"gradsurgery/{file}.py:{mutant.line}: {mutant.change}: could not be tried")
+        if code != SURVIVED:
+            self.kills[killer.read_text("utf-8") if killer.exists() else ""] += 1
+        verdict = "killed" if code != SURVIVED else "explained" if explained(file, mutant) else "alive"
+        self.counts[file][verdict] += 1
+        if verdict == "alive":
+            done = f"{self.counts[file].total()}/{len(self.chosen[file])}"
+            self.say(f"{done} gradsurgery/{file}.py:{mutant.line}: {mutant.change}  ({len(names)} tests)")
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", nargs="+", choices=list(TESTS), default=list(TESTS))
+    parser.add_argument("--files", nargs="+", default=list(TESTS))
+    parser.add_argument("--tests", nargs="+", default=(), help="in place of those that are listed for the files")
     parser.add_argument("--count", type=int, default=10, help="mutants of each file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=900, help="after which tests count as failed")
+    parser.add_argument("--slowest", type=float, default=10, help="seconds; tests that take longer are left out")
+    parser.add_argument("--cases", type=int, default=10, help="of each test")
+    parser.add_argument("--spare", type=int, default=10, help="seconds beyond five times what the tests took before")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where `gradsurgery` and `tests` are")
     given = parser.parse_args(words)
-    run(ROOT, given.files, given.count, given.seed, given.seconds)
+    root = given.root.resolve()
+    os.chdir(root)
+    sys.path.insert(0, str(root))
+    sys.dont_write_bytecode = True
+    for slow in ("torch", "scipy.optimize") if root == ROOT else ():  # once, and not in each process
+        __import__(slow)
+    files = {file: given.tests or TESTS[file] for file in given.files}
+    with tempfile.TemporaryDirectory() as folder:
+        return Run(root, files, given.count, given.seed, given.slowest, given.cases, given.spare, Path(folder)).all()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import os
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 from benchmarks import mutants
 
+ROOT = Path(mutants.__file__).parent.parent
 SOURCE = textwrap.dedent("""
     def least(a: int | None, b):
         log(a)
@@ -18,7 +22,8 @@ SOURCE = textwrap.dedent("""
 
 
 def test_every_operator_is_changed_once():
-    found = {what for _, what, _ in mutants.mutants(SOURCE)}
+    every = mutants.mutants(SOURCE)
+    found = {mutant.change for mutant in every}
     assert found == {
         "log(a)  →  pass",
         "a < b  →  a <= b",
@@ -29,36 +34,80 @@ def test_every_operator_is_changed_once():
         "a + 1 if True else b  →  a + 1",
         "a + 1 if True else b  →  b",
     }
-    texts = {text for _, _, text in mutants.mutants(SOURCE)}
+    texts = {ast.unparse(mutant.tree) for mutant in every}
     assert len(texts) == len(found)
     assert ["if a <= b and (not b):" in text for text in texts].count(True) == 1
 
 
-def test_a_mutant_that_no_test_notices_is_named(tmp_path, monkeypatch, capsys):
+def test_a_mutant_knows_its_statement_and_what_holds_it():
+    source = "if A and B:\n    C = (\n        1 + D\n    )\n\n\n@cached(True)\ndef f(x=2 * 3):\n    return not x\n"
+    assert {mutant.change: (mutant.text, mutant.span, mutant.function) for mutant in mutants.mutants(source)} == {
+        "A and B  →  A or B": ("if A and B:", range(1, 2), False),
+        "1 + D  →  1 - D": ("1 + D", range(2, 5), False),
+        "True  →  False": ("@cached(True)", range(8, 9), False),
+        "2 * 3  →  2 / 3": ("def f(x=2 * 3):", range(8, 9), False),
+        "not x  →  x": ("return not x", range(9, 10), True),
+    }
+
+
+def tried(root: Path) -> tuple[list[str], str]:
+    """What the script prints of a small library, and the end of its errors."""
+    command = [sys.executable, "-m", "benchmarks.mutants", "--root", str(root), "--files", "small", "--spare", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [*command, "--tests", "test_small"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500
+    )
+    return done.stdout.splitlines(), done.stderr.strip().rpartition("\n")[2]
+
+
+def test_a_mutant_that_no_test_notices_is_named(tmp_path):
     (tmp_path / "gradsurgery").mkdir()
     (tmp_path / "tests").mkdir()
     (tmp_path / "gradsurgery" / "__init__.py").touch()
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n    browser\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n    browser\n    cuda\n")
     (tmp_path / "gradsurgery" / "small.py").write_text(
-        "def first(a, b):\n    return a < b\n\n\ndef second(a):\n    return a + 1\n"
+        "LEAST = 1 + 1\nMOST = 2 * 1\n\n\ndef first(a, b):\n    return a < b\n\n\n"
+        "def second(a):\n    while a > 3:\n        a = a - 1\n    return a\n\n\ndef third(a):\n    return not a\n"
     )
     (tmp_path / "tests" / "test_small.py").write_text(
-        "from gradsurgery.small import first, second\n\n\n"
-        "def test():\n    assert first(1, 2)\n    assert second(1) == 2\n"
+        "from gradsurgery.small import LEAST, MOST, first, second\n\n\n"
+        "def test_functions():\n    assert first(1, 2)\n    assert second(5) == 3\n\n\n"
+        "def test_numbers():\n    assert LEAST == MOST == 2\n"
     )
-    monkeypatch.setitem(mutants.TESTS, "small", ("test_small",))
-    assert mutants.run(tmp_path, ["small"], count=5, seed=0, seconds=300) == 1
-    assert capsys.readouterr().out.splitlines() == [
-        "small: 1 of 2 mutants killed, of 2 possible ones",
-        "  gradsurgery/small.py:2: a < b  →  a <= b",
+    # One never ends, and one is seen in an import alone.
+    assert tried(tmp_path)[0] == [
+        "2 tests are run once",
+        "1/6 gradsurgery/small.py:6: a < b  →  a <= b  (1 tests)",
+        "4/6 gradsurgery/small.py:16: not a  →  a  (0 tests)",
+        "6/6 gradsurgery/small.py:2: 2 * 1  →  2 / 1  (2 tests)",
+        "small: 3 of 6 mutants killed, 0 explained, 3 survive, of 6 possible ones",
     ]
     (tmp_path / "tests" / "test_small.py").write_text("def test():\n    assert False\n")
-    with pytest.raises(SystemExit, match="its tests fail"):
-        mutants.run(tmp_path, ["small"], count=5, seed=0, seconds=300)
+    assert tried(tmp_path) == (["1 tests are run once"], "The tests fail without any change.")
 
 
 def test_all_files_and_tests_are_there():
-    root = Path(mutants.__file__).parent.parent
     for file, tests in mutants.TESTS.items():
-        assert (root / "gradsurgery" / f"{file}.py").exists()
-        assert all(len(list((root / "tests").rglob(f"{name}.py"))) == 1 for name in tests)
+        assert (ROOT / "gradsurgery" / f"{file}.py").exists()
+        assert all(len(list((ROOT / "tests").rglob(f"{name}.py"))) == 1 for name in tests)
+
+
+def test_what_is_explained_is_still_possible():
+    known = json.loads(mutants.EXPLAINED.read_text("utf-8"))
+    gone = []
+    for file, entries in known.items():
+        every = mutants.mutants((ROOT / "gradsurgery" / f"{file}.py").read_text("utf-8"))
+        possible = {(mutant.text, mutant.change) for mutant in every}
+        gone += [(file, entry) for entry in entries if (entry["line"], entry["change"]) not in possible]
+        assert all(set(entry) == {"line", "change", "why"} and entry["why"] for entry in entries)
+    assert not gone, "remove them from mutants.json, or adapt them to the new lines"
+
+
+def test_what_is_explained_is_told_from_the_rest(tmp_path):
+    listed = tmp_path / "list.json"
+    entry = {"line": "if a < b and not b:", "change": "a < b  →  a <= b", "why": "no b is an a"}
+    listed.write_text(json.dumps({"least": [entry]}), "utf-8")
+    every = mutants.mutants(SOURCE)
+    assert [m.change for m in every if mutants.explained("least", m, listed)] == ["a < b  →  a <= b"]
+    assert not any(mutants.explained("most", m, listed) for m in every)
+    assert not any(mutants.explained("least", m, tmp_path / "none.json") for m in every)
