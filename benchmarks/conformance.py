@@ -79,7 +79,7 @@ def exactness(libraries: list[testing.Library]) -> list[dict]:
 def table(cases: list[dict], names: list[str]) -> str:
     """A Markdown table library × defect."""
     lines = [
-        "| case | method | asked: *the right answer* | " + " | ".join(names) + " |",
+        "| case | method | question: *the right answer* | " + " | ".join(names) + " |",
         "| --- | --- | --- |" + " --- |" * len(names),
     ]
     for case in cases:
@@ -118,17 +118,20 @@ def misses(cases: list[dict], names: list[str]) -> str:
 
 PAGE = """# Conformance
 
-Which known defects does each library have? Every case was seen in a published library or in widely copied code. The
-same question is put to this library and to those on PyPI that offer the method and install next to a current torch.
+Which known defects does each library have? Every case was found in a published library or in widely copied code. This
+library is tested on all of them, and so is every library on PyPI that offers the method and installs next to a current
+torch.
 
-![A square for each case and library: right, wrong, error or not offered](_static/conformance/conformance.png)
+![One square per case and library: right, wrong, error or not offered](_static/conformance/conformance.png)
 
-*Error*: an exception instead of an answer. The cases are defects that somebody had, some of them these very libraries,
-and this library was changed until it had none. So they are no sample of anything, each library is asked a different
-part of them, and there are no totals. [The tables](conformance-tables.md) say what was asked, what is right and what
-was seen.
+*Error* means an exception instead of an answer. [The tables](conformance-tables.md) list each question, the right
+answer and what each library did.
 
-## Ask your own
+Do not read the picture as a ranking. The cases were collected because some library failed them, often one of those in
+the picture, and this library was changed until it passed them all. They are not a random sample, and each library
+answers only the cases whose method it offers. That is why there are no totals.
+
+## Test your own code
 
 `gradsurgery.testing` has the cases and the adapters:
 
@@ -147,9 +150,9 @@ hide-toc: true
 
 # Conformance: the tables
 
-What [the page on conformance](conformance.md) is about, in full. Written by
-`make conformance ARGS="--write docs/conformance.md"`; the verdicts are those of that run, with torch {torch}
-and {versions}. "–": not offered. "error": an exception instead of an answer.
+The full tables behind [the page on conformance](conformance.md). `make conformance ARGS="--write docs/conformance.md"`
+runs all cases and writes both pages. This run had torch {torch} and {versions}. "–": not offered. "error": an exception
+instead of an answer.
 
 ## All cases
 
@@ -158,12 +161,13 @@ and {versions}. "–": not offered. "error": an exception instead of an answer.
 {written}
 ## Exact answers
 
-How many of the reference inputs each library answers to 1e-9 in float64 (or what the input allows), and in brackets
-to 1e-3. The inputs include near-parallel and opposite rows, zero rows, rank deficiency and lengths from 1e-6 to 1e6.
+How many of the reference inputs each library answers to within 1e-9 in float64 (or what the input allows), and in
+brackets to within 1e-3. The inputs include near-parallel and opposite rows, zero rows, rank deficiency and lengths from
+1e-6 to 1e6.
 
 {exactness}
 
-## What was seen
+## Wrong answers and errors
 
 {misses}
 """

@@ -414,7 +414,7 @@ def section(results: dict[str, list[dict[str, Any]]]) -> str:
     Returns:
         Markdown.
     """
-    lines = ["| models | cells | ghosts taken in | median | worst |", "| --- | ---: | ---: | ---: | --- |"]
+    lines = ["| models | cells | ghosts chosen in | median | worst |", "| --- | ---: | ---: | ---: | --- |"]
     for name, cells in results.items():
         for kind in dict.fromkeys(found["family"] for found in cells):
             mine = [found for found in cells if found["family"] == kind]
@@ -430,14 +430,18 @@ def section(results: dict[str, list[dict[str, Any]]]) -> str:
         f"""
 ## Whether the fastest engine is taken
 
-`engine="auto"` decides by shapes, layer by layer, whether rows are formed. Time of a backward phase of `PCGrad` with
-"auto" over that with the faster of `engine="rows"` and `engine="ghosts"`, at {counts} losses. Ghosts that were
-{HOPELESS} times as slow in the first round were timed once, and not with more losses where they were {FAR} times as
-slow. {summary(results["tuned"], "Models that the rule may be tuned on")}.
-{summary(results["unseen"], "Models that it has not seen")}. Where "auto" forms rows it does what "rows" does, so that
-what differs from 1 there is what looking costs, and noise. `make bench-engines`, CPU, one thread, beside one other
-program; all cells of vision transformers but the last in a second run, after the rule for convolutions below the trunk
-had changed.
+`engine="auto"` decides layer by layer, from the shapes, whether to form rows. The table compares the backward phase of
+`PCGrad` with `engine="auto"` to the faster of `engine="rows"` and `engine="ghosts"`: time relative to that one, at
+{counts} losses.
+
+* {summary(results["tuned"], "Models used to tune the rule")}.
+* {summary(results["unseen"], "Models that the rule has not seen")}.
+
+Where "auto" forms rows it does what "rows" does, so any difference from 1 is noise or the time of the decision. Ghosts
+that took {HOPELESS} times as long as rows in the first round were timed only once; where they took {FAR} times as long
+they were not timed with more losses. Measured with `make bench-engines` on the CPU, with one thread, while one other
+program was running. All cells of vision transformers except the last come from a second run, made after the rule for
+convolutions below the trunk had changed.
 
 """
         + "\n".join(lines)

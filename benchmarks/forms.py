@@ -26,49 +26,49 @@ SAID = {"error": "**refuses**", "no features": "no features"}
 
 SECTION = """## Code as people write it
 
-Most code does not hand its losses over one by one from tensors of their own. Losses are stacked, multiplied by weights
-or written into one tensor; a model returns all outputs joined, or is compiled. Autograd then hands every loss a
-gradient in every head, of zeros.
+In most training code the losses do not come from separate tensors. They are stacked, multiplied by weights or written
+into one tensor; or the model returns all outputs in one tensor, or is compiled. Autograd then gives every loss a
+gradient in every head, full of zeros.
 
-How the forms were chosen: each is a way in which losses come out of public training code (stacks with weights in
-DeepXDE, a filled tensor in LibMTL, columns in torch-rechub, experts in Mixtral), or something that torch itself puts in
-between. This library was changed until it had all of them right, so its own column says nothing more than that, and
-columns are not to be counted up. In the first row nothing is joined: where a column is off there, it defines the method
-differently, and does not misread the code.
+Each form below is a way in which public training code produces its losses (weighted stacks in DeepXDE, a filled tensor
+in LibMTL, columns in torch-rechub, experts in Mixtral), or something that torch itself inserts. This library was
+changed until it got all of them right, so its column says no more than that; do not add up columns. In the first row
+nothing is joined: a library that is off there defines the method differently rather than misreading the code.
 
-Right is, in float64 and to {right:.0e}: PCGrad on what both losses reach in this batch, and the plain gradient of what
-one loss reaches, computed from losses that nothing joins. PCGrad with two losses, since all of these have it and it has
-one answer only.
+The right answer is PCGrad on the parameters that both losses reach in this batch, and the plain gradient on those that
+one loss reaches, computed from separate losses in float64; an answer counts as right to within {right:.0e}. PCGrad with
+two losses was chosen because all of these libraries have it and it has only one answer.
 
-* right, … declared: right, and the caller has to list the shared parameters, or to hand over the features, which are
-  the tensor between trunk and heads
+* right, … declared: right, but the caller has to list the shared parameters or pass the features, the tensor between
+  trunk and heads
 * off: relative error of the gradients of that part of the model
-* no features: a compiled model hands out no tensor between trunk and heads
-* refuses: an error, see below
+* no features: a compiled model gives no access to the tensor between trunk and heads
+* refuses: an error, listed below
 
 {table}
 
-The settings, each peer at its default and at the best one that was found:
+The settings; each other library is run with its defaults and with the best setting that was found:
 
 {settings}
 
-What is told where the trunk ends, or which parameters are shared, is right wherever one answer serves every batch. None
-does for an expert that one sample uses: whether it is shared depends on where the samples went.
+A library that is told where the trunk ends, or which parameters are shared, is right whenever one such declaration
+holds for every batch. With experts none does: whether two losses share an expert depends on how the samples were
+routed.
 
-What was raised:
+The errors:
 
 {raised}
 
-**How much it matters.** In float32 the answers that are right are off by {single} at most: rounding. Where heads take
-part in the surgery, their entries change the weights, and the weights then multiply them. The table has the relative
-error of the gradients at the first step, and both losses after {steps} steps of Adam with a learning rate of {rate}, in
-float32, on the small model of the table above.
+**How much it matters.** In float32 the right answers are off by at most {single}, which is rounding. If heads take part
+in the surgery, their gradients change the weights, and the weights then scale their gradients. The table has the
+relative error of the gradients at the first step, and both losses after {steps} steps of Adam with a learning rate of
+{rate}, in float32, on the small model of the table above.
 
 {trained}
 
-That is one problem and one seed, and no more than an example. Another direction shows in the gradients at once, and
-need not make the losses at the end worse. A method that gives a loss a weight of nearly 0 suffers most, since the head
-of that loss then stands still.
+This is one problem with one seed, no more than an example. A wrong direction shows in the gradients at once; the final
+losses need not be worse. A method that gives one loss a weight near 0 suffers most, because the head of that loss then
+stops learning.
 """
 
 

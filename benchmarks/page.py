@@ -17,7 +17,7 @@ WEIGHTERS = ("FixedWeighter", "UncertaintyWeighter", "GradNormWeighter")
 
 PAGE = """# Performance
 
-What the backward phase of a step costs: from the losses to `.grad`, relative to the *floor*, which is m bare backward
+What the backward phase of a step costs, from the losses to `.grad`. Time is relative to the *floor*: m bare backward
 passes for m losses.
 
 {short}
@@ -25,34 +25,39 @@ passes for m losses.
 
 ## How it was measured
 
-*The floor* is m bare `torch.autograd.grad` calls over the same parameters, with nothing done to the result: what a
-method on single gradients must cost if it differentiates the losses one by one. The *plain sum* is one backward pass.
-All candidates take turns in one process, in another order each round; a first round warms up and is thrown away.
-Before anything is timed, every gradient is compared with a literal computation (m backward passes, inner products in
-float64); ours must agree within 1e-4 of its length, or 1e-5 of the lengths of what is added up, where that cancels.
+*The floor* is m bare `torch.autograd.grad` calls over the same parameters, and nothing is done with the result. Any
+method that needs the gradient of each loss costs at least that much if it differentiates the losses one by one. The
+*plain sum* is one backward pass. All candidates take turns in one process, in a different order each round; the first
+round is a warm-up and does not count. Before anything is timed, every direction is compared with a literal computation
+(m backward passes, inner products in float64). This library's must agree to within 1e-4 of its length or, where the
+terms of the sum cancel, to within 1e-5 of their lengths.
 
-A cell such as `0.72 / 0.70 (0.68–0.77)` says: median over the rounds of the time relative to the floor in the same
-round / ratio of the shortest times / middle half of the rounds. Time is that of the clock on the wall; with one thread
-on the CPU it is processor time instead, which does not count what other programs take meanwhile. *Memory* is the peak
-of the backward phase beyond the model and the graph of the losses, in sizes of the shared parameters; the plain sum's
-own gradient is one such size.
+A cell such as `0.72 / 0.70 (0.68–0.77)` reads: median over the rounds of the time relative to the floor of the same
+round / ratio of the shortest times / middle half of the rounds. Time is wall-clock time, except with one CPU thread:
+there it is processor time, which excludes what other programs use meanwhile. *Memory* is the peak of the backward phase
+beyond the model and the graph of the losses, in multiples of the size of the shared parameters. The gradient of the
+plain sum has that size once.
 
-`PCGrad` and the other methods use the default engine, which spares weight gradients of single losses where the shapes
-say that it pays; `engine="rows"` always forms them; `engine="blocks"` forms those of one part of the model at a time
-and ends with one more backward pass. All methods here act on the trunk, the heads are private.
-`GradNormWeighter` measures gradient norms at the last shared weight: m short passes and a full one.
+`PCGrad` and the other methods use the default engine. It avoids per-loss weight gradients in layers whose shapes make
+that cheaper; `engine="rows"` always forms them; `engine="blocks"` forms them for one part of the model at a time and
+ends with one more backward pass. All methods act on the trunk here; the heads are private. `GradNormWeighter` measures
+gradient norms at the last shared weight, with m short passes and a full one.
 
 TorchJD's settings: *sequential* and *vmapped* are `autojac.backward` with `parallel_chunk_size` 1 and None;
 *mtl_backward* is sequential; *Gramian accumulation* is sequential with `optimize_gramian_computation=True`; *autogram*
 is its engine for Gramians, followed by a weighted backward pass. All of them run its PCGrad.
 
-Others' directions are compared too, and where one is off by more than a thousandth the table says so. `conflictfree`
-solves a least squares problem over all parameters with torch's default cut-off, machine precision times their number,
-which in float32 discards true directions once there are some millions. The autogram engine does not see what a second
-derivative contributes.
+The directions of the other libraries are compared too, and the tables mark each one that is off by more than a
+thousandth of its length. Two reasons are known. `conflictfree` solves a least squares problem over all parameters with
+torch's default cut-off, machine precision times the number of parameters; in float32 and with millions of parameters
+that discards true directions. TorchJD's autogram engine ignores what second derivatives contribute.
 
 Workloads: {workloads}.
 """
+
+CAPTION = """*An MLP of 4 layers, batch 128. Left: against the number of losses m, with layers of 512. Right: against
+the number of parameters, with m = 4. The number beside a curve is its exponent: 1 means that the cost is proportional.
+TorchJD's best: at each point its fastest setting, or the one with least memory.*"""
 
 TABLES = """---
 hide-toc: true
@@ -60,10 +65,10 @@ hide-toc: true
 
 # Performance: the tables
 
-What [the page on performance](performance.md) is about, in full. Written by
-`make bench ARGS="--curves --write docs/performance.md"`, in one run or in several that complement each other;
-`performance.json` beside this page has all figures. A cell such as `0.72 / 0.70 (0.68–0.77)` says: median over the
-rounds of the time relative to the floor in the same round / ratio of the shortest times / middle half of the rounds.
+The full tables behind [the page on performance](performance.md). `make bench ARGS="--curves --write
+docs/performance.md"` measures and writes both pages, in one run or in several that complement each other;
+`performance.json` beside this page has all numbers. A cell such as `0.72 / 0.70 (0.68–0.77)` reads: median over the
+rounds of the time relative to the floor of the same round / ratio of the shortest times / middle half of the rounds.
 """
 
 
@@ -127,7 +132,7 @@ def pages(runs: list[dict[str, Any]], path: Path) -> tuple[str, str]:
     workloads = "; ".join(f"*{name}*: {text}" for name, (text, _) in WORKLOADS.items())
     drawn = [curves_picture(r, path).relative_to(path.parent) for r in runs if r.get("curves")]
     shown = "Time and memory against the number of tasks and of parameters"
-    picture = f"![{shown}]({drawn[0].as_posix()})\n\n" if drawn else ""
+    picture = f"![{shown}]({drawn[0].as_posix()})\n\n{CAPTION}\n\n" if drawn else ""
     text = PAGE.format(workloads=workloads, short="".join(map(short, runs)), picture=picture)
     if all(r["device"] == "cpu" for r in runs):
         text += "\nNothing here was measured on a GPU. `--device cuda` runs the same there.\n"
@@ -166,20 +171,23 @@ def compiled(run: dict[str, Any]) -> str:
     }
     where = f"{run['machine']}; torch {run['versions']['torch']}, backend {run['backend']}, mode {run['mode']}"
     if run["load"] > 1.5:
-        where += f", while other programs ran beside it (load {run['load']:.1f})"
+        where += f", while other programs were running (load {run['load']:.1f})"
     least, most = min(slow.values()), max(slow.values())
     m = run["tasks"]
     return f"""
 ## Compiled models
 
-Whole steps, forward pass and SGD included, of a model that is compiled together with its {m} losses: time relative to
-a step of the plain sum of the same compiled model, medians of paired ratios, and the middle half of the rounds.
-All but the rows that say so run the same graph, which was compiled once and in one piece. A step of `PCGrad` takes
-{least:.2f} to {most:.2f} times that of the plain sum, with {m} backward passes through the whole model in place of one;
-in a compiled model a pass cannot leave out the heads of the other losses, and no engine sees the layers whose weight
-gradients it could spare. "defer" stands for `nonfinite="defer"`. On the CPU there is no device to wait for, so that it
-can only cost: torch finds the weights in place of numpy, and a selection passes over the gradients. Measured by
-`make bench-compiled` on {where}.
+Time of a whole step, forward pass and SGD included, of a model compiled together with its {m} losses, relative to a
+step of the plain sum of the same compiled model: median of paired ratios, and the middle half of the rounds. Except
+where a row says otherwise, all candidates run the same graph, compiled once and without graph breaks.
+
+A step of `PCGrad` takes {least:.2f} to {most:.2f} times as long as one of the plain sum, because it makes {m} backward
+passes through the whole model: in a compiled model a pass cannot skip the heads of the other losses, and no engine can
+see which layers' weight gradients it could avoid. "defer" stands for `nonfinite="defer"`. On the CPU there is no device
+to wait for, so it only adds cost: the weights are computed in torch rather than numpy, and the gradients pass through a
+selection.
+
+Measured with `make bench-compiled` on {where}.
 
 {compiled_table(run)}"""
 
@@ -210,7 +218,7 @@ def short(run: dict[str, Any]) -> str:
     choices = {
         "`PCGrad`": "PCGrad",
         '`PCGrad(..., engine="blocks")`': 'PCGrad, engine="blocks"',
-        "TorchJD's PCGrad, each time at its fastest setting,": "TorchJD",
+        "TorchJD's PCGrad, in its fastest setting for each case,": "TorchJD",
     }
     lines = []
     for name, start in choices.items():
@@ -224,8 +232,8 @@ def short(run: dict[str, Any]) -> str:
             times, memory = ([r[key] for r in cells.values()] for key in ("to_floor", "memory"))
             lines.append(
                 f"* {title(run)}: {name} takes {np.median(times):.2f} times the floor in the median of {len(times)} "
-                f"cases, {min(times):.2f} to {max(times):.2f} over all; memory {np.median(memory):.1f} sizes of the "
-                "shared parameters in the median.\n"
+                f"cases (range {min(times):.2f} to {max(times):.2f}). Median memory: {np.median(memory):.1f} times the "
+                "size of the shared parameters.\n"
             )
     return "".join(lines)
 
@@ -243,8 +251,8 @@ def section(run: dict[str, Any], path: Path) -> str:
     rows = run["steps"]
     rounds = [r["rounds"] for r in rows if "rounds" in r]
     if rounds:
-        text += f"\nFigures are of {min(rounds)} to {max(rounds)} rounds; slow cells have the fewest, and so has what "
-        text += "takes more than four times the floor.\n"
+        text += f"\nEach cell has {min(rounds)} to {max(rounds)} rounds: fewest where a round takes long, and where a "
+        text += "candidate takes more than four times the floor.\n"
     if absent := [name for name in WORKLOADS if name not in {r["workload"] for r in rows}]:
         text += f"\nNot measured here: {', '.join(absent)}.\n"
     if rows:
@@ -322,7 +330,7 @@ def summary(rows: list[dict]) -> str:
                 line.append("–" if r is None else f"{r['to_floor']:.2f}, {r['memory']:.1f}{setting}")
             if set(line[2:]) != {"–"}:
                 lines.append(line)
-    text = "Time relative to the floor (median), and memory in sizes of the shared parameters.\n\n"
+    text = "Median time relative to the floor, and memory in multiples of the size of the shared parameters.\n\n"
     return text + grid(["workload", "", *(f"m = {m}" for m in everything)], lines) + "\n"
 
 
@@ -341,22 +349,22 @@ def weighter_table(rows: list[dict]) -> str:
     return grid(["workload", "method", *(f"m = {m}" for m in tasks)], lines)
 
 
-CHEAP = """Ways to spend less, with what they cost and how wrong they are. Time is the mean over four steps. Memory is
-in sizes of the shared parameters, some megabytes for inner products included. *Error*: the distance from the exact
-direction relative to its length, in twelve steps of training with a new batch each, median and worst.
-`features=` takes inner products at the shared representation, so it is another method (MGDA-UB and its like), not a
-rounding of this one. `every=4` finds weights in every fourth step and reuses them. `row_dtype=bfloat16` rounds each row
-once its backward pass is over; compare it with `engine="rows"`, which holds the same rows unrounded. `streaming=True`
-holds two gradients whatever m, and projects each loss off the sum of those before it, not off each of them.
+CHEAP = """Ways to spend less time or memory, with their cost and their error. Time is the mean over four steps. Memory
+is in multiples of the size of the shared parameters and includes some megabytes for inner products. *Error* is the
+distance from the exact direction relative to its length: median and worst over twelve training steps, each with a new
+batch. `features=` takes inner products at the shared representation, which makes it a different method (such as
+MGDA-UB), not an approximation of this one. `every=4` computes weights in every fourth step and reuses them in between.
+`row_dtype=bfloat16` rounds each row after its backward pass; compare it with `engine="rows"`, which holds the same rows
+unrounded. `streaming=True` holds two gradients for any m; it projects each gradient against the sum of the earlier
+ones, not against each of them.
 {device}
 """
 
 ROW_DEVICE = {
-    "cpu": """`row_device="cpu"` keeps the rows of a model on an accelerator in the memory of the host. It is not
-measured here, where the model is on the host itself.
+    "cpu": """`row_device="cpu"` keeps the rows of a model on an accelerator in host memory. It is not measured here,
+where the model is in host memory itself.
 """,
-    "other": """`row_device="cpu"` keeps rows in the memory of the host, which is not counted: memory is that of the
-device.
+    "other": """`row_device="cpu"` keeps rows in host memory, which is not counted: memory here is that of the device.
 """,
 }
 
@@ -400,10 +408,12 @@ def curves_picture(run: dict[str, Any], path: Path) -> Path:
 def curve_text(run: dict[str, Any], path: Path) -> str:
     points = run["curves"]
     picture = curves_picture(run, path).relative_to(path.parent)
-    text = "On an MLP of 4 layers, batch 128: left against m with 4 layers of 512, right against the number of "
-    text += "parameters with m = 4. For TorchJD the fastest setting and the most frugal one at each point.\n\n"
+    text = "On an MLP of 4 layers, batch 128. Left: against m, with layers of 512. Right: against the number of "
+    text += (
+        "parameters, with m = 4. TorchJD's best: at each point its fastest setting, or the one with least memory.\n\n"
+    )
     text += f"![Time and memory against the number of tasks and of parameters]({picture.as_posix()})\n\n"
-    text += "Exponents, fitted to all points of a curve:\n\n"
+    text += "Exponents fitted to all points of each curve:\n\n"
     time, memory = exponents(points, "milliseconds"), exponents(points, "megabytes")
     axes = list(time)
     lines = [
@@ -416,6 +426,19 @@ def curve_text(run: dict[str, Any], path: Path) -> str:
     return text + grid(head, lines) + "\n"
 
 
+def label_slopes(axes: Any, ends: dict[str, float], slopes: dict[str, float], colours: dict[str, str]) -> None:
+    """Write each curve's exponent to the right of its end, on logarithmic axes, without overlap."""
+    from gradsurgery.watch.pictures import spread_out
+
+    names = [name for name in ends if name in slopes]
+    low, high = np.log(axes.get_ylim())
+    places = (np.log([ends[name] for name in names]) - low) / (high - low)
+    for name, y in zip(names, spread_out(places, 0.075, 0.0, 1.0), strict=True):
+        axes.text(
+            1.02, y, f"{slopes[name]:.2f}", color=colours[name], transform=axes.transAxes, fontsize=8, va="center"
+        )
+
+
 def draw(points: list[dict], path: Path) -> None:
     """Draw time and memory against m and the number of parameters, in the style of the other pictures."""
     import matplotlib as mpl
@@ -423,7 +446,7 @@ def draw(points: list[dict], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    from docs.figures import COLOUR, GREY, STYLE, VIOLET, say
+    from docs.figures import COLOUR, GREY, STYLE, VIOLET
 
     looks = {
         "plain sum": (COLOUR["plain sum"], "s", "-"),
@@ -436,17 +459,20 @@ def draw(points: list[dict], path: Path) -> None:
         for column, axis in enumerate(("tasks", "parameters")):
             for row, (key, unit) in enumerate((("milliseconds", "ms"), ("megabytes", "MB"))):
                 axes = panels[row, column]
-                slopes = exponents(points, key).get(axis, {})
+                ends: dict[str, float] = {}
                 for candidate, (colour, marker, line) in looks.items():
                     mine = [p for p in points if (p["axis"], p["candidate"]) == (axis, candidate)]
                     if not mine:
                         continue
                     x, y = [p["at"] for p in mine], [p[key] for p in mine]
                     axes.plot(x, y, color=colour, marker=marker, ls=line, ms=4, lw=1.4, label=candidate)
-                    slope = f"{slopes[candidate]:.2f}" if candidate in slopes else ""
-                    say(axes, f" {slope}", (x[-1], y[-1]), colour, ha="left", fontsize=7.5)
-                axes.set(xscale="log", yscale="log", ylabel=unit, xlabel="m" if axis == "tasks" else "parameters")
-                axes.set_title(("time" if row == 0 else "memory") + f" against {axis}")
+                    ends[candidate] = y[-1]
+                axes.set(xscale="log", yscale="log", ylabel=unit)
+                axes.set_xlabel("losses (m)" if axis == "tasks" else "parameters")
+                axes.set_title(("Time" if row == 0 else "Memory") + f" against {'losses' if axis == 'tasks' else axis}")
+                label_slopes(
+                    axes, ends, exponents(points, key).get(axis, {}), {c: look[0] for c, look in looks.items()}
+                )
                 if axis == "tasks":
                     axes.set_xticks(sorted({p["at"] for p in points if p["axis"] == axis}))
                     axes.xaxis.set_major_formatter("{x:g}")

@@ -216,7 +216,7 @@ def _error(value: float | None) -> str:
 def table(results: list[dict]) -> str:
     """A Markdown table of both libraries."""
     lines = [
-        "| method | m | n | dtype | ours, µs | theirs, µs | faster (quartiles) | target | our error | their error |",
+        "| method | m | n | dtype | ours, µs | TorchJD, µs | ratio (quartiles) | target | our error | their error |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
@@ -244,30 +244,30 @@ def wide_table(results: list[dict]) -> str:
 
 PAGE = """# Solvers
 
-What the mathematics costs: one call of `combine` against one call of TorchJD's aggregator, on the same matrices, in
-turn in one process. The inner products, the weights and the direction, without any model.
+What the mathematics costs without a model: inner products, weights and direction. One call of `combine` is compared
+with one call of TorchJD's aggregator, on the same matrices, in the same process, in turns.
 
 {short}
-![Their time over ours, for each method and size](_static/solvers/solvers.png)
+![TorchJD's time divided by this library's, for each method and size](_static/solvers/solvers.png)
 
-*A dot per size and dtype: their time over ours, to the right of 1 where this library is faster.* All figures are in
-[the tables](solvers-tables.md).
+*One dot per size and dtype. All numbers are in [the tables](solvers-tables.md).*
 
 ## How it was measured
 
-*Error*: distance from the exact answer for the same rows, relative to its length (median over the matrices). In float32
-it is the rounding of the result at best. The exact answer is ours in float64, which the same run first compared with
-the reference answers of `gradsurgery.testing`. Methods that draw an order at random have none, and Krum adds squared
-distances here and plain ones there.
+*Error* is the distance from the exact answer for the same rows, relative to its length; the tables give the median over
+the matrices. In float32 it cannot be smaller than the rounding of the result. The exact answer is this library's in
+float64; before anything is timed, it is checked against the reference answers of `gradsurgery.testing`. Methods that
+draw a random order have no exact answer. Neither does Krum, which adds squared distances here and plain distances in
+TorchJD.
 
-MGDA, CAGrad, UPGrad, DualProj and PCD begin with a guess of `scipy.optimize.nnls`, or from 48 losses on with one that
-exchanges whole blocks of columns, for all losses at once in UPGrad. None depends on it being right:
-all releases since 1.15 can return a point that is not optimal, without an error, and those from 1.12 to 1.14 work on
-normal equations and may not end. The optimality conditions of their answers are verified to rounding; where they do not
-hold, active sets of this library go on from the guess. Where even these do not reach them, the report has the flag
-"not-converged".
+MGDA, CAGrad, UPGrad, DualProj and PCD start from a guess: that of `scipy.optimize.nnls`, or, from 48 losses on, that of
+a block pivoting method, which UPGrad runs for all losses at once. The result does not depend on the guess. That
+matters, because SciPy releases from 1.15 on can return a point that is not optimal without an error, and releases 1.12
+to 1.14 use the normal equations and may never terminate. So this library checks the optimality conditions to rounding
+error. If they do not hold, its own active-set solver continues from the guess; if that does not converge either, the
+report carries the flag "not-converged".
 
-Measured on {machine}, one thread, torch {torch}, TorchJD {torchjd}, Python {python}, on the CPU.
+Measured on {machine}, on the CPU with one thread, with torch {torch}, TorchJD {torchjd} and Python {python}.
 """
 
 TABLES = """---
@@ -276,10 +276,9 @@ hide-toc: true
 
 # Solvers: the tables
 
-What [the page on solvers](solvers.md) is about, in full. Written by
-`make bench-solvers ARGS="--write docs/solvers.md"`; the figures are those of that run.
-*Faster*: their time over ours, the median over {rounds} rounds. The rows conflict and
-still have a common descent direction; `n` is their length.
+The full tables behind [the page on solvers](solvers.md). `make bench-solvers ARGS="--write docs/solvers.md"` measures
+and writes both pages. *Ratio*: TorchJD's time divided by this library's, median over {rounds} rounds. The rows
+conflict, but a common descent direction exists; `n` is their length.
 
 ## Both libraries
 
@@ -293,9 +292,9 @@ Milliseconds of one call, rows of length {wide} in float64.
 
 ## One loss per sample
 
-Milliseconds of processor time of one call on m random rows of length 2m and 4m, float64, one thread; the least of five
-calls, on a machine that was busy with other work, which makes them longer. Measured after the tables above, with
-`make bench-solvers ARGS="--samples docs/solvers.md"`: from 48 losses on solvers begin in another way now.
+Milliseconds of processor time for one call on m random rows of length 2m and 4m, in float64 with one thread: the
+shortest of five calls, on a machine busy with other work, which makes them longer. Measured after the tables above,
+with `make bench-solvers ARGS="--samples docs/solvers.md"`, once the solvers had their new start for 48 losses and more.
 
 {samples}
 """
@@ -319,12 +318,12 @@ def short(pairs: list[dict]) -> str:
     return "".join(
         f"* {sentence}\n"
         for sentence in (
-            f"In the median of {len(pairs)} settings TorchJD takes {statistics.median(ratios):.1f} times as long; "
-            f"the range is {min(ratios):.1f} to {max(ratios):.0f}.",
-            f"This library is the slower one for: {', '.join(slower) or 'no method'}. It misses its own target in "
-            f"speed for: {', '.join(missed) or 'no method'}.",
-            f"The largest relative error in float32, of the methods that have an exact answer, is {ours:.0e} here and "
-            f"{theirs:.0e} there.",
+            f"TorchJD takes {statistics.median(ratios):.1f} times as long in the median of {len(pairs)} settings; the "
+            f"range is {min(ratios):.1f} to {max(ratios):.0f}.",
+            f"Methods for which this library is slower: {', '.join(slower) or 'none'}. Methods for which it misses its "
+            f"own speed target: {', '.join(missed) or 'none'}.",
+            f"The largest relative error in float32, over the methods with an exact answer, is {ours:.0e} in this "
+            f"library and {theirs:.0e} in TorchJD.",
         )
     )
 
@@ -358,7 +357,7 @@ def write(path: Path, data: dict) -> None:
     for pair in data["pairs"]:
         ratios.setdefault(pair["method"], []).append(pair["ratio"])
     ranked = dict(sorted(ratios.items(), key=lambda item: -statistics.median(item[1])))
-    figure = two_pages.dots(ranked, "TorchJD's time over ours", "slower  ←  1  →  faster")
+    figure = two_pages.dots(ranked, "TorchJD's time / this library's time", "right of 1: this library is faster")
     two_pages.save(path, *pages(data), figure)
 
 

@@ -33,7 +33,7 @@ METHODS = {"plain sum": None, "PCGrad": gradsurgery.PCGrad, "MGDA": gradsurgery.
 COLOUR = {"plain sum": "#d55e00", "PCGrad": "#0072b2", "MGDA": "#009e73"}
 MARKER = {"plain sum": "s", "PCGrad": "o", "MGDA": "^"}
 VIOLET = "#aa4499"
-# One colour and marker a start, where each panel is one method.
+# One colour and marker per start, where each panel is one method.
 START_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b58900")
 STARTS_LEGEND = """Upper panels: paths.
 Lower panels: where
@@ -42,7 +42,7 @@ they end, as losses.
 Band: Pareto set.
 Star: minimum of
 the sum.
-One colour a start."""
+One colour per start."""
 INK, GREY, FAINT = "#222222", "#8c8c8c", "#dcdcdc"
 
 STYLE = {
@@ -147,7 +147,7 @@ def draw_quadratics() -> Figure:
                 draw_path(axes, method, path(problem, method, start, steps, torch.optim.SGD, 0.1), lw=1.5)
             draw_start(axes, problem.start_points[start])
         window(axes, problem.frame)
-        axes.set_title(f"condition {condition:g}")
+        axes.set_title(f"condition number {condition:g}")
     label_axes(big, "θ₁", "θ₂")
     say(big, "start", (-2.62, 2.08))
     say(big, "MGDA", (-2.05, 0.75), COLOUR["MGDA"], ha="right")
@@ -235,7 +235,7 @@ def draw_basin() -> Figure:
     front.set_title("where they end")
     window(front, (-22.0, 10.0, -22.0, 10.0))
     front.set(xticks=[-20, -10, 0, 10], yticks=[-20, -10, 0, 10])
-    say(front, "held in\nthe valleys", (0.5, 7.6), COLOUR["plain sum"], ha="right")
+    say(front, "stuck in\nthe valleys", (0.5, 7.6), COLOUR["plain sum"], ha="right")
     say(front, "Pareto front", (-13.0, -9.0), "#777777")
     label_axes(front, "f₁", "f₂")
     return figure

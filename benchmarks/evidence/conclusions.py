@@ -94,18 +94,20 @@ def against(data: Data, key: str, label: str) -> str:
     text = (
         f"**Compared with {label}, {len(kept_fewer)} of {len(methods)} methods "
         f"{'has' if len(kept_fewer) == 1 else 'have'} a lower error, {len(kept_more)} a "
-        f"higher one, and for the other {rest} no difference can be shown.** A difference counts only if it holds with "
-        "each single problem, and each family of problems, left out: the 95 % interval of the ratio then stays on one "
-        f"side of 1. Lower: {listed(kept_fewer)}. Higher, worst first: {listed(kept_more)}."
+        f"higher one, and for the other {rest} no difference can be shown.** A difference counts only if the 95 % "
+        "interval of the ratio stays on one side of 1 whichever problem, or family of problems, is left out. "
+        f"Lower: {listed(kept_fewer)}. Higher, worst first: {listed(kept_more)}."
     )
     if lost:
-        text += " Lower over all problems, but not without one of them: "
+        text += " Lower over all problems, but not if a certain one is left out: "
         text += "; ".join(doubt(data, row, key) for row in lost) + "."
     if more != kept_more:
         others = len(more) - len(kept_more)
-        text += f" For {others} others it is higher over all problems, but not without one of them or one family."
+        text += (
+            f" For {others} others it is higher over all problems, but not if a certain problem or family is left out."
+        )
     return text + (
-        f" Among so many intervals some are wrong by chance: corrected for {len(data['plan']['contenders'])} "
+        f" With so many intervals some are wrong by chance; after correction for {len(data['plan']['contenders'])} "
         f"comparisons, what remains is {named(strict) if len(strict) <= MANY else f'{len(strict)} of these'}."
         + (f" Too few problems to say: {named(few)}." if few else "")
     )
@@ -135,7 +137,7 @@ def tuned_weights(data: Data) -> str:
     _, low, high = versus["ratio"]
     judged = "lower error" if high < 1 else "higher error" if low > 1 else "no clear difference over all problems"
     if judged.endswith("error"):
-        held = "" if stands(rows[TUNED], "sum") else ", but not without every problem or family"
+        held = "" if stands(rows[TUNED], "sum") else ", but not if a certain problem or family is left out"
         judged += held or ", whichever problem or family is left out"
     tries = data["plan"]["rates"] * data["plan"]["vectors"]
     return (
@@ -232,7 +234,7 @@ def together(data: Data) -> str:
         f"interval lies above 0 for "
         f"{sum(low > 0 for _, low, _ in rows.values())} of {len(rows)} contenders and below for "
         f"{sum(high < 0 for _, _, high in rows.values())}. It is highest for {named([best])}: {percent(rows[best])}. "
-        f"A task that is learnt well on its own dominates such means; the median over the problems is above 0 for "
+        f"Tasks that a model of their own learns well dominate such means; the median over the problems is above 0 for "
         f"{sum(median > 0 for median in medians)} contenders."
     )
 

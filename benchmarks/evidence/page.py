@@ -31,41 +31,41 @@ from gradsurgery.cli.comparing import NEAR
 HEAD = """# Which method helps?
 
 {methods} methods of [the catalogue](methods.md), with their defaults, on {problems} small problems, compared with
-the plain sum and with constant weights that were tuned. {later}
+the plain sum and with tuned constant weights. {later}
 
 {short}
 ![Error of every contender relative to the plain sum](_static/evidence/overall.png)
 
-*Errors relative to that of the plain sum, over the {real} problems that are not toys, with 95 % intervals.* All figures
-are in [the tables](evidence-tables.md).
+*Error of each method divided by that of the plain sum, over the {real} problems that are not toys, with 95 %
+intervals. All numbers are in [the tables](evidence-tables.md).*
 """
 
 DONE = """## What was done
 
-* **Same budget.** Model, batches, steps and base optimizer are the same for all contenders on a problem. {steps} steps,
-  with the learning rate rising over the first tenth and then falling to zero.
-* **Same grid.** Each contender chooses among the same {rates} learning rates, a factor of 3 apart, on validation data
-  with one seed. Everything else has its default.
-* **Fresh seeds.** At the chosen rate it is trained again with {seeds} other seeds (weights, data and batches), and
-  evaluated on test data. These are the figures below.
-* **Tuned fixed weights** choose among {vectors} weight vectors at each of the {rates} rates: {budget} trainings to
-  choose, where every other contender has {rates}. The vectors: the plain sum; one over each loss at the start; and
-  random ones around both, log-uniform within factors of 30 and 10.
+* **Same budget.** On a problem, all contenders have the same model, batches, base optimizer and number of steps:
+  {steps}, with the learning rate rising over the first tenth and then falling to zero.
+* **Same grid.** The learning rate of each contender is chosen among the same {rates}, a factor of 3 apart, on
+  validation data with one seed. Every other setting is a default.
+* **Fresh seeds.** With the chosen rate each contender is trained again with {seeds} other seeds (weights, data and
+  batches) and evaluated on test data. All errors on these pages come from those runs.
+* **Tuned fixed weights** are chosen among {vectors} weight vectors at each of the {rates} rates: from {budget} training
+  runs, where every other contender has {rates}. The vectors are the plain sum, one divided by each loss at the start,
+  and random ones around both, log-uniform within factors of 30 and 10.
 * **Error.** Each task has one error, 0 if everything is right and about 1 if nothing was learnt (wrong labels relative
   to guessing, squared error relative to the variance, 1 − IoU, relative distance from the solution). The error of a
-  training run is the mean over its tasks, each clipped to between {least:g} and {most:g}; if it failed or diverged,
-  {most:g}.
-* **Single-task models**, one per task, get the same grid and seeds. Δm is the mean relative improvement of the errors
-  over theirs: positive where joint training helps.
+  training run is the mean over its tasks, each clipped to between {least:g} and {most:g}. A run that failed or diverged
+  has the error {most:g}.
+* **Single-task models**, one per task, get the same grid and seeds. Δm is the mean relative improvement over their
+  errors; it is positive where joint training helps.
 * **As published.** `GradNormWeighter` and `NormalizedGradientWeighter` measure at the last shared layer; `MoDo` and
-  `SDMGrad` get two further batches in every step; `FAMOWeighter` sees the batch again after the step; `DWAWeighter` has
-  ten epochs; `NTKWeighter` looks at the residuals four times in a training; `MConFIG` gets one loss per step, in turn,
-  with plain SGD, and acts on heads too; the primary loss of those that have one is the first. All the rest is default.
+  `SDMGrad` get two extra batches in every step; `FAMOWeighter` sees the batch again after the step; `DWAWeighter` has
+  ten epochs; `NTKWeighter` reads the residuals four times per run; `MConFIG` gets one loss per step, in turn, with
+  plain SGD, and acts on heads too; methods with a primary loss take the first. Everything else is a default.
 * **Intervals** (95 %) come from a bootstrap over problems, and over seeds within each. Comparisons are paired by seed.
-  *Better* and *worse* on a problem: with every seed, and by 1 % or more on average. The {toys} toys are left out of all
-  figures over problems: they show which path a method takes, not how it learns.
+  *Better* or *worse* on a problem means with every seed, and by 1 % or more on average. The {toys} toys do not enter
+  figures over all problems: they show which path a method takes, not how it learns.
 * **One left out.** Every interval that lies on one side of 1 is computed again without each problem, and without each
-  family of problems: what does not survive that is no conclusion here.
+  family of problems. A result that does not survive this is not listed as a conclusion.
 """
 
 TABLES = """---
@@ -74,32 +74,31 @@ hide-toc: true
 
 # Which method helps? All tables
 
-The full tables behind [the page on evidence](evidence.md). Both are written by
-`make evidence ARGS="--write docs/evidence.md"`; `evidence.json` beside them has all figures, and every sentence that
-quotes one is written from that file.
+The full tables behind [the page on evidence](evidence.md). `make evidence ARGS="--write docs/evidence.md"` writes both
+pages. `evidence.json` beside them has all figures; every sentence that quotes one is generated from that file.
 
 """
 
 CANNOT = """## What cannot be concluded
 
-* **Nothing about long trainings or large models.** {steps} steps of models of {parameters} parameters. Methods that
-  learn their weights with a step size of their own (`UncertaintyWeighter`, `IMTLLWeighter`, `GradNormWeighter`,
-  `FAMOWeighter`, `GroupDROWeighter`, `MoCo`, `MoDo`) have little time to do so, and may do better in longer runs.
+* **Nothing about long training runs or large models.** The models have {parameters} parameters and train for {steps}
+  steps. Methods that learn their weights with their own step size (`UncertaintyWeighter`, `IMTLLWeighter`,
+  `GradNormWeighter`, `FAMOWeighter`, `GroupDROWeighter`, `MoCo`, `MoDo`) have little time to do so and may do better in
+  longer runs.
 * **Nothing about a method at its best.** Only the learning rate was tuned; every other constant is a default, and none
-  was chosen for these problems. The fixed weights were chosen among {budget} trainings, the rate of each method among
-  {rates}: what a method could do with {budget} tries was not tested.
-* **Little about small differences.** {seeds} seeds per problem: the figure of one method on one problem varies between
-  seeds as much as between many methods, and by chance alone {seeds} seeds all fall on one side in 1 case out of
-  {chance}. Learning rates were chosen with one seed. {edge}
-* **Nothing about goals other than the mean error.** `AGEM`, `Bloop`, `MetaBalance`, `PCD` put one loss first, `EPO`,
-  `PMGDA`, `PBIWeighter`, `STCHWeighter` and `COSMOSWeighter` aim at a given trade-off, `Krum` and `TrimmedMean` at
-  outliers: here all of them are judged by something they were not made for. Whether a promise of common descent is kept
-  is not measured either.
-* **Nothing about problems of another kind.** {real} problems, of {families} families, are a small sample, and those of
-  a family resemble each other. The intervals over problems say what {real} such problems can show, not what holds
-  for yours.
+  was chosen for these problems. The fixed weights were chosen from {budget} training runs, the rate of each method from
+  {rates}. What a method could do with {budget} tries was not tested.
+* **Little about small differences.** There are {seeds} seeds per problem. On one problem, the error of one method
+  varies between seeds as much as the errors of many methods differ, and by chance alone {seeds} seeds agree on the sign
+  of a difference in 1 case out of {chance}. Learning rates were chosen with one seed. {edge}
+* **Nothing about goals other than the mean error.** `AGEM`, `Bloop`, `MetaBalance` and `PCD` put one loss first; `EPO`,
+  `PMGDA`, `PBIWeighter`, `STCHWeighter` and `COSMOSWeighter` aim at a given trade-off; `Krum` and `TrimmedMean` are
+  robust to outliers. All of them are judged here by something they were not made for. Whether promises of common
+  descent are kept is not measured either.
+* **Nothing about problems of another kind.** {real} problems from {families} families are a small sample, and problems
+  of one family resemble each other. The intervals say what {real} such problems can show, not what holds for yours.
 * **Nothing about cost.** The plain sum and the weighters make one backward pass per step; surgery makes one per loss.
-  The budget here is in steps. With a budget in seconds the cheaper ones would have had more steps, or more weights
+  The budget here is in steps. With a budget in seconds, the cheaper methods would have had more steps, or more weights
   to try.
 """
 
@@ -210,10 +209,10 @@ def ran(data: Data) -> str:
     """How much of the plan was trained."""
     plan = data["plan"]
     if plan["finished"] == plan["planned"]:
-        return f"All {plan['planned']} trainings of the plan were made."
+        return f"All {plan['planned']} planned training runs were made."
     return (
-        f"Of the {plan['planned']} trainings of the plan {plan['finished']} were made when this was written. What is "
-        "missing is left out: a contender without its choice of rate, or a seed that was not tested yet."
+        f"Of the {plan['planned']} planned training runs, {plan['finished']} were made when this was written. What is "
+        "missing is left out: contenders without a chosen rate, and seeds that have not been tested yet."
     )
 
 
@@ -243,7 +242,7 @@ def contender_text(data: Data) -> str:
     head += ["better, even, worse"]
     text = (
         f"Over the {len(real_problems(data))} problems that are not toys, sorted by mean rank (1 is best, "
-        f"{len(data['overall'])} last; where fewer take part, ranks are stretched to the same range). *Error / plain "
+        f"{len(data['overall'])} last; where fewer take part, ranks are rescaled to the same range). *Error / plain "
         f"sum* is the geometric mean of the ratios.\n\n{grid(head, errors)}\n\n"
     )
     text += "Δm is the improvement over one model per task. "
@@ -252,7 +251,7 @@ def contender_text(data: Data) -> str:
         text += (
             "*Time* is that of a whole step relative to the plain sum's, on GradNorm's toy, where the plain sum takes "
             f"{milliseconds} ms: processor time of one thread, median over rounds in which all take turns, measured "
-            "apart from the training runs. "
+            "separately from the training runs. "
         )
     text += "*Rate at an end*: on how many problems the chosen learning rate is the lowest or highest of the "
     text += "grid.\n\n"
@@ -264,8 +263,8 @@ def without_text(data: Data) -> str:
     """Which problems the intervals on one side of 1 depend on."""
     text = (
         "Ratios of errors whose 95 % interval lies on one side of 1 over all problems that are not toys. *Without a "
-        "problem*, *without a family*: the one that brings the interval closest to 1, or past it, when it is left out. "
-        "A ratio *stays* if none takes it past 1.\n"
+        "problem* and *without a family* show the one whose omission brings the interval closest to 1, or past it. A "
+        "ratio *stays* if no omission takes the interval past 1.\n"
     )
     for key, label in (("sum", "the plain sum"), ("tuned", "the tuned fixed weights")):
         rows = [row for row in data["overall"] if "without" in row.get(key, {})]

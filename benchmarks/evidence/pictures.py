@@ -18,6 +18,7 @@ from gradsurgery.watch.pictures import COLOURS, LIGHT, style
 #: By kind, and the two baselines.
 COLOUR = {"surgery": COLOURS[3], "weighting": COLOURS[4], "baseline": LIGHT.ink, SUM: COLOURS[0], TUNED: LIGHT.ink}
 _ROW = 0.145  # inches for a contender
+_WIDTH = 4.9  # inches: narrow, so that the names can still be read on a phone
 
 
 def draw(data: Data, folder: Path) -> None:
@@ -54,6 +55,15 @@ def name_rows(axes: Axes, names: list[str], kinds: dict[str, str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
+def kinds_key(figure: Figure) -> None:
+    """Say below the picture what the colours mean."""
+    from matplotlib.lines import Line2D
+
+    shades = {"surgery": COLOUR["surgery"], "weighting": COLOUR["weighting"], "baseline": COLOUR["baseline"]}
+    marks = [Line2D([], [], color=shade, marker="o", ms=3.6, lw=1.3, label=kind) for kind, shade in shades.items()]
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False, fontsize=8)
+
+
 def plain_ticks(axes: Axes) -> None:
     """Numbers on a logarithmic axis as people write them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -69,7 +79,7 @@ def overall(data: Data) -> Figure:
     """Error relative to the plain sum, with intervals, for every contender."""
     rows = sorted((row for row in data["overall"] if "sum" in row), key=lambda row: row["sum"]["ratio"][0])
     kinds = {row["name"]: row["kind"] for row in rows}
-    figure = Figure(figsize=(6.6, 1.0 + _ROW * len(rows)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.3 + _ROW * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(1.0, color=COLOUR[SUM], lw=1.0, zorder=0)
     for y, row in enumerate(rows):
@@ -81,8 +91,9 @@ def overall(data: Data) -> Figure:
     name_rows(axes, [row["name"] for row in rows], kinds)
     plain_ticks(axes)
     axes.grid(axis="x", color=LIGHT.faint, lw=0.5, zorder=-1)
-    axes.set_title("Error relative to the plain sum, 95 % interval")
-    axes.set_xlabel("fewer errors  ←  1  →  more errors     (blue: surgery, green: weighting)")
+    axes.set_title("Error / error of the plain sum")
+    axes.set_xlabel("lower error  ←     →  higher error")
+    kinds_key(figure)
     return figure
 
 
@@ -103,7 +114,7 @@ def heat(data: Data) -> Figure:
     above, middle, below = LIGHT.diverging
     shades = LinearSegmentedColormap.from_list("better or worse", [below, middle, above])
     shades = shades.with_extremes(bad=LIGHT.paper)
-    figure = Figure(figsize=(7.4, 2.0 + _ROW * len(names)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 2.3 + _ROW * len(names)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap=shades, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     for i, j in zip(*np.nonzero(np.isnan(table)), strict=True):
@@ -114,8 +125,8 @@ def heat(data: Data) -> Figure:
     axes.xaxis.tick_top()
     axes.tick_params(axis="x", length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.35, aspect=16, pad=0.02, ticks=[-1, 0, 1])
-    bar.ax.set_yticklabels(["half\nthe error", "as the\nplain sum", "twice\nthe error"])
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.8, aspect=24, pad=0.02, ticks=[-1, 0, 1])
+    bar.ax.set_xticklabels(["half the error\nor less", "as the\nplain sum", "twice the error\nor more"])
     bar.outline.set_visible(False)  # type: ignore[operator]
     return figure
 
@@ -124,7 +135,7 @@ def one_problem(data: Data, problem: Data, kinds: dict[str, str]) -> Figure:
     """All contenders on one problem, a dot for each seed."""
     name = problem["name"]
     here, order = data["results"][name], ordered(data, name)
-    figure = Figure(figsize=(6.6, 0.9 + _ROW * len(order)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.9 + _ROW * len(order)), layout="constrained")
     axes = figure.subplots()
     for baseline in (SUM, TUNED):
         mean = mean_score(data, name, baseline)

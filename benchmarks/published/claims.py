@@ -118,7 +118,7 @@ def basin(found: Results) -> list[Claim]:
         Claim(
             "CAGrad, figure 1",
             "Adam on the plain sum is stuck from two of three starts",
-            f"it is held from {3 - count(three['plain sum'], 'on front')} of 3",
+            f"it is stuck from {3 - count(three['plain sum'], 'on front')} of 3",
             (count(three["plain sum"], "on front") == 1,),
         ),
         Claim(

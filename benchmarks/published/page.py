@@ -32,17 +32,17 @@ VERDICTS = ("as claimed", "in part", "not reproduced")
 
 PAGE = """# Published behaviour
 
-Papers show on small problems what their methods do. These problems are run here with this library, and each claim is
-compared with our result.
+Papers show on small problems what their methods do. Here the same problems are run with this library, and each claim is
+compared with the result.
 
 {counts}
 
 ![Paths of seven methods from five starts, f₁ × 0.1, and their ends on the front](_static/published/scaled.png)
 
-*The first problem, with f₁ × 0.1: where each method goes from five starts. The grey band is the Pareto front.*
+*The first problem, with f₁ × 0.1: the paths of each method from five starts. The grey band is the Pareto front.*
 
-*As claimed*: every condition of the claim holds. *In part*: some of them hold. *Not reproduced*: none holds. Each
-claim with our figure, all runs and their settings are in [the tables](published-tables.md).
+*As claimed*: every condition of the claim holds. *In part*: some of them hold. *Not reproduced*: none holds.
+[The tables](published-tables.md) have each claim beside our result, all runs and their settings.
 
 ## Where results differ
 
@@ -57,8 +57,8 @@ about a minute.
 
 TABLES = """# Published behaviour: the tables
 
-The claims of the papers, in our words, and what was found here. [The summary](published.md) says what the verdicts
-mean.
+The claims of the papers, in our words, beside the results of this library. [The summary](published.md) explains the
+verdicts.
 
 {summary}
 
@@ -75,15 +75,15 @@ as in all of their scripts.
 * *Setting of CAGrad*: equal scales, {equal_steps} steps, c = 0.5, CAGrad's direction divided by 1 + c and not
   clipped. Its third start is (−8.5, −5).
 
-A run *reaches the front* if at its end no Pareto point is better in both (unscaled) losses by more than
-{on_front}; along the front they range over 19.6. It reaches *the minimum* of the sum of the losses, the star in
-the papers' figures, if it ends within {at_minimum} of it in the plane, where the front is 14 long: at
-({x_scaled}, {y_scaled}) with f₁ × 0.1, at ({x_equal}, {y_equal}) with equal scales. The front is where no loss
-can fall without the other rising; only one point of it is the minimum. A method *favours* a loss if its ends on
-the front have a mean θ₁ beyond 1 on that side; it ends *in between* if the mean is within 1 and no end beyond 5.
+The *front* is where no loss can fall without the other rising. A run *reaches the front* if, where it ends, no Pareto
+point is better in both (unscaled) losses by more than {on_front}; along the front each loss ranges over 19.6. One point
+of the front is *the minimum* of the sum of the losses, the star in the papers' figures: ({x_scaled}, {y_scaled}) with
+f₁ × 0.1, ({x_equal}, {y_equal}) with equal scales. A run reaches it if it ends within {at_minimum} of it in the plane,
+where the front is 14 long. A method *favours* a loss if the mean θ₁ of its ends on the front lies beyond 1 on that
+side; it ends *in between* if the mean is within 1 and no end is beyond 5.
 
-Steps are counted in stretches of 500. A run that is on the front and whose mean position over 500 steps moves by
-less than 0.001 to the next is not continued. Numbers are float64; the scripts use float32.
+Steps are counted in blocks of 500. A run stops early if it is on the front and its mean position moves by less than
+0.001 from one block to the next. Numbers are float64; the papers' scripts use float32.
 
 ### f₁ × 0.1
 
@@ -108,30 +108,30 @@ steps of Adam at 0.001 from (0.5, −3). Mean point and mean losses of the last 
 
 ![Mean paths of the plain sum, PCGrad and MGDA through the valleys](_static/published/stall.png)
 
-The floors of the valleys are 1e-5 wide: Adam's steps of 0.001 jump over them, so that the mean losses of PCGrad stay
-above the floors where it has arrived. MGDA gets there in {mgda_steps} steps and rests, since one gradient is zero on a
-floor.
+The floors of the valleys are 1e-5 wide and Adam's steps of 0.001 jump over them, so the mean losses of PCGrad stay
+above the floors even where it has arrived. MGDA arrives in {mgda_steps} steps and stops, because one gradient is zero
+on a floor.
 
 {valleys_why}
 
 ## GradNorm's regressions
 
-[`ScaledRegression`](toy-problems.md#gradnorms-regressions) at the paper's size: 250 inputs, 100 outputs, four
-shared layers of 100 neurons, α = 0.12. Chosen here, since the paper does not say: {scale_steps} steps of Adam at
-0.001 on 100 new samples each; ten scales from 1 to 100 in equal ratios. Weights of both methods learn with Adam
-at 0.025, as in the paper. Test loss over test loss at the start, mean over tasks and {scale_seeds} seeds:
+[`ScaledRegression`](toy-problems.md#gradnorms-regressions) at the paper's size: 250 inputs, 100 outputs, four shared
+layers of 100 neurons, α = 0.12. The paper does not give the rest, which was chosen here: {scale_steps} steps of Adam at
+0.001 on 100 new samples each; ten scales from 1 to 100 in equal ratios. The weights of both methods learn with Adam at
+0.025, as in the paper. Test loss divided by the test loss at the start, mean over tasks and {scale_seeds} seeds:
 
 {scales}
 
-Predicting zero is close to 1: so few steps learn little, and the small task of two gets *worse* with the plain sum.
-[The smaller version](toy-problems.md#gradnorms-regressions) is learnt further.
+Predicting zero would give a value close to 1, so these few steps learn little; with the plain sum the small one of the
+two tasks even gets *worse*. [The smaller version](toy-problems.md#gradnorms-regressions) trains further.
 
 {scales_why}
 
 ## SoftAdapt's README
 
-The README's example, three losses over five epochs with β = 0.1, through `get_component_weights`; five digits are
-printed there, and compared.
+The example of the README: three losses over five epochs with β = 0.1, through `get_component_weights`. The README
+prints five digits; they are compared.
 
 ## ConFIG on the Burgers equation
 
@@ -139,8 +139,8 @@ printed there, and compared.
 
 {pinn}
 
-IMTL-G and ConFIG have the same direction; only its length differs. M-ConFIG's advantage is the number of steps that
-the same number of gradients buys.
+IMTL-G and ConFIG have the same direction and differ only in its length. M-ConFIG's advantage is that the same number of
+gradients pays for more steps.
 
 {pinn_why}
 """
@@ -150,9 +150,9 @@ equation, the boundary, the initial values. Small: ν = {viscosity:.3f}, a tanh 
 layers of {width} neurons, {inside} + {edge} + {edge} new points per step, {steps} steps, {seeds} seeds. (The
 paper: ν = 0.003, five layers of 50, 10 000 + 250 + 250 points, 30 000 steps.) Adam begins at {lr:g}, the
 paper's at 0.001; both warm up for 1 % of the steps and fall to a tenth along a cosine. M-ConFIG computes the
-gradient of one loss per step, in turn; it is given as many steps as the others, or as many gradients. *Error*:
-mean square against the exact solution (transformation of Cole and Hopf, by quadrature) on a grid of 128 × 51,
-geometric mean over seeds. *Better* means better with every seed. No clock was read."""
+gradient of one loss per step, in turn; it is run with as many steps as the others, and with as many gradients.
+*Error*: mean squared error against the exact solution (Cole-Hopf transformation, by quadrature) on a grid of 128 × 51,
+geometric mean over seeds. *Better* means better with every seed. Time was not measured."""
 
 
 def write(results: Results) -> str:
@@ -245,7 +245,7 @@ def why(found: list[Claim]) -> str:
     if not open_ones:
         return "Every claim holds."
     return "Claims that do not hold entirely, and why:\n\n" + "\n".join(
-        f"* {c.paper}, {c.says} ({c.verdict}): {c.why}" for c in open_ones
+        f"* **{c.paper}**: {c.says}. *{c.verdict.capitalize()}:* {c.why}" for c in open_ones
     )
 
 
@@ -259,8 +259,8 @@ def ends(setting: Results) -> str:
         lines.append([name, *map(end, runs), f"{on} of 5", f"{at} of 5"])
     last = " The last start is CAGrad's and is not counted." if len(starts) > 5 else ""
     return grid(["method", *starts, "on the front", "at the minimum"], lines) + (
-        "\n\n*θ₁ of the end, from −7 (minimum of f₂) to 7 (minimum of f₁), and in brackets the thousands of steps\n"
-        f"after which the run was on the front; a star at the minimum.{last}*"
+        "\n\n*θ₁ where the run ends, from −7 (minimum of f₂) to 7 (minimum of f₁); in brackets, after how many\n"
+        f"thousand steps it was on the front. A star marks the minimum.{last}*"
     )
 
 

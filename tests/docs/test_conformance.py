@@ -417,19 +417,19 @@ def test_the_short_version_of_the_costs():
     steps += [cell("TorchJD, sequential", 2, 4.0, 7.0), cell("TorchJD, autogram", 2, 5.0, 8.0)]
     ours, theirs = page.short({"device": "cpu", "threads": 2, "steps": steps}).splitlines()
     assert ours.startswith(
-        "* CPU, 2 threads: `PCGrad` takes 1.50 times the floor in the median of 2 cases, 1.00 to 2.00"
+        "* CPU, 2 threads: `PCGrad` takes 1.50 times the floor in the median of 2 cases (range 1.00 to 2.00)"
     )
-    assert "memory 4.0 sizes" in ours
+    assert "Median memory: 4.0 times the size" in ours
     assert "takes 4.00 times the floor in the median of 1 cases" in theirs
-    assert "memory 7.0 sizes" in theirs
+    assert "Median memory: 7.0 times the size" in theirs
 
 
 def test_the_short_version_names_what_is_slower():
     pair = {"method": "MGDA", "dtype": "float32", "ratio": 3.0, "met": True, "ours_error": 1e-16, "theirs_error": 1e-3}
     text = solvers.short([pair, pair | {"method": "Krum", "ratio": 0.5, "met": False, "ours_error": None}])
-    assert "takes 1.8 times as long; the range is 0.5 to 3." in text
-    assert "the slower one for: Krum. It misses its own target in speed for: Krum." in text
-    assert "is 1e-16 here and 1e-03 there" in text
+    assert "takes 1.8 times as long in the median of 2 settings; the range is 0.5 to 3." in text
+    assert "this library is slower: Krum. Methods for which it misses its own speed target: Krum." in text
+    assert "is 1e-16 in this library and 1e-03 in TorchJD" in text
 
 
 def test_solver_figures(monkeypatch):
