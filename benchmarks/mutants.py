@@ -4,8 +4,9 @@ python -m benchmarks.mutants [--files step transaction] [--count 40] [--seed 0] 
 
 The tests are collected once, and each is run once to see which lines it reaches; some cases of a test that has many.
 Every mutant is a fork of that process in which one function has another code: the tests that reach its line run, quick
-ones first, until one fails. What lies outside of functions is imported anew. A mutant on which no test fails has
-survived, and is printed at once. Those that change nothing a user can see are explained in `mutants.json`, and counted.
+ones first, until one fails or they have taken long enough. What lies outside of functions is imported anew. A mutant on
+which no test fails has survived, and is printed at once. Those that change nothing a user can see are explained in
+`mutants.json`, and not tried.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import collections
 import copy
 import gc
 import importlib.machinery
+import itertools
 import json
 import os
 import pickle
@@ -98,11 +100,12 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.Pass()
 
 
-def _annotations(tree: ast.AST) -> set[int]:
-    """Nodes of annotations, which nothing runs."""
+def _idle(tree: ast.AST) -> set[int]:
+    """Nodes without an effect: annotations, which nothing runs, and `strict`, with which `zip` asserts something."""
     found = set()
     for node in ast.walk(tree):
-        for field in ("annotation", "returns"):
+        fields = ("value",) if isinstance(node, ast.keyword) and node.arg == "strict" else ("annotation", "returns")
+        for field in fields:
             if (inside := getattr(node, field, None)) is not None:
                 found |= {id(part) for part in ast.walk(inside)}
     return found
@@ -134,9 +137,9 @@ class _Replace(ast.NodeTransformer):
 def mutants(source: str) -> list[Mutant]:
     """All mutants of a file."""
     tree, lines, found = ast.parse(source), source.splitlines(), []
-    unused = _annotations(tree)
+    idle = _idle(tree)
     for place, (node, span, function) in enumerate(_places(tree, range(0), False)):
-        for k, new in enumerate(changes(node) if id(node) not in unused else ()):
+        for k, new in enumerate(changes(node) if id(node) not in idle else ()):
             fresh = ast.parse(source)
             old = next(n for i, (n, *_) in enumerate(_places(fresh, range(0), False)) if i == place)
             whole = ast.fix_missing_locations(_Replace(old, list(changes(old))[k]).visit(fresh))
@@ -259,7 +262,7 @@ class Run:
         files: The tests of each file of `gradsurgery`.
         count: How many mutants of each, drawn at random.
         seed: Of the draw.
-        slowest: Tests that take longer, in seconds, are left out.
+        seconds: What the tests of one mutant take at most.
         cases: How many cases of each test, drawn at random.
         spare: Seconds of processor time for a mutant beyond five times what its tests took.
         folder: Where to write for a while.
@@ -271,14 +274,14 @@ class Run:
         files: dict[str, tuple[str, ...]],
         count: int,
         seed: int,
-        slowest: float,
+        seconds: float,
         cases: int,
         spare: int,
         folder: Path,
     ) -> None:
         self.paths = {file: root / "gradsurgery" / f"{file}.py" for file in files}
         self.tests = {file: [next((root / "tests").rglob(f"{name}.py")) for name in files[file]] for file in files}
-        self.slowest, self.cases, self.spare, self.folder = slowest, cases, spare, folder
+        self.seconds, self.cases, self.spare, self.folder = seconds, cases, spare, folder
         self.random = random.Random(seed)
         every = {file: mutants(path.read_text("utf-8")) for file, path in self.paths.items()}
         self.possible = {file: len(found) for file, found in every.items()}
@@ -345,7 +348,11 @@ class Run:
 
     def each(self, function: bool) -> Iterator[tuple[str, Mutant]]:
         for file, several in self.chosen.items():
-            yield from ((file, mutant) for mutant in several if mutant.function is function)
+            for mutant in several:
+                if mutant.function is function and explained(file, mutant):
+                    self.counts[file]["explained"] += 1
+                elif mutant.function is function:
+                    yield file, mutant
 
     def recorded(self, session: pytest.Session) -> int:
         found = record(session, {str(path): file for file, path in self.paths.items()})
@@ -353,13 +360,16 @@ class Run:
         return SURVIVED
 
     def noticing(self, file: str, mutant: Mutant) -> list[str]:
-        """The tests that reach a mutant, those first that have killed the most, then the quick ones."""
+        """The tests that reach a mutant: first those that have killed the most, then the file's own, then quick ones."""
+        own = {test.name for test in self.tests[file]}
         names = [
             name
-            for name, (seconds, lines) in self.reached.items()
-            if seconds <= self.slowest and (not mutant.function or not lines[file].isdisjoint(mutant.span))
+            for name, found in self.reached.items()
+            if not mutant.function or not found.lines[file].isdisjoint(mutant.span)
         ]
-        return sorted(names, key=lambda name: (-self.kills[name], self.reached[name].seconds))
+        names.sort(key=lambda n: (-self.kills[n], Path(n.partition("::")[0]).name not in own, self.reached[n].seconds))
+        totals = itertools.accumulate(self.reached[name].seconds for name in names)
+        return [name for name, total in zip(names, totals, strict=True) if total <= self.seconds]
 
     def swapped(self, file: str, mutant: Mutant, items: list[pytest.Item]) -> int:
         swap(self.paths[file], mutant.tree)
@@ -391,7 +401,7 @@ class Run:
             raise SystemExit(f"gradsurgery/{file}.py:{mutant.line}: {mutant.change}: could not be tried")
         if code != SURVIVED:
             self.kills[killer.read_text("utf-8") if killer.exists() else ""] += 1
-        verdict = "killed" if code != SURVIVED else "explained" if explained(file, mutant) else "alive"
+        verdict = "killed" if code != SURVIVED else "alive"
         self.counts[file][verdict] += 1
         if verdict == "alive":
             done = f"{self.counts[file].total()}/{len(self.chosen[file])}"
@@ -404,7 +414,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--tests", nargs="+", default=(), help="in place of those that are listed for the files")
     parser.add_argument("--count", type=int, default=10, help="mutants of each file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--slowest", type=float, default=10, help="seconds; tests that take longer are left out")
+    parser.add_argument("--seconds", type=float, default=60, help="of processor time, for the tests of one mutant")
     parser.add_argument("--cases", type=int, default=10, help="of each test")
     parser.add_argument("--spare", type=int, default=10, help="seconds beyond five times what the tests took before")
     parser.add_argument("--root", type=Path, default=ROOT, help="where `gradsurgery` and `tests` are")
@@ -417,7 +427,7 @@ def main(words: list[str] | None = None) -> int:
         __import__(slow)
     files = {file: given.tests or TESTS[file] for file in given.files}
     with tempfile.TemporaryDirectory() as folder:
-        return Run(root, files, given.count, given.seed, given.slowest, given.cases, given.spare, Path(folder)).all()
+        return Run(root, files, given.count, given.seed, given.seconds, given.cases, given.spare, Path(folder)).all()
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def damaged(change, factory=gradsurgery.DWAWeighter):
     return optimizer, state
 
 
-@pytest.mark.parametrize("step", [-5, math.nan, 2**70, "x", None, True, 1.0, [1]])
+@pytest.mark.parametrize("step", [-5, math.nan, 2**63, 2**70, "x", None, True, 1.0, [1]])
 def test_a_step_that_is_no_count_is_refused(step):
     optimizer, state = damaged(lambda memory: memory.update(step=step))
     before = copy.deepcopy(optimizer.state_dict())
@@ -292,6 +292,16 @@ def test_a_step_that_is_no_count_is_refused(step):
         {"epoch.count": {0: 1.0}},
         {3: {"a": 1.0}},
         {"last_weights": [1.0]},
+        {"last_weights": {"a": True}},
+        {"last_private": ["a"]},
+        {"last_private": [-1]},
+        {"last_private": 3},
+        {"nonzero": [[0]]},
+        {"window": {"a": [math.nan]}},
+        {"winners": "ab"},
+        {"winners": [3]},
+        {"pseudo": {0: 1.0}},
+        {"pseudo": torch.ones(2)},
     ],
     ids=str,
 )
@@ -301,6 +311,56 @@ def test_an_entry_of_a_wrong_kind_is_refused(entry):
     with pytest.raises(ValueError, match=r"DWAWeighter.load_state_dict: .*memory.*Nothing was loaded"):
         optimizer.load_state_dict(state)
     assert same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"step": -5}, f"memory['step'] = -5, which is no whole number from 0 to {2**63 - 1}"),
+        ({"tasks": "ab"}, "memory['tasks'] = 'ab', which is no list of different names"),
+        ({"last_weights": [1.0]}, "memory['last_weights'] = a list, which is no number by name"),
+        ({"last_weights": "x" * 57}, f"memory['last_weights'] = {'x' * 57!r}, which"),
+        ({"last_weights": "x" * 58}, f"memory['last_weights'] = '{'x' * 55}…, which"),
+    ],
+    ids=["number", "text", "object", "almost too long", "too long"],
+)
+def test_what_an_entry_is_and_should_be_is_told(entry, said):
+    optimizer, state = damaged(lambda memory: memory.update(entry))
+    with pytest.raises(ValueError, match="Nothing was loaded") as error:
+        optimizer.load_state_dict(state)
+    assert said in str(error.value)
+
+
+def test_the_largest_number_of_steps_is_taken():
+    optimizer, state = damaged(lambda memory: memory.update(step=2**63 - 1))
+    optimizer.load_state_dict(state)
+    assert optimizer.state_dict()["gradsurgery"]["memory"]["step"] == 2**63 - 1
+
+
+class Own(gradsurgery.PCGrad):
+    """A method from outside, which may remember what it likes."""
+
+
+def test_a_method_from_outside_may_remember_any_plain_values():
+    kept = {"none": None, "flag": True, "pairs": [(1, "x"), {"y": [2.5, None]}], "row": torch.ones(2)}
+    optimizer, state = damaged(lambda memory: memory.update(kept), Own)
+    optimizer.load_state_dict(state)
+    assert same({k: optimizer.state_dict()["gradsurgery"]["memory"][k] for k in kept}, kept)
+
+
+@pytest.mark.parametrize("value", [{1, 2}, [{1, 2}], {"a": object}, (b"x",)], ids=["set", "list", "dict", "tuple"])
+def test_a_method_from_outside_remembers_plain_values_alone(value):
+    optimizer, state = damaged(lambda memory: memory.update(mine=value), Own)
+    with pytest.raises(ValueError, match=r"Own.load_state_dict: .*memory\['mine'\] = a \w+, which is no plain value"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(5, "'a', 'b', 'c', 'd', 'e'."), (6, "'a', 'b', 'c', 'd', 'e', ….")])
+def test_five_keys_of_what_is_no_state_are_named(count, shown):
+    _, optimizer = two(gradsurgery.PCGrad)
+    with pytest.raises(ValueError, match="its keys are") as error:
+        optimizer.load_state_dict(dict.fromkeys("abcdef"[:count]))
+    assert f"its keys are {shown}" in str(error.value)
 
 
 def test_an_entry_inside_a_weighter_or_a_part_is_looked_at_too():

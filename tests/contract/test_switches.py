@@ -229,6 +229,88 @@ def test_bad_switches_are_named(net, options, message):
         wrapped(gradsurgery.PCGrad, net, **options)
 
 
+TOLD = [  # the whole text
+    (gradsurgery.PCGrad, {"every": 0}, "PCGrad: `every` must be an integer >= 1, got 0."),
+    (gradsurgery.PCGrad, {"every": True}, "PCGrad: `every` must be an integer >= 1, got True."),
+    (gradsurgery.PCGrad, {"warmup": 1.0}, "PCGrad: `warmup` must be an integer >= 0, got 1.0."),
+    (gradsurgery.PCGrad, {"warmup": -1}, "PCGrad: `warmup` must be an integer >= 0, got -1."),
+    (gradsurgery.PCGrad, {"seed": -1}, f"PCGrad: `seed` must be an integer >= 0 and < {2**64}, got -1."),
+    (gradsurgery.PCGrad, {"seed": 2**64}, f"PCGrad: `seed` must be an integer >= 0 and < {2**64}, got {2**64}."),
+    (gradsurgery.PCGrad, {"max_weight": "1"}, "PCGrad: `max_weight` must be a finite number, got '1'."),
+    (gradsurgery.PCGrad, {"max_weight": True}, "PCGrad: `max_weight` must be a finite number, got True."),
+    (gradsurgery.PCGrad, {"preference": b"ab"}, "PCGrad: `preference` must be numbers by name or in order, got b'ab'."),
+    (gradsurgery.MGDA, {"tolerance": 0}, "MGDA: `tolerance` must be > 0, got 0."),
+    (gradsurgery.ConicGrad, {"c": 1.5}, "ConicGrad: `c` must be <= 1, got 1.5."),
+    (gradsurgery.FixedWeighter, {"weights": [1.0, -1.0]}, "FixedWeighter: `weights['1']` must be >= 0, got -1.0."),
+    (gradsurgery.FAMOWeighter, {"min_losses": "ab"}, "FAMOWeighter: `min_losses` must be a finite number, got 'ab'."),
+    (
+        gradsurgery.UncertaintyWeighter,
+        {"kind": 3},
+        "UncertaintyWeighter: `kind` must be names of kinds by name or in order, got 3.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "said"), TOLD, ids=lambda x: getattr(x, "__name__", None))
+def test_an_argument_out_of_bounds_is_told_in_full(net, method, options, said):
+    with pytest.raises(ValueError, match="must be") as error:
+        wrapped(method, net, **options)
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (gradsurgery.PCGrad, {"every": 1, "warmup": 0, "seed": 0, "weight_momentum": 0.0}),
+        (gradsurgery.PCGrad, {"seed": 2**64 - 1, "min_weight": 1.0, "max_weight": 1.0}),
+        (gradsurgery.ConicGrad, {"c": 0.0}),
+        (gradsurgery.ConicGrad, {"c": 1}),
+        (gradsurgery.FixedWeighter, {"weights": [0.0, 1.0]}),
+        (gradsurgery.AGDA, {"gamma": 0.0, "period": 1}),
+    ],
+    ids=str,
+)
+def test_an_argument_may_lie_on_its_bound(net, method, options):
+    optimizer = wrapped(method, net, **options)
+    for name, value in options.items():
+        if name != "weights":
+            assert getattr(optimizer, name) == value
+
+
+def test_numbers_may_be_tensors_and_numbers_of_numpy(net, x):
+    given = [torch.tensor(2.0), np.float32(3.0)]
+    assert list(wrapped(gradsurgery.FixedWeighter, net, weights=given).backward(net(x)).weights.values()) == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ([], "nothing"),
+        ([torch.ones(2), 3], "an object of type int"),
+        ([nn.Linear], "the class Linear"),
+        (3, "an object of type int"),
+    ],
+    ids=["none", "number among them", "class", "number"],
+)
+def test_what_is_no_parameter_is_named(net, given, what):
+    with pytest.raises(TypeError, match="`shared_params`") as error:
+        wrapped(gradsurgery.PCGrad, net, shared_params=given)
+    assert str(error.value).endswith(f"or a module, got {what}.")
+
+
+def test_one_parameter_may_be_shared_params(net, x):
+    weight = net.trunk[0].weight
+    optimizer = wrapped(gradsurgery.PCGrad, net, shared_params=weight)
+    assert list(optimizer.shared_params) == [weight]
+
+
+def test_the_primary_loss_is_a_name(net, x):
+    with pytest.raises(TypeError) as error:
+        wrapped(gradsurgery.Bloop, net, primary=0)
+    assert str(error.value) == "Bloop: `primary` must be the name of a loss or None, got 0."
+    assert wrapped(gradsurgery.Bloop, net, primary="b").primary == "b"
+
+
 @pytest.mark.parametrize("option", [{"every": 2}, {"weight_momentum": 0.5}, {"min_weight": 0.0}, {"max_weight": 1.0}])
 def test_methods_without_weights_refuse_what_needs_them(net, option):
     class Coordinates(PlainSum):
