@@ -360,7 +360,7 @@ class Run:
         return SURVIVED
 
     def noticing(self, file: str, mutant: Mutant) -> list[str]:
-        """The tests that reach a mutant: first those that have killed the most, then the file's own, then quick ones."""
+        """The tests that reach a mutant: first those that killed the most, then the file's own, then quick ones."""
         own = {test.name for test in self.tests[file]}
         names = [
             name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -123,6 +124,37 @@ def test_a_weight_that_is_no_number_is_never_written(kind, value):
     assert w.grad is None
 
 
+@pytest.mark.parametrize("method", [gradsurgery.FixedWeighter, gradsurgery.PCGrad])
+def test_the_largest_number_is_a_weight(method):
+    largest = torch.finfo(torch.float32).max
+    w = fresh(torch.float32, 1.0, 3.0)
+    given = {"weights" if method is gradsurgery.FixedWeighter else "preference": {"a": largest, "b": 1.0}}
+    method(SGD([w], lr=0.1), **given).backward({"a": w[0], "b": w[1]})
+    assert w.grad.tolist() == [largest, 1.0]
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_weight_of_a_row_that_a_method_added_is_told_of_all_losses(nonfinite):
+    class Extra(gradsurgery.Surgery):
+        observes = True
+
+        def observe(self, rows, losses, params):
+            return [*rows, rows[0]]
+
+        def weights(self, gram, losses):
+            return np.array([1.0, 1.0, 1e39])
+
+    w = fresh(torch.float32, 1.0, 3.0)
+    optimizer = Extra(SGD([w], lr=0.1), nonfinite=nonfinite)
+    two = {"a": w[0] ** 2, "b": (w[1] - w[0]) ** 2}
+    if nonfinite == "skip":
+        assert "skipped" in optimizer.backward(two).flags
+    else:
+        with pytest.raises(RuntimeError, match=r"the weight of 'a', 'b' is out of range .1e\+39; "):
+            optimizer.backward(two)
+    assert w.grad is None
+
+
 def test_streaming_looks_at_its_weights_too():
     w = fresh(torch.float32, 1.0, 3.0)
     optimizer = gradsurgery.PCGrad(SGD([w], lr=0.1), streaming=True, preference={"a": 1e39, "b": 1.0})
@@ -156,6 +188,8 @@ def test_a_sum_that_overflows_a_parameter_is_never_written(name):
     optimizer.nonfinite = "skip"
     assert {"nonfinite", "skipped"} <= set(optimizer.backward(two(6e4)).flags)
     assert w.grad is None
+    optimizer.step()
+    assert optimizer.state_dict()["gradsurgery"]["memory"]["step"] == 0, "it has learnt from what was skipped"
 
 
 def test_combine_refuses_what_the_dtype_cannot_hold():

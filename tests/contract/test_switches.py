@@ -203,6 +203,27 @@ def test_weight_momentum_survives_absent_tasks_and_checkpoints(net, x):
     assert optimizer.state_dict()["gradsurgery"]["memory"]["smoothed_weights"]["1"] == memory["smoothed_weights"]["1"]
 
 
+@pytest.mark.parametrize(
+    ("switch", "expected"),
+    [({"weight_momentum": 0.5}, [1.0, 2.0, 3.5]), ({"max_weight": 3.0}, [1.0, 3.0, 3.0])],
+    ids=["momentum", "bound"],
+)
+def test_weights_of_normalized_rows_are_smoothed_and_bounded_too(switch, expected):
+    class Growing(gradsurgery.Surgery):
+        def weights(self, gram, losses):
+            count = self.memory.get("count", 0)
+            self.memory["count"] = count + 1
+            return np.full(len(gram), 2 * count + 1.0)
+
+    w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = Growing(torch.optim.SGD([w], lr=0.1), normalize="l2", **switch)
+    for weight in expected:
+        optimizer.zero_grad()
+        report = optimizer.backward([row @ w for row in ROWS])
+        np.testing.assert_allclose(list(report.weights.values()), weight / ROWS.norm(dim=1).numpy(), rtol=1e-12)
+        optimizer.step()
+
+
 def test_weights_are_bounded_last(net, x):
     report = wrapped(Given, net, preference=[1.0, 5.0], min_weight=1.5, max_weight=4.0).backward(net(x))
     assert list(report.weights.values()) == [1.5, 4.0]
@@ -391,6 +412,26 @@ def test_each_part_has_a_memory_of_its_own(net, x):
     again.backward(net(x))
     again.step()
     assert again.state_dict()["gradsurgery"]["memory"]["parameter 3"]["targets"]["0"]["1"] != cosines[3]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("method", [gradsurgery.MGDA, gradsurgery.NashMTL, gradsurgery.IMTLG])
+def test_a_part_is_solved_for_the_losses_that_reach_it(method, inside):
+    """Parameters are named, since found ones are shared: one that a single loss reaches has plain gradients."""
+    reach = {"all": (0, 1, 2), "ends": (0, 2), "last": (1, 2), "one": (1,)}
+    params = {name: nn.Parameter(torch.zeros(3, dtype=torch.float64)) for name in reach}
+    by = [1.0, 5.0, 0.5] if inside else [1.0] * 3
+    base = torch.optim.SGD(params.values(), lr=0.1)
+    optimizer = method(
+        gradsurgery.FixedWeighter(base, weights=by) if inside else base,
+        granularity="parameter",
+        shared_params=params.values(),
+    )
+    optimizer.backward([sum(ROWS[i] @ params[k] for k in reach if i in reach[k]) + 1.0 for i in range(3)])
+    for name, who in reach.items():
+        rows = torch.stack([by[i] * ROWS[i] for i in who])
+        expected = method(any_optimizer()).combine(rows) if len(who) > 1 else rows[0]
+        torch.testing.assert_close(params[name].grad, expected, rtol=1e-9, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------- features
