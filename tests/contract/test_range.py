@@ -192,6 +192,27 @@ def test_a_sum_that_overflows_a_parameter_is_never_written(name):
     assert optimizer.state_dict()["gradsurgery"]["memory"]["step"] == 0, "it has learnt from what was skipped"
 
 
+def test_a_sum_that_only_might_overflow_is_written():
+    """The lengths of the rows add up to more than half precision holds, and no entry of their sum does."""
+    w = fresh(torch.float16, 1.0, 1.0)
+    report = gradsurgery.PCGrad(SGD([w], lr=0.1)).backward({"a": w.float()[0] * 6e4, "b": w.float()[1] * 6e4})
+    assert w.grad.tolist() == [6e4, 6e4]
+    assert not report.flags
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_gradients_of_a_single_pass_are_looked_at_where_steps_may_be_skipped(nonfinite):
+    w = fresh(torch.float32, 0.0, 1.0)
+    optimizer = gradsurgery.FixedWeighter(SGD([w], lr=0.1), nonfinite=nonfinite)
+    report = optimizer.backward({"a": w[0].sqrt(), "b": w[1]})
+    if nonfinite == "skip":
+        assert {"nonfinite", "skipped"} <= set(report.flags)
+        assert w.grad is None
+    else:
+        assert not report.flags
+        assert w.grad.tolist() == [math.inf, 1.0]
+
+
 def test_combine_refuses_what_the_dtype_cannot_hold():
     rows = torch.tensor([[6e4, 0.0], [6e4, 1.0]], dtype=torch.float16)
     for method in (gradsurgery.PCGrad, gradsurgery.GradDrop):

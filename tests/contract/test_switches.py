@@ -434,6 +434,30 @@ def test_a_part_is_solved_for_the_losses_that_reach_it(method, inside):
         torch.testing.assert_close(params[name].grad, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("repeats", [False, True])
+def test_rows_that_a_method_adds_are_left_out_where_they_repeat_absent_losses(repeats):
+    class Adds(gradsurgery.Surgery):
+        observes = True
+        rows_repeat_tasks = repeats
+
+        def observe(self, rows, losses, params):
+            return [*rows, *([[None if g is None else 2 * g for g in row] for row in rows] if repeats else rows[:1])]
+
+        def weights(self, gram, losses):
+            seen.append(gram)
+            return np.arange(1.0, len(losses) + 1)
+
+    seen = []
+    both, one = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
+    optimizer = Adds(torch.optim.SGD([both, one], lr=0.1), granularity="parameter", shared_params=[both, one])
+    optimizer.backward([ROWS[0] @ (both + one), ROWS[1] @ both, ROWS[2] @ (both + one)])
+    rows = ROWS[[0, 2]] if repeats else ROWS * torch.tensor([[1.0], [0.0], [1.0]])
+    rows = torch.cat([rows, 2 * rows if repeats else rows[:1]])
+    np.testing.assert_allclose(seen[1], (rows @ rows.T).numpy(), rtol=1e-14)
+    torch.testing.assert_close(both.grad, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) @ ROWS)
+    torch.testing.assert_close(one.grad, ROWS[0] + (2.0 if repeats else 3.0) * ROWS[2])
+
+
 # --------------------------------------------------------------------------------------------------- features
 
 

@@ -381,6 +381,22 @@ def half_precision_rows(rank, size):
     same_everywhere(list(net.parameters()))
 
 
+def weight_out_of_range_on_one_rank(rank, size):
+    """Half precision does not hold the weight of a loss that one process alone has: nobody writes."""
+    net = Net()
+    losses = losses_of(net, data(size)[0, rank])
+    losses["a"] = losses["a"].half() if rank == 0 else None
+    weights = {"a": 1e5, "b": 1.0, "c": 1.0}
+    optimizer = gradsurgery.FixedWeighter(torch.optim.SGD(net.parameters(), lr=0.01), weights=weights, distributed=True)
+    with pytest.raises(RuntimeError, match="the weight of 'a' is out of range"):
+        optimizer.backward(losses)
+    assert all(p.grad is None for p in net.parameters())
+    weights["a"] = 6e4
+    optimizer = gradsurgery.FixedWeighter(torch.optim.SGD(net.parameters(), lr=0.01), weights=weights, distributed=True)
+    losses = losses_of(net, data(size)[0, rank])
+    assert optimizer.backward({**losses, "a": losses["a"].half() if rank == 0 else None}).weights["a"] == 6e4
+
+
 def mixed_dtypes(rank, size):
     """Rows of several dtypes cannot be one flat tensor; they are added up one by one."""
     x = data(size)
@@ -766,7 +782,7 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
     )
     for case in (
         nothing_on_one_rank, bad_gradient_on_one_rank, scaler, residuals, half_precision_rows, mixed_dtypes,
-        zero_redundancy, different_losses, replicas_that_differ, complex_replicas,
+        weight_out_of_range_on_one_rank, zero_redundancy, different_losses, replicas_that_differ, complex_replicas,
         a_group_of_its_own, words, under_autocast, a_copy_works_with_the_same_processes,
         nothing_finite_in_the_last_micro_batch, joined,
     ):  # fmt: skip
