@@ -246,6 +246,27 @@ def test_an_optimizer_without_hooks_commits_too():
     assert count(optimizer) == 1
     optimizer.load_state_dict(optimizer.state_dict())
     assert count(optimizer) == 1
+    w, optimizer = two(lambda base: gradsurgery.PCGrad(Bare(base)))
+    optimizer.combine(torch.eye(2), update=True)
+    assert count(optimizer) == 1
+    optimizer.backward(list(pair(w).values()))
+    optimizer.step()
+    assert count(optimizer) == 2
+
+
+def test_the_memory_may_be_read_between_calls():
+    w, optimizer = two(gradsurgery.PCGrad, every=2)
+    assert optimizer.memory == {"step": 0}
+    optimizer.backward(pair(w))
+    assert optimizer.memory == {"step": 0}
+    optimizer.step()
+    learnt = optimizer.memory
+    assert learnt["step"] == 1
+    assert set(learnt["last_weights"]) == {"a", "b"}
+    optimizer.combine(torch.eye(2))
+    assert optimizer.memory == learnt
+    optimizer.combine(torch.eye(2), update=True)
+    assert optimizer.memory["step"] == 2
 
 
 def test_a_step_that_a_hook_makes_inside_a_step_counts_once_for_each_backward():
