@@ -44,7 +44,7 @@ TESTS = {
     "guard": ("test_faults", "test_range", "test_deferred"),
     "sharing": ("test_kinds_of_step", "test_backward", "test_joined", "test_masks"),
     "solve": ("test_switches", "test_range", "test_priority_methods"),
-    "settings": ("test_switches", "test_cheap_modes", "test_engines", "test_messages"),
+    "settings": ("test_switches", "test_cheap_modes", "test_messages", "test_common_descent"),
     "gradients/exact": ("test_exact",),
     "gradients/gram": ("test_gram", "test_precision", "test_range", "test_exact"),
     "gradients/descent": ("test_common_descent",),
