@@ -230,7 +230,7 @@ def table(results: list[dict]) -> str:
 
 
 def wide_table(results: list[dict]) -> str:
-    """A Markdown table of milliseconds a call, methods by number of tasks."""
+    """A Markdown table of milliseconds per call, methods by number of tasks."""
     counts = sorted({r["m"] for r in results})
     lines = [
         "| method | " + " | ".join(f"m = {m}" for m in counts) + " |",

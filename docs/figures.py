@@ -235,7 +235,7 @@ def draw_basin() -> Figure:
     front.set_title("where they end")
     window(front, (-22.0, 10.0, -22.0, 10.0))
     front.set(xticks=[-20, -10, 0, 10], yticks=[-20, -10, 0, 10])
-    say(front, "stuck in\nthe valleys", (0.5, 7.6), COLOUR["plain sum"], ha="right")
+    say(front, "held in\nthe valleys", (0.5, 7.6), COLOUR["plain sum"], ha="right")
     say(front, "Pareto front", (-13.0, -9.0), "#777777")
     label_axes(front, "f₁", "f₂")
     return figure

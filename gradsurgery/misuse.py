@@ -1,4 +1,4 @@
-"""What a training loop does wrong without an error: each is said once an optimizer, with the cure."""
+"""What a training loop does wrong without an error: each is said once per optimizer, with the cure."""
 
 from __future__ import annotations
 

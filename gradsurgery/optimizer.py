@@ -690,7 +690,7 @@ class MultiLossOptimizer(Optimizer):
     def memory(self) -> dict[str, Any]:
         """The draft of the memory that this call will propose. Replace its values; never change them in place.
 
-        With one surgery a parameter or group, each has a memory of its own.
+        With one surgery per parameter or group, each has its own memory.
         """
         return self.transaction.memory
 

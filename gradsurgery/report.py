@@ -40,7 +40,7 @@ class Report:
             :class:`gradsurgery.PCGrad`), or "one pass". None if nothing was differentiated.
         reason: Why rows were formed or spared, in words. None where there was nothing to choose.
         projections: How often a gradient was projected off another, for the methods that do so pair by pair (PCGrad,
-            GradVac); with one surgery a parameter or group, over all of them. None for all other methods.
+            GradVac); with one surgery per parameter or group, over all of them. None for all other methods.
         flags: What was unusual, for example "stationary", "rank-deficient", "nonfinite", "warmup", "reused",
             "rounded-rows"; "not-converged" where no weights were found whose optimality conditions hold to rounding;
             "loss-may-rise" where rounding may have broken the promise of the method that none does; "nonfinite-before"

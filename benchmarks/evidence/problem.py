@@ -28,7 +28,7 @@ class Start:
         model: The model.
         last_shared: Parameters of the last layer that all losses stand on, where gradient norms are measured.
         losses: Losses of a step: of its batch (0), or of a further batch drawn independently (1 and 2).
-        errors: One number a task: 0 if all is right, about 1 if nothing has been learnt. Lower is better.
+        errors: One number per task: 0 if all is right, about 1 if nothing has been learnt. Lower is better.
         priors: What a model that knows the labels' distribution alone would pay, by loss, or None.
         residuals: Residuals of a step whose squares add up to each loss, or None.
     """

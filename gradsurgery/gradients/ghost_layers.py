@@ -39,7 +39,7 @@ class Linear(NamedTuple):
     """y = A Wᵀ + b, or y = A W + b. Of each loss, the gradients D at the outputs are kept, (N, out).
 
     Attributes:
-        edges: Where autograd hands over the gradients at the outputs, one a call.
+        edges: Where autograd hands over the gradients at the outputs, one per call.
         params: The weight, and the bias if it is a ghost too.
         places: Their places among the shared parameters.
         inputs: The inputs of each call, (Nᵤ, in). One below the other they are A.
@@ -143,7 +143,7 @@ class Linear(NamedTuple):
             weights: One a loss.
 
         Returns:
-            New tensors, one a parameter.
+            New tensors, one per parameter.
         """
         self.check()
         inputs = self._all_inputs()
@@ -256,7 +256,7 @@ class Convolution(NamedTuple):
             weights: One a loss.
 
         Returns:
-            New tensors, one a parameter.
+            New tensors, one per parameter.
         """
         self.check()
         return self._unfolded().combine(rows, weights)
@@ -287,7 +287,7 @@ class Embedding(NamedTuple):
     """Rows of a table. Of each loss, the gradients of those that were looked up are kept, (N, width).
 
     Attributes:
-        edges: Where autograd hands over the gradients at the outputs, one a call.
+        edges: Where autograd hands over the gradients at the outputs, one per call.
         params: The table.
         places: Its place among the shared parameters.
         counts: Number of indices of each call; N in all.

@@ -28,7 +28,7 @@ class MultiLossModuleMixin:
     Lightning: the plain gradient, without the method. So is all of manual optimisation.
 
     With the DDP strategy the method exchanges the gradients, and is built with ``distributed=True``. A strategy that
-    makes the backward pass its own (DeepSpeed) cannot work. L-BFGS is better run by manual optimisation: Lightning
+    takes over the backward pass (DeepSpeed) cannot work. L-BFGS is better run by manual optimisation: Lightning
     hands it the unweighted sum as the value of its closure.
 
     ::
@@ -99,7 +99,7 @@ class MultiLossModuleMixin:
             self.log_report(report)
 
     def log_report(self, report: Report) -> None:
-        """Log every loss, every weight and the conflict rate, once a step. Override it to log something else.
+        """Log every loss, every weight and the conflict rate, once per step. Override it to log something else.
 
         Args:
             report: What the method did in this step.
@@ -120,7 +120,7 @@ class MultiLossModuleMixin:
         strategy = type(getattr(trainer_of(self), "strategy", None)).__name__
         if strategy == "DeepSpeedStrategy":
             raise RuntimeError(
-                f"{type(self).__name__}: {strategy} makes the backward pass its own, and the method never sees the "
+                f"{type(self).__name__}: {strategy} takes over the backward pass, and the method never sees the "
                 "losses. Use the DDP strategy with distributed=True, or ModelParallelStrategy with fully_shard."
             )
         named = output.get("losses", output)

@@ -26,8 +26,8 @@ class MultiLossTrainerMixin:
     ``<name>_loss`` and ``<name>_weight``, the means over the steps since the last log, and evaluation gives
     ``eval_<name>_loss``.
 
-    In several processes the method exchanges the gradients, and is built with ``distributed=True``. DeepSpeed makes the
-    backward pass its own and is refused.
+    In several processes the method exchanges the gradients, and is built with ``distributed=True``. DeepSpeed takes
+    over the backward pass and is refused.
 
     ::
 
@@ -240,7 +240,7 @@ class MultiLossTrainerMixin:
         result = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         named, self._named = self._named, {}
         if named:
-            # One row a sample, as Trainer does with the loss: its gathering leaves out what pads the last batch.
+            # One row per sample, as Trainer does with the loss: its gathering leaves out what pads the last batch.
             values = torch.stack(
                 [torch.tensor(math.nan) if v is None else v.detach().float().cpu() for v in named.values()]
             )

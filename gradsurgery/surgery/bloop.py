@@ -28,7 +28,7 @@ class Bloop(Surgery):
     at the first gradient, too; its examples tune them.
 
     Departures: the paper has one auxiliary loss; here each is projected. Where the main task is absent the average
-    stays, and the auxiliary gradients are projected as ever.
+    stays, and the auxiliary gradients are still projected.
 
     Args:
         optimizer: The optimizer that makes the step.

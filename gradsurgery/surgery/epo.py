@@ -26,9 +26,9 @@ class EPO(Surgery):
     * descent (otherwise): max 1ᵀG α, subject to G α ≥ 0 and aᵀG α ≥ min(maxⱼ (G a)ⱼ, 0).
 
     In descent mode no loss rises to first order. In balance mode losses below their share are *meant* to rise; the one
-    that lies highest does not. The flag "balance" or "descent" tells the mode. Solutions are corners of the simplex's
-    cut: often few tasks move, and where several corners are equally good the choice is the solver's. The weights do not
-    change when all gradients, or all losses, are multiplied by one number.
+    that lies highest does not. The flag "balance" or "descent" tells the mode. Solutions are vertices of the feasible
+    part of the simplex, so often few tasks move; where several vertices are equally good the choice is the solver's.
+    The weights do not change when all gradients, or all losses, are multiplied by one number.
 
     Paper: Mahapatra & Rajan, Multi-Task Learning with User Preferences: Gradient Descent with Controlled Ascent in
     Pareto Optimization, ICML 2020, with the official code (`epo_lp.py`).

@@ -33,7 +33,7 @@ class GradDrop(Surgery):
     Paper: Chen et al., Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout, NeurIPS 2020,
     arXiv 2010.06808.
 
-    Departure: it acts on the gradients of the parameters, one draw a coordinate, as much public code does. The paper
+    Departure: it acts on the gradients of the parameters, one draw per coordinate, as much public code does. The paper
     acts on those of a shared feature, multiplied by the sign of the feature and summed over the batch.
 
     Args:

@@ -31,7 +31,7 @@ class GRU(Unlearning):
     does not correct the average for its start.
 
     Departures: the paper has one retained loss; of several, r is the sum. Where all of these are absent the average
-    stays, and f is projected as ever; where the forget loss is absent the average moves on and d = r, with the flag
+    stays, and f is still projected; where the forget loss is absent the average moves on and d = r, with the flag
     "forget-absent".
 
     Args:

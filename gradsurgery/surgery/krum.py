@@ -18,7 +18,7 @@ class Krum(Surgery):
 
     The score of a row is the sum of its m − f − 2 smallest squared distances to other rows (section 4); the k rows with
     the lowest scores are averaged. Ties go to the row that comes first. It is positively homogeneous, and robust to f
-    rows of any value; it is no method for conflicts.
+    rows of any value; it is not meant for conflicts.
 
     Paper: Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, NeurIPS 2017, arXiv
     1703.02757. Distances are squared as in the paper; some public code adds the distances themselves.

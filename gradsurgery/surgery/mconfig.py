@@ -31,8 +31,8 @@ class MConFIG(ConFIG):
     The direction has the length of Adam's: use plain SGD inside, without momentum, and Adam's learning rate. Shared
     parameters get zero until every loss has been seen; from then on, those that only one loss has ever reached are
     private, and get its plain gradient. Heads then step by plain SGD at Adam's learning rate, which may be far too
-    long for large losses; ``shared_params=model.parameters()`` gives them the direction, too. ConFIG's guarantees hold
-    for the momenta before the division, not for the direction.
+    large when losses are large; ``shared_params=model.parameters()`` gives them the direction, too. ConFIG's guarantees
+    hold for the momenta before the division, not for the direction.
 
     Paper: Liu, Chu & Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks, ICLR 2025,
     arXiv 2408.11104 (M-ConFIG), and the authors' package ``conflictfree``.

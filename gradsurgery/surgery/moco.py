@@ -24,7 +24,7 @@ class MoCo(Surgery):
     fall: β_k = β / k^σ, and so for γ. With β = 1 and constant gradients λ converges to the weights of MGDA.
 
     Losses may rise to first order. γ and ρ are absolute, so the direction is not homogeneous: long gradients throw λ
-    into a corner in one step. `relative` mends that. Private parameters get their plain gradient.
+    into a corner in one step. `relative` fixes that. Private parameters get their plain gradient.
 
     Paper: Fernando et al., Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent Approach, ICLR
     2023, arXiv 2210.12624, algorithm 1. Step sizes default to those of LibMTL.

@@ -154,7 +154,7 @@ class MoDo(DoubleSampling):
     J₃; with none all three are the same, and λ follows the projected gradient descent for MGDA's problem.
 
     Losses may rise to first order. γ and ρ are absolute, so the direction is not homogeneous: long gradients throw λ
-    into a corner in one step. `relative` mends that.
+    into a corner in one step. `relative` fixes that.
 
     Paper: Chen, Fernando, Ying & Chen, Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization
     and Conflict-Avoidance, NeurIPS 2023 and JMLR 2024, arXiv 2305.20057. Authors' code and its ports differ in γ and ρ.

@@ -25,8 +25,8 @@ class PCGrad(Surgery):
     p ← p − ⟨p, gⱼ⟩ / ‖gⱼ‖² · gⱼ, with the original gⱼ. The direction is the sum of the p.
 
     Without conflict the result is the gradient of the plain sum. With two tasks no loss rises to first order; with
-    three or more that is *not* guaranteed. It is positively homogeneous, and does not care about the order of the
-    tasks in distribution. Rows of very different lengths stay so: the longest dominates.
+    three or more that is *not* guaranteed. It is positively homogeneous, and its distribution does not depend on the
+    order of the tasks. Rows keep their lengths: the longest dominates.
 
     Paper: Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, arXiv 2001.06782, algorithm 1. As in the
     paper, and unlike several public implementations, a task never meets itself.
@@ -38,12 +38,12 @@ class PCGrad(Surgery):
         streaming: An approximation that holds two gradients instead of m: s, the sum so far, and g, the gradient of
             the next loss, are projected off each other as two tasks of algorithm 1, and added to the new s. One order
             of the losses is drawn for a step. It is PCGrad for m = 2, and the plain sum where no loss conflicts with
-            the sum of those before it; the paper has every two losses meet. So for m ≥ 3 losses that conflict with
+            the sum of those before it; in the paper every pair of losses meets. So for m ≥ 3 losses that conflict with
             each other but not with a sum are left as they are, and the first losses in the order are projected more
-            often. Of the direction before `reduction` it is left that its product with the gradient of the last loss
-            in the order is not negative, nor that with the sum before it, and that it is no longer than the norms of
-            the gradients together. Weights are ≥ 1. A parameter counts as shared if the graph says that two losses may
-            reach it. The report has weights and norms, and no inner products. It costs one transfer to the host a
+            often. What still holds for the direction before `reduction`: its inner products with the gradient of the
+            last loss in the order and with the sum before that are not negative, and it is no longer than the sum of
+            the gradient norms. Weights are ≥ 1. A parameter counts as shared if the graph says that two losses may
+            reach it. The report has weights and norms, and no inner products. It costs one transfer to the host per
             loss. `preference`, `nonfinite`, `warmup`, `shared_params` and gradient scalers work; switches that need
             rows, or change weights afterwards, weighters inside, micro-batches and several processes are refused. At
             `features` there are rows, which get the same weights.

@@ -24,7 +24,7 @@ class SandMask(AndMask):
     of the losses does not matter. Where no coordinate is kept d is zero.
 
     Pitfall: v has units, those of a squared gradient. It is not homogeneous: where entries are about 1e-3, each
-    coordinate is kept whole or not at all, as by the AND-mask. `relative` mends that.
+    coordinate is kept whole or not at all, as by the AND-mask. `relative` fixes that.
 
     Paper: Shahtalebi et al., SAND-mask: An Enhanced Gradient Masking Strategy for the Discovery of Invariances in
     Domain Generalization, 2021, arXiv 2106.02266; the formula, and k = 10, as in DomainBed.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TrimmedMean(Surgery):
     """In every coordinate leave out the k largest and the k smallest entries and average the others (definition 2).
 
-    It bounds what k rows of any value can do; it is no method for conflicts, and losses may rise to first order. It is
+    It bounds what k rows of any value can do; it is not meant for conflicts, and losses may rise to first order. It is
     positively homogeneous, and the order of the tasks does not matter.
 
     Paper: Yin, Chen, Ramchandran & Bartlett, Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates,

@@ -33,7 +33,7 @@ from gradsurgery.weighting.softadapt import SoftAdaptWeighter
 #: A pair conflicts if its mean cosine is below −CONFLICT and more than ERRORS standard errors below 0. Gradients that
 #: have nothing to do with each other have cosines of either sign near 0.
 CONFLICT, ERRORS = 0.1, 2.0
-#: Norms this many times apart: the plain sum is then nearly the loudest loss alone.
+#: Norms this many times apart: one loss then dominates the plain sum.
 IMBALANCE = 10.0
 #: A loss is held up if the common step leaves less than this share of its own descent (median over the batches).
 KEEPS = 0.5
@@ -84,7 +84,7 @@ class Pair:
             return "oppose each other" + (f": {', '.join(known)}" if known else "")
         if self.cosine >= CONFLICT and not self.cosine - ERRORS * self.error < 0:
             return "agree"
-        return "nothing steady"
+        return "no steady relation"
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Diagnosis:
             if name in self.kept:
                 cells[4:] = [_share(self.kept[name]), f"{self.rises[name]:.0%}"]
             rows.append(cells)
-        headings = ("loss", "median", "range", "gradient norm", "keeps of its descent", "raised by the sum")
+        headings = ("loss", "median", "range", "gradient norm", "descent kept", "raised by the sum")
         return grid(headings, rows, width=width)
 
     def _pairs_table(self, width: int) -> str:
@@ -509,7 +509,7 @@ def _verdict(found: Diagnosis) -> tuple[str, str]:
     if not held_weighted:
         return "weights", (
             f"Weights should be enough. {reasons} With constant weights no loss is held up any more, so "
-            f"surgery is not needed to begin with. {constants}\n"
+            f"try them before surgery. {constants}\n"
             "Multiply the losses by them, or FixedWeighter(optimizer, weights=weights). Tune them by factors of 3: "
             f"equal lengths are a start, not an optimum.{few}"
         )
@@ -542,8 +542,8 @@ def _reasons(found: Diagnosis, held: Sequence[str]) -> Iterator[str]:
     if found.norm_ratio >= IMBALANCE:
         longest, shortest = (f(found.norms, key=lambda n: found.norms[n]) for f in (max, min))
         yield (
-            f"The gradient of {longest!r} is {number(found.norm_ratio, 2)} times as long as that of {shortest!r}: the "
-            "sum is nearly the loudest loss alone."
+            f"The gradient of {longest!r} is {number(found.norm_ratio, 2)} times as long as that of {shortest!r}: it "
+            "dominates the sum."
         )
     rising = [repr(name) for name in held if found.kept[name] < 0]
     slow = [f"{name!r} ({found.kept[name]:.0%})" for name in held if found.kept[name] >= 0]

@@ -44,7 +44,7 @@ class EngineCost:
     Args:
         engine: "rows", "ghosts", "blocks" or "streaming".
         milliseconds: Predicted time of ``backward``, without the forward pass.
-        times: The same, in units of m bare backward passes, one a loss.
+        times: The same, in units of m bare backward passes, one per loss.
         megabytes: Predicted memory beyond what the backward pass of the plain sum needs at its peak, in 10⁶ bytes.
         fits: That much memory is free now.
     """

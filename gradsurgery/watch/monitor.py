@@ -53,11 +53,11 @@ DRIVES = 0.95
 class Monitor:
     """Collect the reports of an optimizer, one for each committed step, without any more backward passes.
 
-    It hears of a step by a hook behind the step of the wrapped optimizer, and reads the report that is there anyway. It
-    keeps numbers only, about 8 bytes each: no graph, no tensor. There are 4 m + 2 + m (m − 1) / 2 of them a step at
-    most, so that 100,000 steps take some 20 MB with 3 tasks and 200 MB with 20; `every` divides that. A step that a
-    gradient scaler skipped is not seen. One that committed nothing, such as a batch passed over under
-    ``nonfinite="skip"``, is counted in `skipped`.
+    A hook that runs after each step of the wrapped optimizer reads the report that exists anyway. It keeps numbers
+    only, about 8 bytes each: no graph, no tensor. There are 4 m + 2 + m (m − 1) / 2 of them per step at most, so that
+    100,000 steps take some 20 MB with 3 tasks and 200 MB with 20; `every` divides that. A step that a gradient scaler
+    skipped is not seen. One that committed nothing, such as a batch passed over under ``nonfinite="skip"``, is counted
+    in `skipped`.
 
     It warns, once for each task and reason, when
 
@@ -85,8 +85,8 @@ class Monitor:
     Args:
         optimizer: The optimizer to watch.
         every: Record every k-th committed step.
-        callback: Called as ``callback(step, report)`` for every recorded step, behind the parameters' update. What it
-            raises comes out of ``optimizer.step()``.
+        callback: Called as ``callback(step, report)`` after every recorded step, with the parameters updated.
+            What it raises comes out of ``optimizer.step()``.
         writer: Anything with ``add_scalar(tag, value, step)``, such as a TensorBoard ``SummaryWriter``.
 
     Attributes:

@@ -41,8 +41,8 @@ class GradNormWeighter(Weighter):
     α > 0 the target 0; if all are 0 their rates are equal. `start` other than "ones" is not in the paper: its algorithm
     then runs on losses divided by constants, and the weights used are its own over these constants, with sum m.
 
-    Pitfall: weights move slowly, by `lr` a step at most. With losses or gradients a hundredfold apart the model is
-    trained on the loudest loss alone until they have moved, and Adam's second moment remembers those gradients for
+    Pitfall: weights move slowly, by at most `lr` per step. With losses or gradients a hundredfold apart the model is
+    trained on the dominant loss alone until they have moved, and Adam's second moment remembers those gradients for
     thousands of steps more: start="losses" with a small `alpha` (0.12) is the form to begin with.
 
     Args:

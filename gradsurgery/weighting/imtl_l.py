@@ -23,7 +23,7 @@ class IMTLLWeighter(Weighter):
     :class:`RealTimeWeighter`, smoothed over time. Its gradient is twice that of the uncertainty weighting of Kendall et
     al. with s → −s. The weights used in a step are those before its update.
 
-    Pitfall: the sᵢ move by `lr` a step at most. A loss of 100 needs ln 100 / lr steps: 4600 with 1e-3, the learning
+    Pitfall: the sᵢ move by at most `lr` per step. A loss of 100 needs ln 100 / lr steps: 4600 with 1e-3, the learning
     rate of most models, and 460 with lr=1e-2, which is a better one to start from.
 
     Paper: Liu et al., Towards Impartial Multi-task Learning, ICLR 2021 (the loss balance, IMTL-L, with base e).
@@ -54,7 +54,7 @@ class IMTLLWeighter(Weighter):
     can_defer = True
     if_negative = "the objective has no lower bound otherwise"
     scale = "paper"
-    if_still = "They move by `lr` a step at most, on a logarithmic scale: pass lr=1e-2."
+    if_still = "They move by at most `lr` per step, on a logarithmic scale: pass lr=1e-2."
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ class ReLoBRaLoWeighter(RecordingWeighter):
     t−1), where ρ is 1 with probability `rho` and otherwise 0, which forgets the past and looks back to the first step.
     They begin at 1 and sum to m. Multiplying a loss by a constant, over the whole run, changes nothing.
 
-    Pitfall: with α = ρ = .999 the weights move by a thousandth a step: they need thousands of steps to tell losses
+    Pitfall: with α = ρ = .999 the weights move by a thousandth per step: they need thousands of steps to tell losses
     apart, and stay within some per cent of 1 in shorter runs. Take α = ρ = .9 to .99 there.
 
     Paper: Bischof and Kraus, Multi-Objective Loss Balancing for Physics-Informed Deep Learning, 2021, arXiv 2110.09813

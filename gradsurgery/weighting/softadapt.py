@@ -31,8 +31,8 @@ class SoftAdaptWeighter(RecordingWeighter):
     denominator is kept), so `reduction="mean"` applies the paper's weights. Large losses have large slopes and saturate
     the softmax: this is not invariant to the scale of a loss.
 
-    Pitfall: β has the unit of 1/slope. With β = 0.1 slopes well below 1 a step leave the weights at 1, within some per
-    cent; of losses near 1 that fall over thousands of steps nothing is seen at all. Take a larger β, or
+    Pitfall: β has the unit of 1/slope. With β = 0.1 slopes well below 1 per step leave the weights within some per cent
+    of 1; losses near 1 that fall over thousands of steps have no effect at all. Take a larger β, or
     :class:`NormalizedSoftAdaptWeighter`. With ``interval="epoch"`` and no :meth:`epoch_end` the weights stay 1; a
     warning says so after 1000 steps.
 

@@ -28,7 +28,7 @@ class UncertaintyWeighter(Weighter):
     :class:`RealTimeWeighter`, smoothed over time. Form "log1p" minimises Σ lᵢ/(2σᵢ²) + log(1 + σᵢ²), whose regulariser
     is never negative; it settles at σ² = (l + √(l² + 8l))/4. The weights used in a step are those before its update.
 
-    Pitfall: the sᵢ move by `lr` a step at most. A loss of 100 needs ln 100 / lr steps: 4600 with 1e-3, the learning
+    Pitfall: the sᵢ move by at most `lr` per step. A loss of 100 needs ln 100 / lr steps: 4600 with 1e-3, the learning
     rate of most models, and 460 with lr=1e-2, which is a better one to start from.
 
     Papers: Kendall, Gal and Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
@@ -68,7 +68,7 @@ class UncertaintyWeighter(Weighter):
     can_defer = True
     if_negative = "the objective has no lower bound otherwise"
     scale = "paper"
-    if_still = "They move by `lr` a step at most, on a logarithmic scale: pass lr=1e-2."
+    if_still = "They move by at most `lr` per step, on a logarithmic scale: pass lr=1e-2."
 
     def __init__(
         self,

@@ -387,7 +387,7 @@ def test_deepspeed_is_refused() -> None:
     class DeepSpeedStrategy(SingleDeviceStrategy):
         pass
 
-    with pytest.raises(RuntimeError, match=r"DeepSpeedStrategy makes the backward pass its own.*fully_shard"):
+    with pytest.raises(RuntimeError, match=r"DeepSpeedStrategy takes over the backward pass.*fully_shard"):
         trainer(strategy=DeepSpeedStrategy(torch.device("cpu"))).fit(Module(METHODS["pcgrad"]), loader())
 
 
