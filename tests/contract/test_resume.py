@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import gzip
 import io
-import os
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from tests.support import loops
 from tests.support.loops import METHODS, OPTIMIZERS, Net, memory_of, same, train
+from tests.support.processes import start as start_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = [(name, base) for name in METHODS for base in ("sgd", "adamw", "lbfgs")]
@@ -35,8 +34,9 @@ def checkpoint(net, optimizer):
     return {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
 
 
-def go_on(source, target):
+def go_on(rank, source, target):
     """What the other process does: load every checkpoint, go on, and save again."""
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     torch.manual_seed(1234)  # a method's random stream is its own
     found = {}
@@ -61,15 +61,7 @@ def finished(tmp_path_factory):
         train(name, optimizer, net, AFTER)
         wholes[name, base] = checkpoint(net, optimizer)
     torch.save(halves, folder / "half.pt")
-    files = f"{str(folder / 'half.pt')!r}, {str(folder / 'whole.pt')!r}"
-    code = f"from tests.contract import test_resume; test_resume.go_on({files})"
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=True,
-    )
+    start_processes(go_on, (folder / "half.pt", folder / "whole.pt"))
     return wholes, torch.load(folder / "whole.pt", weights_only=True)
 
 

@@ -7,9 +7,6 @@ how the graph was used first.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +15,9 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 
 import gradsurgery
+from tests.support import compiled_heads
 from tests.support.loops import NAMES, inputs, losses_of, memory_of, same, weights_of
+from tests.support.processes import start
 from tests.support.reads import reads
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -203,79 +202,9 @@ def test_a_compiled_training_step_keeps_backward_out():
     assert run_steps("aot_eager") == pytest.approx(run_steps(None), rel=1e-5)
 
 
-# What is joined inside of a compiled model cannot be read off the graph. Each case has a process of its own: what was
-# compiled before decides whether a compiled backward may run twice.
-JOINED = """
-import sys
-
-import torch
-import torch._functorch.config
-from torch import nn
-
-import gradsurgery
-
-torch._functorch.config.donated_buffer = False
-form, backend, compiled = sys.argv[1:]
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.trunk = nn.Linear(4, 8)
-        self.heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(3))
-
-    def forward(self, x):
-        z = self.trunk(x).tanh()
-        ys = [head(z) for head in self.heads]
-        if form == "break":
-            torch._dynamo.graph_break()
-        if form == "cat":
-            return torch.cat(ys, 1)
-        return torch.stack(losses(ys)) if form == "losses" else ys
-
-
-def losses(ys):
-    return [10**i * (y - i).square().mean() for i, y in enumerate(ys)]
-
-
-def train(method, compiled):
-    torch.manual_seed(0)
-    net, told = Net(), []
-    if compiled == "heads":
-        net.heads = nn.ModuleList(torch.compile(head, backend=backend) for head in net.heads)
-    model = torch.compile(net, backend=backend) if compiled == "whole" else net
-    optimizer = method(torch.optim.SGD(net.parameters(), lr=1e-3))
-    for step in range(4):
-        out = model(torch.randn(16, 4, generator=torch.Generator().manual_seed(step)))
-        optimizer.zero_grad()
-        optimizer.backward(out if form == "losses" else losses(out.unbind(1) if form == "cat" else out))
-        told.append([p.grad.clone() for p in net.parameters()])
-        optimizer.step()
-        if step == 1:  # a checkpoint carries what was learnt about sharing
-            saved = optimizer.state_dict()
-            optimizer = method(torch.optim.SGD(net.parameters(), lr=1e-3))
-            optimizer.load_state_dict(saved)
-    return told
-
-
-for method in (gradsurgery.MGDA, gradsurgery.NashMTL):
-    for found, wanted in zip(train(method, compiled), train(method, ""), strict=True):
-        for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
-"""
-
-
 @pytest.mark.parametrize("compiled", ["whole", "heads"])
 @pytest.mark.parametrize("form", ["cat", "losses", "list", "break"])
 @OVER_BACKENDS
-def test_heads_of_a_compiled_model_are_private(form, backend, compiled, tmp_path):
-    environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", JOINED, form, backend, compiled],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert not run.returncode, run.stderr
+def test_heads_of_a_compiled_model_are_private(form, backend, compiled):
+    """Each case in a process of its own: what was compiled before decides whether a backward may run twice."""
+    start(compiled_heads.trains_as_an_eager_one, (form, backend, compiled))

@@ -1,10 +1,16 @@
-"""Several processes on this machine, for the tests that need them: all cases of a kind run in one spawn."""
+"""Other processes on this machine, for the tests that need them: all cases of a kind run in one start.
+
+On Linux they are forked from a server that has imported torch and this library, and has done nothing else: a process is
+there at once, and as fresh as one that is started from nothing. Elsewhere each one imports for itself.
+"""
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import pickle
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,6 +23,24 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Cases = dict[str, Callable[[], None]]
+
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+# Imports alone, nothing that is called: torch imports its compiler when the first optimizer is made.
+multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "pytest", "gradsurgery"])
+
+
+def start(function: Callable[..., None], args: tuple, size: int = 1) -> None:
+    """Call `function(rank, *args)` in fresh processes, and wait for them.
+
+    Args:
+        function: A function of a module.
+        args: What it gets after its rank; it is pickled.
+        size: Number of processes.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: With the traceback of the first one that failed.
+    """
+    mp.start_processes(function, args=args, nprocs=size, start_method=METHOD)
 
 
 def run_cases(cases_of: Callable[[int, int], Cases], size: int, folder: Path) -> dict[str, str]:
@@ -31,7 +55,7 @@ def run_cases(cases_of: Callable[[int, int], Cases], size: int, folder: Path) ->
     Returns:
         For every case what went wrong on any rank; an empty text if nothing did.
     """
-    mp.spawn(_process, args=(cases_of, size, str(folder)), nprocs=size)
+    start(_process, (cases_of, size, str(folder)), size)
     told: dict[str, str] = {}
     for rank in range(size):
         for name, text in pickle.loads((folder / f"{rank}.pickle").read_bytes()).items():
