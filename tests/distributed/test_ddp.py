@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import gradsurgery
 from gradsurgery.communication import held, processes
 from gradsurgery.gradients import sliced
-from tests.support.catalogue import CATALOGUE
+from tests.support.catalogue import over_processes
 from tests.support.loops import same
-from tests.support.processes import run_cases, same_everywhere
+from tests.support.processes import run_cases, same_everywhere, start
 from tests.support.weighting_catalogue import CATALOGUE as WEIGHTERS
 
 NAMES = ("a", "b", "c")
-METHODS = {row.name: row.build for row in (*CATALOGUE, *WEIGHTERS)}
+METHODS = {row.name: row.build for row in (*over_processes(), *WEIGHTERS)}
 
 
 class Net(nn.Module):
@@ -103,7 +103,7 @@ def equals_one_process(build, rank, size):
 def stays_replicated(build, rank, size):
     net = Net().float()
     optimizer = build(torch.optim.AdamW(net.parameters(), lr=0.01), distributed=True, debug=True)
-    for x in data(size, steps=10)[:, rank].float():
+    for x in data(size, steps=5)[:, rank].float():
         optimizer.zero_grad()
         optimizer.backward(losses_of(net, x))
         optimizer.step()
@@ -832,7 +832,7 @@ def _one_dies(rank, folder):
 
 def test_a_process_that_dies_is_an_error_for_the_others(tmp_path):
     # The others wait no longer than the group's timeout, which is less than a test may take.
-    torch.multiprocessing.spawn(_one_dies, args=(str(tmp_path),), nprocs=2)
+    start(_one_dies, (str(tmp_path),), 2)
     told = (tmp_path / "told").read_text()
     assert told.startswith("True True "), told
 

@@ -25,7 +25,7 @@ from tests.distributed.test_ddp import (
     resume_from_distributed_checkpoint,
     shared_folder,
 )
-from tests.support.catalogue import CATALOGUE
+from tests.support.catalogue import over_processes
 from tests.support.processes import run_cases
 from tests.support.weighting_catalogue import CATALOGUE as WEIGHTERS
 
@@ -251,7 +251,7 @@ def tensor_parallel(build, rank, size):
 def cases(rank, size):
     here = (rank, size)
     found = {}
-    for row in (*CATALOGUE, *WEIGHTERS):
+    for row in (*over_processes(), *WEIGHTERS):
         found[f"fully_shard: {row.name}"] = lambda build=row.build: fsdp(build, *here)
     for case in (
         fsdp_unequal, fsdp_accumulation, fsdp_scaler, fsdp_half, fsdp_gradients_there_before, fsdp_checkpointing,
@@ -259,7 +259,7 @@ def cases(rank, size):
     ):  # fmt: skip
         found[case.__name__.replace("_", " ")] = lambda case=case: case(*here)
     for name in ("PCGrad", "MGDA", "GradDrop", "MoCo", "ExcessMTL", "MTAdam", "DWAWeighter"):
-        build = next(row.build for row in (*CATALOGUE, *WEIGHTERS) if row.name == name)
+        build = next(row.build for row in (*over_processes(), *WEIGHTERS) if row.name == name)
         found[f"tensor parallel: {name}"] = lambda build=build: tensor_parallel(build, *here)
         found[f"distributed checkpoint: {name}"] = lambda build=build: fsdp_checkpoint(build, *here)
     found["old fsdp is refused"] = lambda: old_fsdp_is_refused(*here)

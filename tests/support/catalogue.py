@@ -754,3 +754,20 @@ CATALOGUE = [
 ]
 
 GRAM = [row for row in CATALOGUE if row.kind in ("gram", "rows")]
+
+
+def over_processes() -> list[Row]:
+    """The rows that several processes may do wrong, each in its own way.
+
+    One class's stateless functions of the Gram matrix differ in their numbers alone: by the time one of them is called
+    the matrix is the same in every process. The first of each class stands for all of them.
+    """
+    found: list[Row] = []
+    seen: set[type] = set()
+    for row in CATALOGUE:
+        method = row.build(any_optimizer())
+        own = row.kind == "rows" or row.needs_losses or method.stateful
+        if own or type(method) not in seen:
+            found.append(row)
+        seen.add(type(method))
+    return found
