@@ -9,11 +9,15 @@ ARGS ?=
 TESTED := $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp $(VENV)/peers.stamp
 # The tests whose results are floats.
 NUMERIC := cheap_modes engines geometry gradnorm methods playground precision priority_methods reference row_methods weighting
-# A process for each core. Files stay whole: what is spawned or trained once for a file is then done once.
-PARALLEL ?= -n auto --dist loadfile
+# A process for each core. Files stay whole: what is spawned or trained once for a file is then done once. The order is
+# that of tests/conftest.py, long files first.
+PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # How long `make explore` compares settings with the literal reference.
 MINUTES ?= 10
+
+# Tests start dozens of processes, each of which would compile the library anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.

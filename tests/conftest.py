@@ -9,6 +9,7 @@ os.environ["MPLBACKEND"] = "Agg"
 # Text is as wide as the terminal, and what starts the tests may say how wide that is.
 os.environ["COLUMNS"] = "100"
 
+import collections
 import importlib.metadata
 
 import hypothesis
@@ -36,8 +37,20 @@ def pytest_report_header():
     return f"peers: {', '.join(found)}"
 
 
+# Files whose tests take seconds each. A core that meets one of them last works on while the others are idle.
+LONG = [
+    "test_ddp", "test_sharded", "test_compile", "test_examples", "test_yardsticks", "test_literal", "test_evidence",
+    "test_transformers", "test_lightning", "test_accelerate", "test_monitor", "test_mutants", "test_published",
+    "test_conformance", "test_problems", "test_demo", "test_ghost_random", "test_cli", "test_docs",
+]  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Refuse names that differ from process to process, with which tests cannot be shared out."""
+    """Sort files for processes that share them out, and refuse names that differ from process to process."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        tests = collections.Counter(item.path for item in items)
+        rank = {name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: (rank.get(item.path.stem, len(LONG)), -tests[item.path], item.path))
     named = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if named:
         raise pytest.UsageError(f"{len(named)} tests have an address in their name, such as {named[0]}: give them ids.")
