@@ -255,15 +255,15 @@ def test_an_optimizer_without_hooks_commits_too():
 
 
 def test_the_memory_may_be_read_between_calls():
-    w, optimizer = two(gradsurgery.PCGrad, every=2)
+    w, optimizer = two(gradsurgery.PCGrad, every=2, weight_momentum=0.5)
     assert optimizer.memory == {"step": 0}
     optimizer.backward(pair(w))
     assert optimizer.memory == {"step": 0}
     optimizer.step()
     learnt = optimizer.memory
     assert learnt["step"] == 1
-    assert set(learnt["last_weights"]) == {"a", "b"}
-    optimizer.combine(torch.eye(2))
+    assert set(learnt["last_weights"]) == set(learnt["smoothed_weights"]) == {"a", "b"}
+    optimizer.combine(torch.tensor([[1.0, 2.0], [-3.0, 1.0]]))
     assert optimizer.memory == learnt
     optimizer.combine(torch.eye(2), update=True)
     assert optimizer.memory["step"] == 2
