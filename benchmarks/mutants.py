@@ -71,9 +71,19 @@ class Mutant(NamedTuple):
     line: int
     text: str  # of that line
     change: str
-    tree: ast.Module  # of the whole file, with the lines of the original
     span: range  # lines of the statement
     function: bool  # whether a function holds it
+    source: str  # of the file
+    place: int  # of the node among all
+    choice: int  # of what the node may be replaced by
+
+    @property
+    def tree(self) -> ast.Module:
+        """The whole file with the change, and with the lines of the original."""
+        whole = ast.parse(self.source)
+        old = next(itertools.islice(_places(whole), self.place, None))[0]
+        new = next(itertools.islice(changes(old), self.choice, None))
+        return ast.fix_missing_locations(_Replace(old, new).visit(whole))
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -111,7 +121,7 @@ def _idle(tree: ast.AST) -> set[int]:
     return found
 
 
-def _places(node: ast.AST, span: range, function: bool) -> Iterator[tuple[ast.AST, range, bool]]:
+def _places(node: ast.AST, span: range = range(0), function: bool = False) -> Iterator[tuple[ast.AST, range, bool]]:
     """All nodes, with the lines of the statement that holds each, and whether a function's body does."""
     if isinstance(node, ast.stmt):
         body = getattr(node, "body", None)
@@ -138,13 +148,10 @@ def mutants(source: str) -> list[Mutant]:
     """All mutants of a file."""
     tree, lines, found = ast.parse(source), source.splitlines(), []
     idle = _idle(tree)
-    for place, (node, span, function) in enumerate(_places(tree, range(0), False)):
+    for place, (node, span, function) in enumerate(_places(tree)):
         for k, new in enumerate(changes(node) if id(node) not in idle else ()):
-            fresh = ast.parse(source)
-            old = next(n for i, (n, *_) in enumerate(_places(fresh, range(0), False)) if i == place)
-            whole = ast.fix_missing_locations(_Replace(old, list(changes(old))[k]).visit(fresh))
-            change = f"{ast.unparse(node)}  →  {ast.unparse(new)}"
-            found.append(Mutant(node.lineno, lines[node.lineno - 1].strip(), change, whole, span, function))
+            change, line = f"{ast.unparse(node)}  →  {ast.unparse(new)}", node.lineno
+            found.append(Mutant(line, lines[line - 1].strip(), change, span, function, source, place, k))
     return found
 
 
