@@ -30,7 +30,8 @@ from torch import Tensor
 
 import gradsurgery
 from benchmarks import page, workloads
-from benchmarks.steps import machine, versions, wait
+from benchmarks.steps import versions, wait
+from benchmarks.workloads import machine
 
 TASKS = 4
 #: Name → what builds the model and its inputs.

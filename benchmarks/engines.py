@@ -7,10 +7,13 @@ be one, and with what "auto" decides by shapes. The three are interleaved; proce
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import math
+import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradsurgery
-from benchmarks.workloads import Multi
+from benchmarks.workloads import Multi, machine
 
 ENGINES = ("rows", "ghosts", "auto")
-LOSSES = (2, 8, 32)
+LOSSES = (2, 8, 32, 64)
 # What "auto" may cost, over the faster of the two others: in nine cells of ten, and in any.
 USUAL, MOST = 1.15, 1.5
 # An engine that takes so many times as long as another in the first round is not timed again: that first time stands.
@@ -361,7 +364,7 @@ def cell(model: Model, m: int, engines: Sequence[str], rounds: int, seconds: flo
     trunk, width = model.build()
     net, x = Multi(trunk, width, m), model.draw()
     params = [p for p in net.parameters() if p.requires_grad]
-    optimizers = {e: gradsurgery.PCGrad(torch.optim.SGD(params, lr=1e-4), engine=e) for e in engines}
+    optimizers = {e: gradsurgery.PCGrad(torch.optim.SGD(params, lr=0.0), engine=e) for e in engines}
     times: dict[str, list[float]] = {engine: [] for engine in engines}
     began = time.perf_counter()
     for k in range(rounds + 1):
@@ -375,6 +378,7 @@ def cell(model: Model, m: int, engines: Sequence[str], rounds: int, seconds: flo
             start = time.thread_time()
             report = optimizer.backward(losses)
             times[engine].append(1e3 * (time.thread_time() - start))
+            optimizer.step()  # what a step has found out about the model, the next one knows
     times = {engine: t[1:] or t for engine, t in times.items()}  # the first one pays for caches
     gc.collect()
     # The lower quartile: what else runs on the machine makes some rounds slow and none fast.
@@ -405,17 +409,39 @@ def summary(cells: list[dict[str, Any]], name: str) -> str:
     )
 
 
-def section(results: dict[str, list[dict[str, Any]]]) -> str:
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Cells of a run in the place of those that an earlier run has of the same models.
+
+    Args:
+        old: What was measured before: runs, and cells by group.
+        new: The same, of one run.
+
+    Returns:
+        Both, cells in the order of the grid. Runs of which no cell is left are left out.
+    """
+    groups = {"tuned": TUNED, "unseen": UNSEEN}
+    found: dict[str, Any] = {}
+    for name, models in groups.items():
+        cells = {(c["model"], c["m"]): c for results in (old, new) for c in results.get(name, [])}
+        places = {f"{model.family}, {model.size}": k for k, model in enumerate(models)}
+        found[name] = sorted(cells.values(), key=lambda c: (places[c["model"]], c["m"]))
+    used = {c["run"] for cells in found.values() for c in cells}
+    return {"runs": {k: run for k, run in {**old["runs"], **new["runs"]}.items() if k in used}, **found}
+
+
+def section(results: dict[str, Any]) -> str:
     """The result, as a section of the page on performance.
 
     Args:
-        results: What was measured: cells by group.
+        results: What was measured: cells by group, and the runs that they are of.
 
     Returns:
         Markdown.
     """
     lines = ["| models | cells | ghosts chosen in | median | worst |", "| --- | ---: | ---: | ---: | --- |"]
-    for name, cells in results.items():
+    every = [found for name in ("tuned", "unseen") for found in results[name]]
+    for name in ("tuned", "unseen"):
+        cells = results[name]
         for kind in dict.fromkeys(found["family"] for found in cells):
             mine = [found for found in cells if found["family"] == kind]
             worst = max(mine, key=ratio)
@@ -425,7 +451,12 @@ def section(results: dict[str, list[dict[str, Any]]]) -> str:
                 f"| {sum(found['took'] == 'ghosts' for found in mine)} "
                 f"| {statistics.median(map(ratio, mine)):.2f} | {ratio(worst):.2f}: {shown}, m = {worst['m']} |"
             )
-    counts = ", ".join(map(str, LOSSES))
+    counts = ", ".join(map(str, sorted({found["m"] for found in every})))
+    runs = "; ".join(
+        f"{sum(found['run'] == key for found in every)} cells of {key} ({run['commit']}), {run['machine']}, torch "
+        f"{run['torch']}, {run['beside']}"
+        for key, run in results["runs"].items()
+    )
     return (
         f"""
 ## Whether the fastest engine is taken
@@ -439,9 +470,7 @@ def section(results: dict[str, list[dict[str, Any]]]) -> str:
 
 Where "auto" forms rows it does what "rows" does, so any difference from 1 is noise or the time of the decision. Ghosts
 that took {HOPELESS} times as long as rows in the first round were timed only once; where they took {FAR} times as long
-they were not timed with more losses. Measured with `make bench-engines` on the CPU, with one thread, while one other
-program was running. All cells of vision transformers except the last come from a second run, made after the rule for
-convolutions below the trunk had changed.
+they were not timed with more losses. Measured with `make bench-engines` on the CPU, with one thread: {runs}.
 
 """
         + "\n".join(lines)
@@ -449,29 +478,43 @@ convolutions below the trunk had changed.
     )
 
 
+def described() -> dict[str, Any]:
+    """What is run, and where.
+
+    Returns:
+        The commit, the machine, the version of torch, and how many processes wanted a processor when it began.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    beside = f"load {os.getloadavg()[0]:.1f}"
+    return {"commit": commit or "no commit", "machine": machine("cpu"), "torch": torch.__version__, "beside": beside}
+
+
 def main() -> None:
-    """Time the grid, print it, and keep it if so wished."""
+    """Time the grid or a part of it, print it, and keep it if so wished."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the smallest model of each family, two losses numbers")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="time for one cell after which no round begins")
-    parser.add_argument("--only", default="", help="families that contain this")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="+", default=[""], help='models whose name contains one of these, as in "LoRA"')
+    parser.add_argument("--losses", type=int, nargs="+", default=list(LOSSES), help="numbers of losses")
+    parser.add_argument("--json", type=Path, help="keep the figures here; cells of other models and runs stay")
     args = parser.parse_args()
     torch.set_num_threads(1)
     groups = {"tuned": TUNED, "unseen": UNSEEN}
-    counts = LOSSES
+    counts = args.losses
     if args.quick:
         groups, counts = {"tuned": groups["tuned"][::4], "unseen": groups["unseen"][:2]}, (2, 8)
-    results: dict[str, list[dict[str, Any]]] = {}
+    run = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
+    results: dict[str, Any] = {"runs": {run: described()}}
     for name, models in groups.items():
         results[name] = []
         for model in models:
-            if args.only not in model.family:
+            if not any(part in f"{model.family}, {model.size}" for part in args.only):
                 continue
             engines: Sequence[str] = ENGINES
             for m in counts:
-                found = cell(model, m, engines, 1 if args.quick else args.rounds, args.seconds)
+                found = cell(model, m, engines, 1 if args.quick else args.rounds, args.seconds) | {"run": run}
                 results[name].append(found)
                 if found.get("ghosts", 0.0) > FAR * found["rows"]:
                     engines = ("rows", "auto")
@@ -481,11 +524,22 @@ def main() -> None:
                     f"auto {found['auto']:9.2f} ({found['took']})  {ratio(found):.2f}",
                     flush=True,
                 )
-    for name, cells in results.items():
-        if cells:
-            print(summary(cells, name))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+                keep(args.json, results)
+    for name in groups:
+        if results[name]:
+            print(summary(results[name], name))
+
+
+def keep(path: Path | None, results: dict[str, Any]) -> None:
+    """Put a run beside what is kept of earlier ones.
+
+    Args:
+        path: Where; None: nowhere.
+        results: The run.
+    """
+    if path is not None:
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": {}}
+        path.write_text(json.dumps(merged(old, results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

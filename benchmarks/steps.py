@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import page
 from benchmarks.candidates import Candidate, candidates, check, in_order, missing, ours
-from benchmarks.workloads import WORKLOADS, Workload, build, mlp_of_size
+from benchmarks.workloads import WORKLOADS, Workload, build, machine, mlp_of_size
 
 # Rounds that are always made, however long they take, after one that warms up. What takes longer than so many times the
 # floor is in the first few only, which leaves more time for the others.
@@ -265,14 +265,6 @@ def versions() -> dict[str, str]:
         if name not in missing():
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def machine(device: str) -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    host = f"{platform.system()}, {model}"
-    return host if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {host}"
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -130,3 +132,19 @@ def mlp_of_size(parameters: float, tasks: int, device: torch.device) -> Workload
     """An MLP of 4 layers with about so many parameters, batch 128."""
     torch.manual_seed(0)
     return Workload(*mlp(tasks, round((parameters / 4) ** 0.5)), device)
+
+
+def machine(device: str) -> str:
+    """What is measured on.
+
+    Args:
+        device: The device, as torch names it.
+
+    Returns:
+        System and processor, and the accelerator if there is one.
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    host = f"{platform.system()}, {model}"
+    return host if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {host}"

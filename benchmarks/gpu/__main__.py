@@ -24,7 +24,8 @@ import torch
 from benchmarks.candidates import missing
 from benchmarks.gpu import page
 from benchmarks.gpu.sections import SECTIONS, Section
-from benchmarks.steps import machine, versions
+from benchmarks.steps import versions
+from benchmarks.workloads import machine
 
 
 def take(name: str, device: torch.device, quick: bool, seconds: float) -> dict[str, Any]:

@@ -13,8 +13,21 @@ from gradsurgery.gradients.base import Add, Gradients, Marks, Request
 from gradsurgery.gradients.dense import Dense
 from gradsurgery.gradients.gram import Gram, Row, Table
 
-#: Shared entries below which rows are always formed.
-FEW = 100_000
+#: Entries of all rows together below which these are always formed: it would take longer to look than that can spare.
+FEW = 2**19
+
+
+def are_few(shared: Sequence[Tensor], m: int) -> bool:
+    """Whether rows are so short that nobody looks for anything cheaper.
+
+    Args:
+        shared: The shared parameters.
+        m: Number of losses.
+
+    Returns:
+        True if so.
+    """
+    return m * sum(p.numel() for p in shared) < FEW
 
 
 class Unformed(Protocol):
@@ -48,8 +61,7 @@ def refusal(request: Request, engine: str) -> str:
         "micro-batches are added up row by row": batch.is_accumulated,
         "several processes share the work": not batch.comm.is_alone,
         "the graph cannot be read": batch.masks is None or bool(request.doubtful),
-        # For so few numbers it takes longer to look than to make the rows.
-        f"fewer than {FEW} shared entries": request.engine == "auto" and sum(p.numel() for p in request.shared) < FEW,
+        f"fewer than {FEW} entries in all rows": request.engine == "auto" and are_few(request.shared, request.m),
         f"{engine}: a hook at a border would act twice": "hooked" in request.failed and engine == "blocks",
     }
     return next((why.removeprefix(f"{engine}: ") for why, so in refused.items() if so), "")

@@ -6,6 +6,7 @@ and the outputs of its layers is known, in every one of its uses; whatever is no
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from gradsurgery.gradients.ghost_layers import Convolution, Embedding, Layer, Linear
+from gradsurgery.gradients.ghost_layers import TRAFFIC, Convolution, Embedding, Layer, Linear, calling
 from gradsurgery.graph import Front, Nodes, Root, is_hooked, origins
 from gradsurgery.graph.torch_private import base_of, hooks_after, hooks_of, metadata, raw_saved, saved, version
 
 # Nodes that layers leave in the graph.
 _LAYERS = frozenset({"AddmmBackward0", "MmBackward0", "ConvolutionBackward0", "EmbeddingBackward0"})
 
+# Those of them that multiply two matrices.
+_PRODUCTS = frozenset({"AddmmBackward0", "MmBackward0"})
 
 # Where nodes keep the tensor that was their input. If it has hooks, somebody looks at its gradient.
 _INPUTS = {
@@ -34,6 +37,9 @@ _INPUTS = {
     "PowBackward0": "self",
     "SiluBackward0": "self",
 }
+
+# Passing side by side costs as much as visiting all nodes so many times; found by timing.
+_TOGETHER = 10
 
 
 class _Way(NamedTuple):
@@ -64,6 +70,36 @@ class _Call(NamedTuple):
     weight: _Way
     bias: _Way | None
     inputs: Tensor
+
+
+class Passing(NamedTuple):
+    """What one loss does below the trunk, weight gradients left out, in multiplications that take as long.
+
+    Attributes:
+        calls: It visits nodes.
+        products: It multiplies.
+        weights: It reads the matrices of linear layers.
+        outputs: It writes gradients at the outputs of these.
+    """
+
+    calls: float
+    products: float
+    weights: float
+    outputs: float
+
+    def spared(self, m: int) -> float:
+        """Predict what passing side by side spares.
+
+        Nodes are visited and weights are read once for all. In return the gradients at outputs no longer fit the cache.
+        The last loss goes alone, and torch's ways of carrying several cost as much as visiting the nodes ten times.
+
+        Args:
+            m: Number of losses.
+
+        Returns:
+            Multiplications that take as long; 0 if nothing is spared.
+        """
+        return max(0.0, (m - 2) * (self.calls + self.weights - self.outputs) - _TOGETHER * self.calls)
 
 
 class Reader:
@@ -121,7 +157,7 @@ class Reader:
                     layer = self._embedding(of_one)
                 elif kinds == {"ConvolutionBackward0"}:
                     layer = self._convolution(of_one)
-                elif kinds <= {"AddmmBackward0", "MmBackward0"}:
+                elif kinds <= _PRODUCTS:
                     layer = self._linear(of_one)
                 if layer is not None:
                     layers.append(layer)
@@ -318,6 +354,39 @@ class Reader:
                 if child is not None and child in front.at:
                     front.reach(child, output)
         return None
+
+    def passing(self, trunk: GradientEdge | None) -> Passing:
+        """Count what one loss does on its way down from the trunk, weight gradients left out.
+
+        Args:
+            trunk: The first place that all losses go through; None: they have none.
+
+        Returns:
+            In multiplications that take as long.
+        """
+        below: set[Node] = set()
+        left = [] if trunk is None else [trunk.node]
+        products = weights = outputs = 0
+        while left:
+            node = left.pop()
+            if node in below:
+                continue
+            below.add(node)
+            left += [child for child, _ in self.nodes[node] if child is not None]
+            if _kind(node) in _PRODUCTS:
+                entries = math.prod(metadata(node)[0].shape)
+                rows, columns = self._factor(node)
+                products, weights, outputs = products + entries * rows, weights + rows * columns, outputs + entries
+        calls = len(below) * calling(self.shared[0].device)
+        return Passing(calls, float(products), TRAFFIC * weights, TRAFFIC * outputs)
+
+    def _factor(self, node: Any) -> tuple[int, int]:
+        """The shape of what a gradient is multiplied by on its way through a linear layer, (0, 0) if it ends there."""
+        try:
+            factor = _saved_tensor(node, "mat2")
+        except (AttributeError, RuntimeError):
+            return 0, 0
+        return (0, 0) if factor is None else tuple(factor.shape)
 
     def _leading(self) -> list[Node]:
         """The nodes that lead to the shared parameters, from the losses down."""

@@ -27,8 +27,9 @@ from gradsurgery.graph.torch_private import metadata, version
 _BUCKET_CPU, _BUCKET_GPU = 2**18, 2**24
 
 # In multiplications: what reading or writing an entry costs, and what calling the operations of a layer costs on a CPU,
-# both found by timing. An accelerator multiplies some hundred times faster, and is called no faster.
-_TRAFFIC, _CALLS_CPU, _CALLS_GPU = 16.0, 6e6, 1e9
+# both found by timing. An accelerator multiplies some hundred times faster, and is called no faster. The inner products
+# and the sum of a layer take some forty calls.
+TRAFFIC, _CALLS_CPU, _CALLS_GPU, _CALLS = 16.0, 12e6, 1e9, 40
 
 
 #: Seconds that a function takes on a device.
@@ -54,23 +55,23 @@ class Linear(NamedTuple):
     versions: tuple[int, ...]
     flipped: bool
 
-    def saves(self, m: int, share: float = 1.0) -> bool:
-        """Predict whether this is faster than forming the weight gradient of each loss.
+    def costs(self, m: int, share: float = 1.0) -> tuple[float, float]:
+        """Predict what this costs, and what forming the weight gradient of each loss does.
 
         Args:
             m: Number of losses.
             share: What part of the calls a loss reaches.
 
         Returns:
-            True if so.
+            Both, in multiplications.
         """
         n, width, calls = sum(a.shape[0] for a in self.inputs), self.inputs[0].shape[1], len(self.inputs)
         out = self.params[0].numel() // width
         ghost, rows = _costs(n, width, out, m, self.inputs[0].device)
         if calls > 1:  # copies here, sums of gradients there, and no gradient of what a loss does not reach
-            ghost += 2 * _TRAFFIC * n * (m * out + width)
-            rows += 3 * _TRAFFIC * (share * calls - 1) * m * width * out - (1 - share) * m * n * width * out
-        return ghost < rows
+            ghost += 2 * TRAFFIC * n * (m * out + width)
+            rows += 3 * TRAFFIC * (share * calls - 1) * m * width * out - (1 - share) * m * n * width * out
+        return ghost, rows
 
     def sample(self) -> list[Tensor]:
         """Make up gradients at the outputs.
@@ -200,20 +201,20 @@ class Convolution(NamedTuple):
     samples: int
     window: dict[str, tuple[int, ...]]
 
-    def saves(self, m: int) -> bool:
-        """Predict whether this is faster than forming the weight gradient of each loss.
+    def costs(self, m: int) -> tuple[float, float]:
+        """Predict what this costs, and what forming the weight gradient of each loss does.
 
         Args:
             m: Number of losses.
 
         Returns:
-            True if so.
+            Both, in multiplications.
         """
         out = self.params[0].shape[0]
         width = self.params[0].numel() // out
         ghost, rows = _costs(self.samples, width, out, m, self.inputs.device)
         # Convolutions differentiate themselves faster than a product of matrices does.
-        return ghost + 4 * _TRAFFIC * self.samples * width < rows / 2
+        return ghost + 4 * TRAFFIC * self.samples * width, rows / 2
 
     def sample(self) -> list[Tensor]:
         """Make up gradients at the outputs.
@@ -304,16 +305,17 @@ class Embedding(NamedTuple):
     indices: Tensor
     scales: Tensor | None
 
-    def saves(self, m: int) -> bool:
-        """Predict whether this is faster than forming the gradient of each loss.
+    def costs(self, m: int) -> tuple[float, float]:
+        """Predict what this costs, and what forming the gradient of each loss does.
 
         Args:
             m: Number of losses.
 
         Returns:
-            True if so.
+            Both, in multiplications.
         """
-        return 2 * len(self.indices) < len(self.params[0])
+        entry = m * (m + 4 * TRAFFIC) * self.params[0].shape[1]
+        return entry * 2 * len(self.indices), entry * len(self.params[0])
 
     def sample(self) -> list[Tensor]:
         """Make up gradients at the outputs.
@@ -378,11 +380,23 @@ class Embedding(NamedTuple):
 Layer = Linear | Convolution | Embedding
 
 
+def calling(device: torch.device) -> float:
+    """What calling one operation costs.
+
+    Args:
+        device: Where it runs.
+
+    Returns:
+        The number of multiplications that take as long.
+    """
+    return (_CALLS_CPU if device.type == "cpu" else _CALLS_GPU) / _CALLS
+
+
 def _costs(n: int, width: int, out: int, m: int, device: torch.device) -> tuple[float, float]:
     """Multiplications, or what takes as long, without weight gradients of single losses, and with them."""
-    called = _CALLS_CPU if device.type == "cpu" else _CALLS_GPU
-    ghost = n * n * width + m * n * n * out + n * width * out + (m + 3 * _TRAFFIC) * m * n * out + called
-    return ghost, m * n * width * out + (m + 4 * _TRAFFIC) * m * width * out
+    called = _CALLS * calling(device)
+    ghost = n * n * width + m * n * n * out + n * width * out + (m + 3 * TRAFFIC) * m * n * out + called
+    return ghost, m * n * width * out + (m + 4 * TRAFFIC) * m * width * out
 
 
 def _beyond_rows(layer: Linear | Convolution, m: int, clock: Clock) -> float:

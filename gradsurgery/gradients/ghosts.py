@@ -25,7 +25,7 @@ from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.base import Request
 from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.formed import Formed, refusal
-from gradsurgery.gradients.ghost_graph import Reader
+from gradsurgery.gradients.ghost_graph import Passing, Reader, has_tensor_hooks
 from gradsurgery.gradients.ghost_layers import Embedding, Layer, Linear
 from gradsurgery.gradients.gram import Row, Table, Workspace
 from gradsurgery.graph.torch_private import version
@@ -35,6 +35,9 @@ from gradsurgery.graph.torch_private import version
 _ROUNDING, _ALLOWED = 6e-8, 5e-7
 _EPS = float(np.finfo(np.float64).eps)
 _ALLOWED_DOUBLE = 32 * _EPS
+
+# What part of the passes and rows of all losses must be spared, or rows are formed: predictions are no better.
+_WORTH = 0.1
 
 
 class Found(Table):
@@ -299,18 +302,23 @@ class Plan:
         """
         return self._reader.trunk()
 
-    @property
-    def is_mostly_ghosts(self) -> bool:
-        """Whether hardly anything of the rows is formed, so that several losses may pass side by side.
+    @cached_property
+    def is_batched(self) -> bool:
+        """Whether several losses should pass side by side.
 
         Returns:
-            True if one entry in twenty at most belongs to a direct parameter, and there are no convolutions, ghosts or
-            not, which are faster one by one.
+            True if they have a trunk, hooks do not look on, and there are no convolutions, ghosts or not, which are
+            faster one by one.
         """
-        if self._reader.has_convolutions():
-            return False
-        total = sum(p.numel() for p in self.shared)
-        return 20 * sum(self.shared[place].numel() for place in self.direct) <= total
+        return not self._reader.has_convolutions() and self.trunk is not None and not self.is_watched
+
+    def passing(self) -> Passing:
+        """Count what one loss does below the trunk, weight gradients left out.
+
+        Returns:
+            In multiplications that take as long.
+        """
+        return self._reader.passing(self.trunk)
 
     @cached_property
     def is_watched(self) -> bool:
@@ -321,7 +329,7 @@ class Plan:
         Returns:
             True if hooks were seen.
         """
-        return self._reader.is_watched()
+        return any(map(has_tensor_hooks, self.shared)) or self._reader.is_watched()
 
     @property
     def ghosts(self) -> list[int]:
@@ -450,6 +458,7 @@ def plan(
     shared: Sequence[Tensor],
     nodes: graph_module.Nodes | None = None,
     force: bool = False,
+    together: bool = True,
 ) -> Plan | None:
     """Read off the graph of the losses which parameters need no gradient of a single loss.
 
@@ -458,6 +467,7 @@ def plan(
         shared: The parameters whose rows are wanted; leaves.
         nodes: All nodes of the graph with what is below each, each after those, if they are known already.
         force: Make a ghost of all that can be one, even where rows are cheaper.
+        together: The losses may pass side by side.
 
     Returns:
         What to do, or None if all parameters are direct.
@@ -468,16 +478,30 @@ def plan(
         return None
     reader = Reader(roots, nodes, shared)
     layers = reader.layers()
-    if not force:
-        m = len(roots)
-        several = any(len(layer.edges) > 1 for layer in layers)
-        masks = graph_module.reaching(roots, nodes) if several else {}
-        layers = [
-            layer
-            for layer in layers
-            if (layer.saves(m, _share(layer.edges, masks, m)) if isinstance(layer, Linear) else layer.saves(m))
-        ]
-    return Plan(shared, layers, reader) if layers else None
+    if force or not layers:
+        return Plan(shared, layers, reader) if layers else None
+    m = len(roots)
+    several = any(len(layer.edges) > 1 for layer in layers)
+    masks = graph_module.reaching(roots, nodes) if several else {}
+    costs = [
+        layer.costs(m, _share(layer.edges, masks, m)) if isinstance(layer, Linear) else layer.costs(m)
+        for layer in layers
+    ]
+    made = Plan(shared, [layer for layer, (ghost, rows) in zip(layers, costs, strict=True) if ghost < rows], reader)
+    return made if _is_worth_it(made, costs, m, together) else None
+
+
+def _is_worth_it(made: Plan, costs: Sequence[tuple[float, float]], m: int, together: bool) -> bool:
+    """Whether a plan spares enough of the passes and rows: products of layers, or passing side by side."""
+    whole = sum(rows for _, rows in costs)
+    spared = sum(rows - ghost for ghost, rows in costs if ghost < rows)
+    # Without its weight gradients a pass costs as much again.
+    if spared > _WORTH * 2 * whole:
+        return True
+    passing = made.passing() if together and m > 2 and made.is_batched else None
+    if passing is None or (besides := passing.spared(m)) == 0:
+        return False
+    return spared + besides > _WORTH * (whole + m * (passing.calls + passing.products))
 
 
 def _share(calls: Sequence[GradientEdge], masks: Mapping[Node, int], m: int) -> float:
@@ -507,14 +531,17 @@ def gather(request: Request) -> Formed | str:
     if reason := refusal(request, "ghosts"):
         return reason
     batch = request.batch
-    made = plan(batch.roots, request.shared, batch.graph.nodes, request.engine == "ghosts")
+    together = "unbatched" not in request.failed
+    made = plan(batch.roots, request.shared, batch.graph.nodes, request.engine == "ghosts", together)
     if made is None:
         return "by their shapes all layers are cheaper as rows"
     spared = sum(made.shared[place].numel() for place in made.ghosts) / sum(p.numel() for p in request.shared)
     # The last loss goes alone, so that it takes three to have two side by side.
-    batched = request.m > 2 and made.is_mostly_ghosts and "unbatched" not in request.failed and not made.is_watched
+    batched = request.m > 2 and together and made.is_batched
     found = made.differentiate(batch.roots, batch.seeds, batch.retain[-1], request.plain, batched)
-    if batched and made.trunk is not None and not found.batched:
+    if batched and not found.batched:
         request.failed.add("unbatched")
     reason = f"{len(made.layers)} layers with {spared:.0%} of the shared entries need no rows"
+    if not made.layers:
+        reason = "the losses pass side by side"
     return Formed(request, found, "ghosts", reason)

@@ -20,7 +20,7 @@ from gradsurgery import text
 from gradsurgery.batch import parameters
 from gradsurgery.gradients import blocks, ghosts
 from gradsurgery.gradients import rows as rows_module
-from gradsurgery.gradients.formed import FEW
+from gradsurgery.gradients.formed import FEW, are_few
 from gradsurgery.gradients.gram import gram
 from gradsurgery.graph import Nodes, Root, walk
 from gradsurgery.graph.torch_private import metadata
@@ -196,11 +196,11 @@ def _offers(
     found, reason = {"rows": _rows(shared, m, method)}, "the method looks at the rows themselves"
     if method is None or method.needs_gram_only:
         reason = "by their shapes all layers are cheaper as rows"
-        if sum(p.numel() for p in shared) < FEW and wants == "auto":
-            reason = f"fewer than {FEW} shared entries"
+        if wants == "auto" and are_few(shared, m):
+            reason = f"fewer than {FEW} entries in all rows"
         elif (plan := ghosts.plan(roots, shared, nodes, wants == "ghosts")) is not None:
             found["ghosts"] = _ghosts(plan, m)
-            reason = f"{len(plan.layers)} layers need no rows"
+            reason = f"{len(plan.layers)} layers need no rows" if plan.layers else "the losses pass side by side"
         if (cut := blocks.plan(roots, shared, nodes)) is not None:
             found["blocks"] = _blocks(cut, m, floor)
     if wants == "auto":

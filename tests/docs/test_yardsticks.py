@@ -330,11 +330,39 @@ def test_the_grid_of_engines_compares_auto_with_the_faster_one():
     found = engines.cell(engines.TUNED[0], 2, engines.ENGINES, rounds=1, seconds=0.0)
     assert found["took"] == "rows"
     assert all(found[engine] > 0 for engine in engines.ENGINES)
+    found |= {"run": "today"}
     slow = found | {"rows": 2.0, "ghosts": 1.0, "auto": 1.6, "took": "ghosts"}
     alone = found | {"rows": 2.0, "auto": 2.0}
     del alone["ghosts"]
     assert [engines.ratio(slow), engines.ratio(alone)] == [1.6, 1.0]
     assert engines.summary([slow, alone], "All") == "All: 1 of 2 cells within 1.15 (50%), worst 1.60, median 1.30"
-    text = engines.section({"tuned": [slow, alone], "unseen": [alone]})
+    text = engines.section({"runs": {"today": engines.described()}, "tuned": [slow, alone], "unseen": [alone]})
     assert "| MLP | 2 | 1 | 1.30 | 1.60: 3 × 64, batch 64, m = 2 |" in text
     assert "| MLP (unseen) | 1 | 0 | 1.00 |" in text
+    assert "3 cells of today (" in text
+
+
+def test_a_part_of_the_grid_is_measured_anew(tmp_path, monkeypatch, capsys):
+    """Its cells say of which run they are, and stand where those of the earlier run stood."""
+    path = tmp_path / "engines.json"
+    old = [
+        {"rows": 1.0, "auto": 1.0, "took": "rows", "family": kind, "model": f"{kind}, {size}", "m": m, "run": run}
+        for kind, size, m, run in (
+            ("MLP", "3 × 64, batch 64", 2, "older"),
+            ("MLP", "3 × 64, batch 64", 8, "old"),
+            ("LoRA", "4 × 256, rank 4, batch 64", 2, "old"),
+        )
+    ]
+    runs = {"older": {}, "old": {}}
+    path.write_text(json.dumps({"runs": runs, "tuned": old, "unseen": []}))
+    monkeypatch.setattr("sys.argv", ["engines", "--only", "MLP, 3 × 64", "--losses", "2", "--rounds", "1",
+                                     "--json", str(path)])  # fmt: skip
+    engines.main()
+    found = json.loads(path.read_text())
+    ((new, run),) = ((key, run) for key, run in found["runs"].items() if key != "old")
+    assert run.keys() == engines.described().keys()
+    assert [(c["model"][:3], c["m"], c["run"]) for c in found["tuned"]] == [
+        ("MLP", 2, new), ("MLP", 8, "old"), ("LoR", 2, "old"),
+    ]  # fmt: skip
+    assert found["tuned"][0]["rows"] != 1.0
+    assert "tuned: 1 of 1 cells" in (out := capsys.readouterr().out) or "tuned: 0 of 1 cells" in out

@@ -83,7 +83,7 @@ def test_small_models_form_rows():
     model, x = wide(width=8)
     found = gradsurgery.estimate(model, losses_of(model, x))
     assert found.engines[0].engine == "rows"
-    assert "shared entries" in found.reason
+    assert "entries in all rows" in found.reason
 
 
 def test_a_table_of_which_rows_are_few():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery.gradients import ghost_graph, ghost_layers
+from gradsurgery.gradients import formed, ghost_graph, ghost_layers
 from gradsurgery.gradients import ghosts as ghost
 from gradsurgery.gradients.gram import Workspace
 from gradsurgery.graph import reach
@@ -369,7 +369,7 @@ def test_convolutions_pay_where_there_are_few_places_and_many_channels() -> None
         losses = [(z * k).sin().sum() for k in range(1, 9)]
         plan = ghost.plan(losses, list(trunk.parameters()))
         assert (plan is not None) == pays
-        assert plan is None or not plan.is_mostly_ghosts  # they go one by one
+        assert plan is None or not plan.is_batched  # they go one by one
 
 
 def test_checkpointed_layers_are_direct() -> None:
@@ -700,12 +700,94 @@ def test_rows_can_be_formed_after_all() -> None:
 
 
 def test_only_what_pays_is_a_ghost() -> None:
-    wide, long = Net(nn.Sequential(nn.Linear(256, 256), nn.Tanh()), 256), torch.randn(16, 256)
+    wide, long = Net(nn.Sequential(nn.Linear(512, 512), nn.Tanh()), 512), torch.randn(16, 512)
     params = list(wide.body.parameters())
     plan = ghost.plan(wide.losses(long), params)
     assert plan is not None
     assert plan.ghosts == [0, 1]
-    assert ghost.plan(wide.losses(torch.randn(1024, 256)), params) is None
+    assert ghost.plan(wide.losses(torch.randn(1024, 512)), params) is None
+
+
+def test_a_plan_that_spares_less_than_predictions_are_off_is_none() -> None:
+    """The wide layer pays. Behind eight narrow ones that do not, it is a small part of the step."""
+
+    def planned(count: int) -> ghost.Plan | None:
+        body = nn.Sequential(*(nn.Linear(200, 200) for _ in range(count)), nn.Linear(200, 512))
+        model = Net(body, 512)
+        return ghost.plan(model.losses(torch.randn(16, 200)), list(body.parameters()), together=False)
+
+    alone = planned(0)
+    assert alone is not None
+    assert alone.ghosts == [0, 1]
+    assert planned(8) is None
+
+
+def adapters(depth: int, width: int, rank: int) -> nn.Sequential:
+    """Frozen layers with trained corrections of low rank."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return torch.tanh(m.frozen(x) + m.up(m.down(x)))
+
+    layers = [
+        Lambda(
+            forward,
+            frozen=nn.Linear(width, width).requires_grad_(False),
+            down=nn.Linear(width, rank, bias=False),
+            up=nn.Linear(rank, width, bias=False),
+        )
+        for _ in range(depth)
+    ]
+    return nn.Sequential(*layers)
+
+
+def squares(features: Tensor, m: int) -> list[Tensor]:
+    return [(features[:, k::m] - k).square().mean() for k in range(m)]
+
+
+def test_losses_pass_side_by_side_where_that_alone_pays() -> None:
+    """Adapters are small, so that rows of them cost little; the frozen weights are read once a pass."""
+    body, x = adapters(8, 512, 16), torch.randn(32, 512)
+    params = [p for p in body.parameters() if p.requires_grad]
+    plans = {
+        m: ghost.plan(squares(body(x), m), params, together=together)
+        for m, together in ((2, True), (4, True), (8, True), (16, False))
+    }
+    assert [m for m, plan in plans.items() if plan is not None] == [8]
+    assert plans[8] is not None
+    assert plans[8].layers == ()
+    assert plans[8].is_batched
+    found = {}
+    for engine in ("rows", "auto"):
+        optimizer = gradsurgery.UPGrad(torch.optim.SGD(params, lr=0.1), engine=engine)
+        report = optimizer.backward(squares(body(x), 8))
+        assert report.engine == ("rows" if engine == "rows" else "ghosts")
+        assert engine == "rows" or report.reason == "the losses pass side by side"
+        found[engine] = torch.cat([p.grad.flatten() for p in params])
+        optimizer.zero_grad()
+    assert (found["auto"] - found["rows"]).norm() < 1e-5 * found["rows"].norm()
+
+
+def test_what_a_loss_does_below_the_trunk_is_counted() -> None:
+    body = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    plan = ghost.plan(Net(body, 2).losses(torch.randn(4, 3)), list(body.parameters()), force=True)
+    assert plan is not None
+    # Two layers with a transposition and two leaves each, and a tanh. Nobody needs the gradient at the inputs.
+    call = ghost_layers.calling(torch.device("cpu"))
+    assert plan.passing() == (9 * call, 4 * 2 * 5, 16 * 5 * 2, 16 * (4 * 2 + 4 * 5))
+    counted = ghost_graph.Passing(calls=1.0, products=100.0, weights=7.0, outputs=2.0)
+    assert [counted.spared(m) for m in (2, 3, 4, 9)] == [0.0, 0.0, 2.0, 7 * 6 - 10]
+
+
+@pytest.mark.parametrize("losses", [2, 4])
+def test_entries_of_all_rows_decide_whether_anybody_looks(losses: int) -> None:
+    body = nn.Sequential(nn.Linear(420, 420), nn.Tanh(), nn.Linear(420, 10))
+    features = body(torch.randn(8, 420))
+    report = gradsurgery.PCGrad(torch.optim.SGD(body.parameters(), lr=0.1)).backward(squares(features, losses))
+    few = losses * sum(p.numel() for p in body.parameters()) < formed.FEW
+    assert few == (losses == 2)
+    assert (report.engine, report.reason.startswith("fewer than 524288")) == (
+        ("rows", True) if few else ("ghosts", False)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ accuracy
@@ -816,6 +898,30 @@ def test_private_parameters_side_by_side() -> None:
     for row, others in zip(rows, found.others, strict=True):
         for expected, g, p in zip(row, others, private, strict=True):
             close(g, expected, p, 1e-6)
+
+
+def test_rows_are_formed_side_by_side_too() -> None:
+    model = Net(nn.Sequential(nn.Linear(8, 600), nn.Tanh(), nn.Linear(600, 600), nn.Tanh(), nn.Linear(600, 5)), 5)
+    values, params = model.losses(torch.randn(64, 8)), list(model.body.parameters())
+    rows = rows_by_autograd(values, params)
+    plan = ghost.plan(values, params)
+    assert plan is not None
+    assert plan.ghosts == [2, 3]
+    found = plan.differentiate(values, [torch.ones_like(v) for v in values], batched=plan.is_batched)
+    assert found.batched
+    for i, row in enumerate(rows):
+        for place, (expected, p) in enumerate(zip(row, params, strict=True)):
+            close(found.row(i, place), expected, p, 1e-5)
+
+
+def test_a_hook_on_a_parameter_sees_each_row() -> None:
+    body, seen = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512)), []
+    body[0].bias.register_hook(lambda g: seen.append(g.shape))
+    report = gradsurgery.PCGrad(torch.optim.SGD(body.parameters(), lr=0.1)).backward(
+        squares(body(torch.randn(16, 512)), 4)
+    )
+    assert report.engine == "ghosts"
+    assert seen == [(512,)] * 4
 
 
 def test_what_knows_no_batches_goes_one_by_one() -> None:
@@ -971,4 +1077,4 @@ def test_losses_go_one_by_one_through_a_convolution_that_is_no_ghost() -> None:
 
     patches, none = planned(nn.Conv2d(2, 2, 3, 1, 1)), planned(nn.Identity())
     assert {type(layer).__name__ for layer in patches.layers} == {"Linear"}
-    assert (patches.is_mostly_ghosts, none.is_mostly_ghosts) == (False, True)
+    assert (patches.is_batched, none.is_batched) == (False, True)

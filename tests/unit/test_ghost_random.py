@@ -169,7 +169,7 @@ def _small_models_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formed, "FEW", 0)
     # Which layers "auto" takes is drawn too, by what they are.
     for kind in (ghost_layers.Linear, ghost_layers.Convolution, ghost_layers.Embedding):
-        monkeypatch.setattr(kind, "saves", lambda layer, m, *_: (layer.places[0] + m) % 3 > 0)
+        monkeypatch.setattr(kind, "costs", lambda layer, m, *_: (float((layer.places[0] + m) % 3 == 0), 0.5))
 
 
 # The node of a second derivative has several outputs, of which one is used.
