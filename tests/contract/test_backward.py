@@ -352,6 +352,19 @@ def test_other_optimizers_get_the_plain_gradient(net, x, wrap, name):
     assert net.heads[2].weight.grad is None
 
 
+@pytest.mark.parametrize("wrap", [gradsurgery.MGDA, Halves])
+def test_a_parameter_that_another_optimizer_has_too_gets_its_gradient_once(net, x, wrap):
+    """The other one has all parameters: what it has alone gets plain gradients, the rest what the method says."""
+    expected = wrap(sgd(net.trunk))
+    expected.backward(net(x), other_optimizers=sgd(net.heads))
+    wanted = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    wrap(sgd(net.trunk)).backward(net(x), other_optimizers=[sgd(net), sgd(net.heads)])
+    for p, g in zip(net.parameters(), wanted, strict=True):
+        assert (p.grad is None) == (g is None)
+        assert g is None or torch.equal(p.grad, g)
+
+
 def test_both_names_of_the_other_optimizers_at_once(net, x):
     """The old name does what the new one does; the two together may contradict each other."""
     heads = sgd(net.heads)

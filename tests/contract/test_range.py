@@ -529,17 +529,18 @@ def test_normalized_rows_out_of_range(normalize, size):
     torch.testing.assert_close(gradient(size), gradient(1.0), rtol=1e-8, atol=1e-14)
 
 
+@pytest.mark.parametrize("size", [1.0, 3e159])
 @pytest.mark.parametrize("granularity", ["group", "parameter"])
-def test_parts_have_ranges_of_their_own(granularity):
+def test_parts_have_ranges_of_their_own(granularity, size):
     v, w = fresh(torch.float64, 0.0, 0.0), fresh(torch.float64, 0.0, 0.0)
     groups = [{"params": [v]}, {"params": [w]}]
     optimizer = gradsurgery.PCGrad(SGD(groups, lr=0.1), granularity=granularity)
     a, b = torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([-1.0, 0.0], dtype=torch.float64)
-    report = optimizer.backward({"a": 1e160 * (a @ v) + a @ w, "b": 1e160 * (b @ v) + b @ w})
+    report = optimizer.backward({"a": 1e160 * (a @ v) + size * (a @ w), "b": 1e160 * (b @ v) + size * (b @ w)})
     expected = torch.tensor([-0.5, 1.5], dtype=torch.float64)  # by hand
-    torch.testing.assert_close(w.grad, expected)
+    torch.testing.assert_close(w.grad / size, expected)
     torch.testing.assert_close(v.grad / 1e160, expected)
-    assert report.norms["a"] == pytest.approx(1e160 * 2**0.5)
+    assert report.norms["a"] == pytest.approx(2**0.5 * math.hypot(1e160, size))
 
 
 def test_features_out_of_range():

@@ -96,6 +96,13 @@ def test_the_rounding_of_a_square_root_does_not_depend_on_the_order(dtype):
     assert len(set(products.values())) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_square_root_has_room_for_rows_of_zero(dtype):
+    rows = [[torch.tensor([3.0, 4.0], dtype=dtype)], [torch.zeros(2, dtype=dtype)]]
+    root = gram_module.triangle(rows)
+    np.testing.assert_allclose(root @ root.T, [[25.0, 0.0], [0.0, 0.0]], rtol=1e-14)
+
+
 def test_a_square_root_of_products_has_room_for_rows_of_zero():
     gram = np.array([[4.0, 0.0, 2.0], [0.0, 0.0, 0.0], [2.0, 0.0, 1e6]])
     root = gram_module.square_root(gram)
