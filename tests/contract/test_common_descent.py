@@ -338,6 +338,23 @@ def test_no_loss_rises_where_squares_leave_double_precision(kind, exponent, monk
     assert any(corrected)
 
 
+def test_the_report_has_the_weights_of_what_was_corrected(monkeypatch):
+    found = []
+    find = descent.Direction.find
+
+    def noted(self, weights):
+        find(self, weights)
+        found.append((weights, self.weights))
+
+    monkeypatch.setattr(descent.Direction, "find", noted)
+    rows = drawn("opposed", 3, torch.float64, 6)
+    w = nn.Parameter(torch.zeros(rows.shape[1], dtype=torch.float64))
+    report = gradsurgery.DualProj(torch.optim.SGD([w], lr=0.1)).backward(list(rows @ w))
+    ((before, after),) = found
+    assert np.abs(before - after).max() > 0.1
+    np.testing.assert_array_equal(list(report.weights.values()), after)
+
+
 def test_a_sum_without_doubt_is_taken_as_ever(monkeypatch):
     monkeypatch.setattr(descent, "Direction", lambda *args, **options: pytest.fail("looked at"))
     rng = np.random.default_rng(0)
