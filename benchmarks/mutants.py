@@ -2,11 +2,11 @@
 
 python -m benchmarks.mutants [--files step transaction] [--count 40] [--seed 0] [--cases 10]
 
-The tests are collected once, and each is run once to see which lines it reaches; some cases of a test that has many.
-Every mutant is a fork of that process in which one function has another code: the tests that reach its line run, quick
-ones first, until one fails or they have taken long enough. What lies outside of functions is imported anew. A mutant on
-which no test fails has survived, and is printed at once. Those that change nothing a user can see are explained in
-`mutants.json`, and not tried.
+The tests are collected once, and each is run once to see which lines it reaches; some cases of a test that has many,
+and none that starts processes. Every mutant is a fork of that process in which one function has another code: the
+tests that reach its line run, quick ones first, until one fails or they have taken long enough. What lies outside of
+functions is imported anew. A mutant on which no test fails has survived, and is printed at once. Those that change
+nothing a user can see are explained in `mutants.json`, and not tried.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import gc
 import importlib.machinery
 import itertools
 import json
+import multiprocessing.process
 import os
 import pickle
 import random
@@ -244,6 +245,11 @@ def record(session: pytest.Session, paths: dict[str, str]) -> dict[str, Reached]
     return found
 
 
+def _skipped(process: Any) -> None:
+    """In place of the start of a process: its lines are not seen, and it has the code without the change."""
+    pytest.skip("starts processes")
+
+
 def in_session(tests: list[Path], folder: Path, task: Callable[[pytest.Session], int]) -> int:
     """What a task returns that gets the collected tests. Where they cannot be collected that is `KILLED`."""
 
@@ -254,6 +260,7 @@ def in_session(tests: list[Path], folder: Path, task: Callable[[pytest.Session],
 
     loop = Loop()
     loop.code = KILLED
+    multiprocessing.process.BaseProcess.start = _skipped  # type: ignore[method-assign]
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)  # what pytest says
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not browser and not cuda"]

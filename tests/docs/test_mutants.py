@@ -70,16 +70,17 @@ def test_a_mutant_that_no_test_notices_is_named(tmp_path):
         "def second(a):\n    while a > 3:\n        a = a - 1\n    return a\n\n\ndef third(a):\n    return not a\n"
     )
     (tmp_path / "tests" / "test_small.py").write_text(
-        "from gradsurgery.small import LEAST, MOST, first, second\n\n\n"
+        "import multiprocessing\n\nfrom gradsurgery.small import LEAST, MOST, first, second\n\n\n"
         "def test_functions():\n    assert first(1, 2)\n    assert second(5) == 3\n\n\n"
-        "def test_numbers():\n    assert LEAST == MOST == 2\n"
+        "def test_numbers():\n    assert LEAST == MOST == 2\n\n\n"
+        "def test_processes():\n    multiprocessing.Process(target=print).start()\n    assert False\n"
     )
     # One never ends, and one is seen in an import alone.
     assert tried(tmp_path)[0] == [
-        "2 tests are run once",
+        "3 tests are run once",
         "1/6 gradsurgery/small.py:6: a < b  →  a <= b  (1 tests)",
         "4/6 gradsurgery/small.py:16: not a  →  a  (0 tests)",
-        "6/6 gradsurgery/small.py:2: 2 * 1  →  2 / 1  (2 tests)",
+        "6/6 gradsurgery/small.py:2: 2 * 1  →  2 / 1  (3 tests)",
         "small: 3 of 6 mutants killed, 0 explained, 3 survive, of 6 possible ones",
     ]
     (tmp_path / "tests" / "test_small.py").write_text("def test():\n    assert False\n")
