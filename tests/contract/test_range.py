@@ -155,6 +155,22 @@ def test_a_weight_of_a_row_that_a_method_added_is_told_of_all_losses(nonfinite):
     assert w.grad is None
 
 
+def test_an_infinite_weight_on_a_private_parameter_makes_a_scaler_skip_the_step():
+    class Broken(gradsurgery.FixedWeighter):
+        def weights(self, losses):
+            return [math.inf, 1.0, 1.0] * super().weights(losses)
+
+    v, w = fresh(torch.float32, 1.0), fresh(torch.float32, 1.0, 3.0)
+    optimizer = gradsurgery.MoCo(Broken(SGD([v, w], lr=0.1)))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer.backward({"a": v[0] ** 2, "b": w[0] ** 2, "c": (w[1] - w[0]) ** 2}, scaler=scaler)
+    assert not torch.isfinite(v.grad).any()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1.0
+    assert v.tolist() == [1.0]
+
+
 def test_streaming_looks_at_its_weights_too():
     w = fresh(torch.float32, 1.0, 3.0)
     optimizer = gradsurgery.PCGrad(SGD([w], lr=0.1), streaming=True, preference={"a": 1e39, "b": 1.0})

@@ -458,6 +458,21 @@ def test_rows_that_a_method_adds_are_left_out_where_they_repeat_absent_losses(re
     torch.testing.assert_close(one.grad, ROWS[0] + (2.0 if repeats else 3.0) * ROWS[2])
 
 
+@pytest.mark.parametrize("method", [gradsurgery.NashMTL, gradsurgery.MoCo, gradsurgery.GradDrop])
+def test_the_report_is_free_of_the_loss_scale(method):
+    net = Net().float()
+    x = torch.randn(8, 5)
+    usual = method(torch.optim.SGD(net.parameters(), lr=0.1)).backward(net(x))
+    net.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    found = method(torch.optim.SGD(net.parameters(), lr=0.1)).backward(net(x), scaler=scaler)
+    torch.testing.assert_close(found.gram, usual.gram, rtol=1e-5, atol=0)
+    assert found.norms == pytest.approx(usual.norms, rel=1e-5)
+    assert found.losses == pytest.approx(usual.losses)
+    if usual.weights is not None:
+        assert found.weights == pytest.approx(usual.weights, rel=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------- features
 
 
