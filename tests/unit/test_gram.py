@@ -129,6 +129,7 @@ def test_products_that_double_precision_cannot_hold_have_a_unit(size):
     table = Table(matrix)
     found = table.repaired(table.products().numpy())
     gram = Gram.of(table, found, scale=2.0)
+    table.require_squares("Own")  # a row of zero is not far from the others
     np.testing.assert_allclose(gram.lengths().values(), [2.5 * size, 0.0, 2.5 * size], rtol=1e-15)
     root = gram.root()
     np.testing.assert_allclose(np.linalg.norm(root / size, axis=1), [2.5, 0.0, 2.5], rtol=1e-14)
