@@ -384,6 +384,15 @@ def test_weights_that_float32_cannot_hold():
         assert rise(rows, d) <= 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_rows_and_of_their_sizes_have_the_signs_of_the_weights(dtype):
+    table = gram_module.Table([[torch.tensor([1.0, -2.0], dtype=dtype)], [torch.tensor([3.0, 4.0], dtype=dtype)]])
+    sums = descent.Direction(table, [dtype])
+    weights = np.array([-1.0, 2.0])
+    assert sums.sum(weights).tolist() == [5.0, 10.0]
+    assert sums.sum(weights, sizes=True).tolist() == [7.0, 10.0]
+
+
 def test_inner_products_in_twice_the_precision():
     rng = np.random.default_rng(0)
     rows, d = rng.normal(size=(3, 1001)), rng.normal(size=1001)
