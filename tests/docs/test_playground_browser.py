@@ -687,6 +687,21 @@ def test_labels_keep_apart(open_page, settings, preset, arrows):
             assert across <= 1 or down <= 3, (name, other)
 
 
+@pytest.mark.parametrize("settings", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize("rows", ["1,-0.4;-1,0.4", "0.86,-0.33;-0.85,0.5"], ids=["still", "equal"])
+def test_a_label_of_many_methods_is_folded(open_page, settings, rows):
+    page = open_page(f"#g={rows}", settings=settings)
+    for button in page.locator(".pg-more button").all():
+        button.click()
+    frame = page.locator(".pg-plane").bounding_box()
+    labels = page.locator(".pg-label.pg-of-several")
+    assert max(label.text_content().count("=") + label.text_content().count(",") for label in labels.all()) >= 3
+    for label in labels.all():
+        box = label.bounding_box()
+        assert box["x"] >= frame["x"] - 1, label.text_content()
+        assert box["x"] + box["width"] <= frame["x"] + frame["width"] + 1, label.text_content()
+
+
 def luminance(colour):
     channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]

@@ -62,10 +62,10 @@
 
   const WORDS = {
     sum: "adds the gradients up",
-    pcgrad: "projects opposing gradients on each other; mean over its random orders",
+    pcgrad: "removes from each gradient what opposes another; mean over its random orders",
     mgda: "shortest vector between the gradients, times their number",
     cagrad: "best for the worst-off loss, within a ball around the mean",
-    nash: "bargains: lengths of single gradients do not turn it",
+    nash: "bargains: the length of one gradient does not turn it",
     upgrad: "projects each gradient on the green cone, and adds up",
     config: "one cosine with every gradient, whatever their lengths",
     conic: "best for the worst-off loss, within a cone around the mean",
@@ -651,6 +651,17 @@
     return pen.measureText(text).width;
   }
 
+  /** A label in lines that leave room on either side of them in the frame, broken between names. */
+  function folded(text) {
+    const lines = [];
+    text.match(/[^=,:]+[=,:]?/g).forEach((part) => {
+      const longer = lines.length ? `${lines[lines.length - 1]} ${part.trim()}` : part.trim();
+      if (lines.length && textWidth(longer, true) <= 0.6 * width()) lines[lines.length - 1] = longer;
+      else lines.push(part.trim());
+    });
+    return lines;
+  }
+
   const overlap = (a, b) => (
     Math.max(0, Math.min(a.x + a.width, b.x + b.width) - Math.max(a.x, b.x))
     * Math.max(0, Math.min(a.y + a.height, b.y + b.height) - Math.max(a.y, b.y)));
@@ -708,7 +719,8 @@
       return candidates;
     };
     const add = (text, kind, anchor, outward, near, leader, of) => {
-      const size = { width: textWidth(text, true), height: 16 };
+      const parts = folded(text);
+      const size = { width: Math.max(...parts.map((part) => textWidth(part, true))), height: 16 * parts.length };
       const { box } = settle(size, round(anchor, outward, size, near), taken, lines);
       taken.push(box);
       const middle = [box.x + box.width / 2, box.y + box.height / 2];
@@ -716,7 +728,8 @@
       if (leader && Math.hypot(edge[0] - anchor[0], edge[1] - anchor[1]) > near + 14) {
         shapes.push(drawn("line", { class: "pg-leader", x1: anchor[0], y1: anchor[1], x2: edge[0], y2: edge[1], "data-of": of }));
       }
-      shapes.push(drawn("text", { class: `pg-label ${kind}`, x: middle[0], y: middle[1], dy: "0.35em", "data-of": of }, text));
+      shapes.push(drawn("text", { class: `pg-label ${kind}`, "data-of": of }, ...parts.map((part, k) => (
+        drawn("tspan", { x: middle[0], y: box.y + 16 * k + 8, dy: "0.35em" }, part)))));
     };
     state.rows.forEach((row, i) => {
       const length = norm(row);
