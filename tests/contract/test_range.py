@@ -208,6 +208,16 @@ def test_a_sum_that_overflows_a_parameter_is_never_written(name):
     assert optimizer.state_dict()["gradsurgery"]["memory"]["step"] == 0, "it has learnt from what was skipped"
 
 
+@pytest.mark.parametrize("bad", ["a", "b"])
+def test_of_two_losses_on_a_plain_parameter_the_one_whose_gradient_is_infinite_is_named(bad):
+    v, w = fresh(torch.float64, 0.0), fresh(torch.float64, 1.0)
+    optimizer = gradsurgery.PCGrad(SGD([v, w], lr=0.1), shared_params=w)
+    two = {name: w[0] + (v[0].sqrt() if name == bad else v[0]) for name in "ab"}
+    with pytest.raises(RuntimeError, match=f"the gradient of '{bad}' is not finite"):
+        optimizer.backward(two)
+    assert v.grad is w.grad is None
+
+
 def test_a_sum_that_only_might_overflow_is_written():
     """The lengths of the rows add up to more than half precision holds, and no entry of their sum does."""
     w = fresh(torch.float16, 1.0, 1.0)
