@@ -129,7 +129,9 @@ class Batch:
 
     Attributes:
         owner: The class that errors should name.
+        params: Its trainable parameters.
         tasks: The losses.
+        names: Their names, (m,).
         values: Their values, (m,), float64; over the whole batch, where it is spread over processes.
         graph: What the walk over their graph has found.
         owned: The parameters of this optimizer that the losses may reach.
@@ -151,7 +153,9 @@ class Batch:
     """
 
     owner: str
+    params: list[Tensor]
     tasks: Tasks
+    names: tuple[str, ...]
     values: Tensor
     graph: Graph
     owned: list[Tensor]
@@ -172,19 +176,9 @@ class Batch:
     unsampled: str = ""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the losses, (m,)."""
-        return self.tasks.present
-
-    @property
     def roots(self) -> list[Root]:
         """Where the losses that this process has are differentiated from."""
         return [root for root in self.tasks.roots if root is not None]
-
-    @property
-    def is_accumulated(self) -> bool:
-        """Whether its gradients are there already."""
-        return self.accumulated is not None
 
     @property
     def is_scaled(self) -> bool:
@@ -227,8 +221,12 @@ class Batch:
         # Without joins autograd tells what a loss does not reach.
         masks = self.graph.masks if self.graph.joins and self.accumulated is None and not self.graph.hidden else None
         bits = None if masks is None else [masks.get(p, 0) for p in params]
-        for i in range(len(self.names)) if order is None else order:
-            yield i, self._row(i, params, bits)
+        roots, is_usual = self.tasks.roots, masks is None and self.accumulated is None and not self.graph.hidden
+        for i in range(len(roots)) if order is None else order:
+            if is_usual and (root := roots[i]) is not None:
+                yield i, rows_module.gradient(root, params, self.seeds[i], self.retain[i])
+            else:
+                yield i, self._row(i, params, bits)
 
     def _row(self, i: int, params: Sequence[Tensor], bits: Sequence[int] | None) -> Row:
         root = self.tasks.roots[i]
@@ -394,13 +392,15 @@ class Reading(NamedTuple):
         device = tasks.tensors[0].device if tasks.tensors else self.params[0].device
         here = losses_module.values(tasks.tensors, device)
         count = len(tasks.present)
-        tasks, values, shares = self._agreed(tasks, here)
+        values, shares = here, None
+        if not self.comm.is_alone:
+            tasks, values, shares = self._agreed(tasks, here)
         if self.settings.nonfinite == "drop":
             tasks, values, shares = self._finite(tasks, values, shares)
             if not tasks.present and (given.accumulate or transaction.accumulated is None):
                 return None
         transaction.present = tasks.present
-        samples, unsampled = self._samples(tasks, len(tasks.present) < count)
+        samples, unsampled = self._samples(tasks, len(tasks.present) < count) if given.per_sample else (None, "")
         graph, owned, foreign = self._reached(tasks, samples)
         if graph.roots:
             tasks = tasks._replace(roots=graph.roots)
@@ -409,25 +409,22 @@ class Reading(NamedTuple):
             self._require_everywhere(tasks)
             self._require_exchanged(owned, float(here.nan_to_num().sum()))
         seeds = rows_module.seeds(tasks.tensors, given.scaler)
-        if seeds:
-            loss_scale = seeds[0]
-        else:
-            assert transaction.accumulated is not None
-            loss_scale = transaction.accumulated.loss_scale
+        loss_scale = seeds[0] if seeds else self._scale_before()
         if shares is not None:
             # Gradients of sharded parameters come back as means over the processes, all others as parts of a sum.
             factor = comm.size if comm.is_sharded else 1
             seeds = [seed * float(share * factor) for seed, share in zip(seeds, shares, strict=True)]
         # A compiled backward that first ran without retain_graph refuses to run with it later. Where steps of both
         # kinds follow each other all retain, and the references are dropped instead.
-        overlaps = graph.overlaps if self.settings.has_cadence else graph.overlaps_later
+        cadence = self.settings.has_cadence
+        overlaps = graph.overlaps if cadence else graph.overlaps_later
         retain = [given.retain_graph or overlap for overlap in overlaps]
         for root in tasks.roots:
             if isinstance(root, Start) and root.together is not None:
                 root.together.seeds, root.together.retain = seeds, retain
         batch = Batch(
-            self.owner, tasks, values, graph, owned, foreign, graph.masks, loss_scale, seeds, retain,
-            given.retain_graph or (self.settings.has_cadence and any(graph.overlaps)),
+            self.owner, self.params, tasks, tasks.present, values, graph, owned, foreign, graph.masks, loss_scale,
+            seeds, retain, given.retain_graph or (cadence and any(graph.overlaps)),
             comm, given.scaler, given.features, given.residuals, given.accumulate, None,
             samples, given.per_sample, unsampled,
         )  # fmt: skip
@@ -435,11 +432,14 @@ class Reading(NamedTuple):
             return self._accumulated(batch)
         return batch
 
-    def _agreed(self, tasks: Tasks, values: Tensor) -> tuple[Tasks, Tensor, np.ndarray | None]:
+    def _scale_before(self) -> Tensor:
+        """The loss scale of earlier micro-batches, where this one has no loss."""
+        assert self.transaction.accumulated is not None
+        return self.transaction.accumulated.loss_scale
+
+    def _agreed(self, tasks: Tasks, values: Tensor) -> tuple[Tasks, Tensor, np.ndarray]:
         """The losses that any process has, their values over the whole batch, and the shares of this process."""
         given, accumulated = self.arguments, self.transaction.accumulated
-        if self.comm.is_alone:
-            return tasks, values, None
 
         def kind() -> str:
             trainable = [*self.params, *(p for other in given.others for p in parameters(other))]
@@ -475,7 +475,7 @@ class Reading(NamedTuple):
     def _samples(self, tasks: Tasks, dropped: bool) -> tuple[Samples | None, str]:
         """One loss per sample, if that is wanted and there; else why not."""
         given = self.arguments
-        if not given.per_sample or self.unsampled:
+        if self.unsampled:
             return None, self.unsampled
         if dropped:
             return None, "a loss was dropped, and the others are no longer one per sample"
@@ -490,8 +490,12 @@ class Reading(NamedTuple):
 
     def _reached(self, tasks: Tasks, samples: Samples | None) -> tuple[Graph, list[Tensor], list[Tensor]]:
         """Walk over the graph. Returns what was found, the owned parameters that may be reached, and foreign ones."""
-        others = list(dict.fromkeys(p for other in self.arguments.others for p in parameters(other)))
-        graph = self._walked(tasks, others) if samples is None else samples.graph(len(tasks.present))
+        others: list[Tensor] = []
+        if self.arguments.others:
+            others = list(dict.fromkeys(p for other in self.arguments.others for p in parameters(other)))
+        graph = walk(tasks.roots) if samples is None else samples.graph(len(tasks.present))
+        if not self.comm.is_alone:
+            graph = self._walked(graph, tasks, others)
         own = set(self.params) if others else set()
         if graph.masks is None:
             return graph, self.params, [p for p in others if p not in own]
@@ -522,9 +526,9 @@ class Reading(NamedTuple):
             )
         return graph, owned, foreign
 
-    def _walked(self, tasks: Tasks, others: Sequence[Tensor]) -> Graph:
-        """What the graph tells, on all processes."""
-        graph, comm = walk(tasks.roots), self.comm
+    def _walked(self, graph: Graph, tasks: Tasks, others: Sequence[Tensor]) -> Graph:
+        """What the graphs of all processes tell."""
+        comm = self.comm
         sharded = comm.over(self.params).is_sharded
         # fully_shard differentiates with respect to tensors of its own.
         if (
@@ -533,8 +537,6 @@ class Reading(NamedTuple):
             and any(hasattr(p, "device_mesh") and p not in graph.masks for p in self.params)
         ):
             graph = graph._replace(hidden=True, masks=None, nodes={})
-        if comm.is_alone:
-            return graph
         own_marks = [graph.hidden, graph.masks is None, graph.unread]
         marks = torch.tensor(own_marks, dtype=torch.uint8, device="cpu")
         hidden, unknown, unread = map(bool, comm.any_of(marks).tolist())  # all processes take the same road
@@ -577,6 +579,7 @@ class Reading(NamedTuple):
         return replace(
             batch,
             tasks=tasks,
+            names=tasks.present,
             values=found.values,
             accumulated=found,
             owned=[p for p in self.params if p in masks],
@@ -653,7 +656,7 @@ def arguments(
             f"{owner}.backward: `scaler` must be a gradient scaler, such as torch.amp.GradScaler, or None, got "
             f"{scaler!r}."
         )
-    at = representation(owner, features)
+    at = () if features is None else representation(owner, features)
     if per_sample != "auto" and per_sample:
         others_of_it = {"accumulate": accumulate, "features": bool(at), "residuals": residuals is not None}
         if excluded := [name for name, there in others_of_it.items() if there]:
@@ -712,21 +715,19 @@ def samples_of(losses: Sequence[Tensor], automatic: bool, is_alone: bool = True)
     return found
 
 
-def representation(owner: str, features: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+def representation(owner: str, features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Check the shared representation.
 
     Args:
         owner: The class that errors should name.
-        features: One tensor, several, or None.
+        features: One tensor, or several.
 
     Returns:
-        Its parts; empty if there is none.
+        Its parts.
 
     Raises:
         TypeError: A part is no tensor that can be differentiated with respect to.
     """
-    if features is None:
-        return ()
     parts = tuple(features) if isinstance(features, Iterable) and not isinstance(features, Tensor) else (features,)
     for part in parts:
         if not isinstance(part, Tensor):

@@ -191,7 +191,8 @@ def _check(loss: object, name: str, where: str) -> Tensor:
             f"{where}: loss {name!r} must be a scalar tensor, a function that returns one, or None if absent, got "
             f"{type(loss).__name__}.{_MEASURE if isinstance(loss, (int, float)) else ''}"
         )
-    loss = _bare(loss)
+    if type(loss) is not Tensor:
+        loss = _bare(loss)
     if loss.numel() != 1:
         raise ValueError(
             f"{where}: loss {name!r} must be a scalar, got shape {tuple(loss.shape)}. Reduce it with .mean() or .sum()."
@@ -227,7 +228,7 @@ def values(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device=device)
     detached = [t.detach() for t in tensors]
-    if all(t.device == device and t.dtype == detached[0].dtype for t in detached):
+    if {t.device for t in detached} == {device} and len({t.dtype for t in detached}) == 1:
         return torch.stack(detached).double()
     return torch.stack([t.to(device=device, dtype=torch.float64) for t in detached])
 

@@ -147,7 +147,7 @@ class Loop:
         """
         transaction = method.transaction
         started = transaction.learnt["step"] or transaction.proposed is not None or transaction.has_told("twice")
-        elsewhere = batch.is_accumulated or not batch.comm.is_alone or batch.graph.hidden
+        elsewhere = batch.accumulated is not None or not batch.comm.is_alone or batch.graph.hidden
         if started or elsewhere or not batch.owned or any(p.grad is None for p in batch.owned):
             return
         sums = rows.one_pass(batch.roots, batch.seeds, batch.owned, retain_graph=True, engine="grad")

@@ -14,7 +14,7 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal, ParamSpec, TypedDict, TypeVar
 
@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradsurgery import losses as losses_module
 from gradsurgery import misuse
-from gradsurgery.batch import Arguments, Batch, Reading, arguments, parameters, shown_mode
+from gradsurgery.batch import FEWEST, Arguments, Batch, Reading, arguments, parameters, shown_mode
 from gradsurgery.communication import ALONE, Communicator, Processes, hold, shards
 from gradsurgery.gradients import Refused
 from gradsurgery.graph.torch_private import hooks_of_base, is_flat, optimizer_hooks
@@ -560,31 +560,33 @@ class MultiLossOptimizer(Optimizer):
         """
         transaction, comm = self.transaction, self._communicator()
         transaction.loop.plain_steps = None
-        if self.debug:
+        if self.settings.debug:
             comm.require_replicas(parameters(self))
         going_on = accumulate or transaction.accumulated is not None
-        further = self._renamed(other_optimizers, others)
-        self._require_possible(going_on, not comm.is_alone)
+        if going_on or not comm.is_alone:
+            self._require_possible(going_on, not comm.is_alone)
+        further = other_optimizers if others == () else self._renamed(other_optimizers, others)
         tasks = losses_module.read(losses, self._name, may_be_empty=not comm.is_alone or going_on, names=names)
         # With several processes this call may be the first to see a task, so the names are those of the whole list.
         with self.proposing(tasks.names, tasks.present):
-            wanted = self._samples_wanted(per_sample)
+            wanted = self._samples_wanted(per_sample) if per_sample is not False or len(tasks.present) >= FEWEST else ""
             given = arguments(
                 self._name, accumulate, batch_size, scaler, retain_graph, further, features, residuals, wanted
             )
-            transaction.flags += () if accumulate else transaction.repeated
+            if not accumulate:
+                transaction.flags += transaction.repeated
             transaction.report = self._report_on(tasks, comm, given)
         return transaction.report
 
     def _renamed(
         self, new: Optimizer | Iterable[Optimizer], old: Optimizer | Iterable[Optimizer]
     ) -> Optimizer | Iterable[Optimizer]:
-        """Read `other_optimizers` under whichever name it was given."""
-        if new != () and old != ():
+        """Read `other_optimizers` under its old name."""
+        if new != ():
             raise TypeError(
                 f"{self._name}.backward: `others` is the old name of `other_optimizers`. Give the latter alone."
             )
-        return new if old == () else old
+        return old
 
     def _report_on(self, tasks: Tasks, comm: Communicator, given: Arguments) -> Report:
         """Read the losses, and act on them unless more micro-batches follow."""
@@ -599,13 +601,15 @@ class MultiLossOptimizer(Optimizer):
             transaction.reject()
         elif given.accumulate:
             transaction.accumulated = batch.accumulated
+            transaction.repeat_flags()
             report = Report(batch.names, batch.values, flags=[*transaction.flags, "accumulating"])
         else:
             transaction.loop.see_gradients(self, batch)
             report = self._act_on(batch, reading, tasks)
             transaction.loop.proposed(self, given.scaler is not None)
             transaction.accumulated = None
-        transaction.repeat_flags(last=not given.accumulate)
+        if not given.accumulate:
+            transaction.repeated = ()
         return report
 
     def _act_on(self, batch: Batch, reading: Reading, tasks: Tasks) -> Report:
@@ -641,7 +645,7 @@ class MultiLossOptimizer(Optimizer):
     def _communicator(self) -> Communicator:
         """The processes to exchange with, in this call."""
         if not dist.is_available() or not dist.is_initialized():
-            if self.distributed:
+            if self.settings.distributed:
                 raise RuntimeError(
                     f"{self._name}.backward: distributed=True needs torch.distributed.init_process_group() first."
                 )
@@ -660,25 +664,36 @@ class MultiLossOptimizer(Optimizer):
         self._warn_of_ranks()
         return ALONE
 
-    @contextmanager
-    def proposing(self, names: tuple[str, ...], present: tuple[str, ...]) -> Iterator[None]:
+    def proposing(self, names: tuple[str, ...], present: tuple[str, ...]) -> AbstractContextManager[None]:
         """Open a draft of the memory, which becomes the proposal at the end.
 
         Args:
             names: Names of the losses, absent ones included.
             present: Those that this batch has.
 
-        Yields:
-            Nothing.
+        Returns:
+            A context, at whose end the draft is closed.
+
+        Raises:
+            ValueError: The names are not those of the losses that the method keeps something for.
         """
         # Gradients that are gone were cleared by `model.zero_grad()`, and what was proposed with them is void too.
         transaction = self.transaction
         waits = transaction.proposed is not None and transaction.accumulated is None
         if waits and all(p.grad is None for p in parameters(self)):
             transaction.proposed = None
-        with transaction.open(names, present):
-            self._check_names(names)
-            yield
+        before = transaction.learnt if transaction.proposed is None else transaction.proposed
+        known = before.get("tasks")
+        if self.stateful and known is not None and set(known) != set(names):
+            raise ValueError(
+                f"{self._name}.backward: the names of the losses must stay the same, since the method keeps "
+                f"something for each: it knows {known}, got {list(names)}. Pass a dict with every name in every "
+                "call, and None for a task that is absent."
+            )
+        draft = transaction.open(names, present)
+        if known is None and (self.stateful or self.check.by_order):
+            self._learn_names(names)
+        return draft
 
     # --------------------------------------------------------------------- what methods are built on
 
@@ -720,7 +735,7 @@ class MultiLossOptimizer(Optimizer):
         Returns:
             The generator, at the start of the stream. Another call puts it there again.
         """
-        return self._stream.at(self.seed, self.transaction.whole["step"])
+        return self._stream.at(self.settings.seed, self.transaction.whole["step"])
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn the user, but not a second time about the same.
@@ -868,21 +883,10 @@ class MultiLossOptimizer(Optimizer):
         names = self.names if names is None else names
         self.memory[key] = {**self.memory.get(key, {}), **dict(zip(names, values.tolist(), strict=True))}
 
-    def _check_names(self, names: tuple[str, ...]) -> None:
-        if not self.stateful:
-            # Names that are numbers say themselves where they belong.
-            if self.check.by_order and "tasks" not in self.memory and not all(map(str.isdecimal, names)):
-                self.memory["tasks"] = list(names)
-            return
-        known = self.memory.get("tasks")
-        if known is None:
+    def _learn_names(self, names: tuple[str, ...]) -> None:
+        # Names that are numbers say themselves where they belong.
+        if self.stateful or not all(map(str.isdecimal, names)):
             self.memory["tasks"] = list(names)
-        elif set(known) != set(names):
-            raise ValueError(
-                f"{self._name}.backward: the names of the losses must stay the same, since the method keeps "
-                f"something for each: it knows {known}, got {list(names)}. Pass a dict with every name in every "
-                "call, and None for a task that is absent."
-            )
 
     def _warn_of_ranks(self) -> None:
         """Replicas that drift apart give no sign of it."""

@@ -24,11 +24,10 @@ class Losses(Protocol):
     comm: Any
     owned: list[Tensor]
     seeds: list[Tensor]
+    accumulated: Any
 
     @property
     def roots(self) -> list[Any]: ...
-    @property
-    def is_accumulated(self) -> bool: ...
 
 
 class Wrapper(Protocol):
@@ -51,13 +50,12 @@ class Rule(Protocol):
     rows_repeat_tasks: bool
     preference_scales_rows: bool
     degree: float | None
+    adds_rows: bool
 
     @property
     def display_name(self) -> str: ...
     @property
     def is_alone(self) -> bool: ...
-    @property
-    def adds_rows(self) -> bool: ...
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray: ...
     def smoothed(self, weights: np.ndarray) -> np.ndarray: ...
     def preferences(self) -> np.ndarray: ...

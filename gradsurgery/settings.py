@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -89,20 +90,27 @@ class Settings:
         """
         return 1.0 / m if self.reduction == "mean" else 1.0
 
-    @property
+    # What follows from the switches is found once, since these never change: other switches are another object.
+
+    @cached_property
     def has_cadence(self) -> bool:
         """Whether steps of different kinds follow each other."""
         return self.every > 1 or self.warmup > 0
 
-    @property
+    @cached_property
     def puts_rows_away(self) -> bool:
         """Whether rows wait for the others in another precision or on another device."""
         return self.row_dtype is not None or self.row_device is not None
 
-    @property
+    @cached_property
     def is_bounded(self) -> bool:
         """Whether weights have bounds."""
         return self.min_weight > -math.inf or self.max_weight < math.inf
+
+    @cached_property
+    def changes_weights(self) -> bool:
+        """Whether anything is done to the weights that a method gives."""
+        return self.weight_momentum != 0 or self.is_bounded
 
     def bounded(self, weights: np.ndarray) -> np.ndarray:
         """Apply the bounds.

@@ -43,7 +43,6 @@ class Sharing:
         settings: The switches of the method.
         transaction: Its memory.
         habits: What else matters of it.
-        params: The trainable parameters of the optimizer.
         phase: What kind of step this is.
     """
 
@@ -54,7 +53,6 @@ class Sharing:
         settings: Settings,
         transaction: Transaction,
         habits: Habits,
-        params: Sequence[Tensor],
         phase: Phase,
     ) -> None:
         self._batch = batch
@@ -62,7 +60,7 @@ class Sharing:
         self._named = settings.shared_params
         self._transaction = transaction
         self._habits = habits
-        self._params = params
+        self._params = batch.params
         self._phase = phase
         self._m = len(batch.names)
 

@@ -77,13 +77,14 @@ def _weights(method: Rule, problem: Problem, seen: np.ndarray, factors: np.ndarr
     gram, settings = problem.gram, method.settings
     if method.is_alone and not method.observes:
         return np.ones(1)
-    if method.adds_rows:
-        gram.table.require_squares(method.display_name)
+    if method.adds_rows and gram.table.far_apart:
+        gram.table.refuse_squares(method.display_name)
     normalizes = settings.normalize != "none" and not method.is_alone
     prefers = settings.preference is not None and method.preference_scales_rows
     if factors is None and not normalizes and not prefers and _is_usual(gram):
         with method.asked(problem):
-            return method.smoothed(method.weights(gram.values, seen))
+            found = method.weights(gram.values, seen)
+            return method.smoothed(found) if settings.changes_weights else found
     if factors is not None and not np.isfinite(factors).all():  # what is multiplied by them is told of later
         return np.ones(len(seen))
     return _scaled_weights(method, problem, seen, np.ones(len(seen)) if factors is None else factors)
@@ -91,7 +92,7 @@ def _weights(method: Rule, problem: Problem, seen: np.ndarray, factors: np.ndarr
 
 def _is_usual(gram: Gram) -> bool:
     """Whether a method can work on these products as they are."""
-    if gram.unit == 1.0 and in_range(gram.values):  # as almost always
+    if gram.table.unit == 1.0 and in_range(gram.values):  # as almost always
         return True
     return central(gram.lengths()) is None
 
@@ -113,7 +114,7 @@ def _scaled_weights(method: Rule, problem: Problem, seen: np.ndarray, factors: n
     inside = gram.scaled(around * by * Scaled(1.0, middle or 0))
     with method.asked(Problem(problem.names, inside, problem.measured, seen_lengths)):
         found = correction * Scaled(method.weights(inside.values, seen))
-        if method.settings.weight_momentum or method.settings.is_bounded:
+        if method.settings.changes_weights:
             found = Scaled(method.smoothed(found.values()))
     count = len(found.fraction)
     found = found * around.first(count)

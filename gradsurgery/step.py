@@ -35,6 +35,7 @@ class Seen(NamedTuple):
         measured: What a weighter inside has measured, if anything.
         peaks: The largest plain gradient of each loss, (m,), with the loss scale.
         grams: Inner products of the rows in each group of the shared parameters.
+        unit: What the rows of :meth:`gram` were divided by.
         columns: What the method has sent, one column a shared parameter, or None.
         norms: Lengths of the gradients where they are all that was measured, or None.
     """
@@ -44,6 +45,7 @@ class Seen(NamedTuple):
     measured: list[np.ndarray]
     peaks: np.ndarray
     grams: list[Gram]
+    unit: float
     columns: np.ndarray | None
     norms: np.ndarray | None
 
@@ -59,11 +61,6 @@ class Seen(NamedTuple):
         for numbers in self.measured:
             found += sum(numbers.ravel().tolist())
         return math.isfinite(found if self.norms is None else found + sum(self.norms.tolist()))
-
-    @property
-    def unit(self) -> float:
-        """What the rows of :meth:`gram` were divided by."""
-        return max((gram.unit for gram in self.grams), default=1.0)
 
     def gram(self) -> np.ndarray | None:
         """Inner products over all groups.
@@ -105,11 +102,13 @@ class SurgeryStep:
 
     def __init__(self, method: Method, batch: Batch, layout: Layout) -> None:
         self.method = method
+        self.inner = method.inner
         self.batch = batch
         self.layout = layout
         self.settings = method.settings
         self.transaction = method.transaction
-        self.phase = self.settings.phase(self.transaction.memory, batch.names)
+        self.memory = self.transaction.memory
+        self.phase = self.settings.phase(self.memory, batch.names)
         self.guard = Guard(batch, self.settings, self.transaction)
         self.m = len(batch.names)
         self.share = self.settings.share(self.m)
@@ -123,8 +122,7 @@ class SurgeryStep:
         """
         if self.phase != "solve":
             self.transaction.flag("reused" if self.phase == "reuse" else self.phase)
-        inner = self.method.inner
-        measured = None if inner is None else inner.measure(self.batch)
+        measured = None if self.inner is None else self.inner.measure(self.batch)
         request, gradients = self._differentiate()
         early = None
         if self.observes:
@@ -149,29 +147,29 @@ class SurgeryStep:
 
     def _differentiate(self) -> tuple[Request, Gradients]:
         """Make the backward passes, and find out which parameters are shared."""
-        method, transaction = self.method, self.transaction
+        method, transaction, memory = self.method, self.transaction, self.memory
         habits = Habits(method.observes, method.moves_unreached, method.undecided, method.acts_on_private)
-        sharing = Sharing(self.batch, self.layout, self.settings, transaction, habits, method.parameters(), self.phase)
-        failed = set(transaction.memory.get("failed", ()))
+        sharing = Sharing(self.batch, self.layout, self.settings, transaction, habits, self.phase)
+        failed = set(memory.get("failed", ()))
         request = self._request(sharing, set(failed))
         try:
             gradients = gather(request)
         except Refused:
             if transaction.writable:
-                transaction.memory["failed"] = sorted(request.failed)
+                memory["failed"] = sorted(request.failed)
             raise
-        if request.checked != transaction.memory.get("checked", {}) and transaction.writable:
-            transaction.memory["checked"] = request.checked
+        if request.checked != memory.get("checked", {}) and transaction.writable:
+            memory["checked"] = request.checked
         sharing.settle(gradients)
         transaction.flags += gradients.flags
         if request.failed != failed and transaction.writable:
-            transaction.memory["failed"] = sorted(request.failed)
+            memory["failed"] = sorted(request.failed)
         return request, gradients
 
     def _request(self, sharing: Sharing, failed: set[str]) -> Request:
         method, batch, settings = self.method, self.batch, self.settings
         shared = sharing.candidates()
-        one_pass = self._does_with_one_pass(sharing, shared)
+        one_pass = (self.phase != "solve" or bool(batch.features)) and self._does_with_one_pass(sharing, shared)
         if (one_pass and self.phase == "solve") or (method.streaming and batch.masks is not None):
             shared = sharing.settled(shared)
         if one_pass and self.m > 1 and self.phase != "warmup" and not sharing.is_balanced(shared):
@@ -179,6 +177,7 @@ class SurgeryStep:
         is_shared = set(map(id, shared))
         return Request(
             batch=batch,
+            m=self.m,
             shared=shared,
             plain=[p for p in (*batch.owned, *batch.foreign) if id(p) not in is_shared],
             solves=self.phase == "solve",
@@ -186,20 +185,21 @@ class SurgeryStep:
             engine=settings.engine,
             gram_only=method.needs_gram_only,
             named=settings.shared_params is not None,
-            apart=method.inner is not None or settings.log_losses,
+            apart=self.inner is not None or settings.log_losses,
             doubtful=[] if one_pass else sharing.doubtful(shared),
             row_dtype=settings.row_dtype,
             row_device=settings.row_device,
+            puts_away=settings.puts_rows_away,
             stand_in=self._stand_in,
             stream=self._stream() if method.streaming and not one_pass else None,
             share=self.share,
             failed=failed,
-            step=self.transaction.memory["step"],
-            checked=dict(self.transaction.memory.get("checked", {})),
+            step=self.memory["step"],
+            checked=dict(self.memory.get("checked", {})),
         )
 
     def _does_with_one_pass(self, sharing: Sharing, shared: Sequence[Tensor]) -> bool:
-        if self.batch.is_accumulated or not (self.phase != "solve" or self.batch.features):
+        if self.batch.accumulated is not None:
             return False
         return self.phase != "reuse" or not sharing.needs_rows(shared)
 
@@ -226,7 +226,7 @@ class SurgeryStep:
     def _early_factors(self, measured: Tensor | None) -> np.ndarray | None:
         """What multiplies each loss, if that has to be known before the method sees the rows: one more transfer."""
         method = self.method
-        if method.inner is None and not self.settings.log_losses:
+        if self.inner is None and not self.settings.log_losses:
             return None
         (values, *more), _ = self.batch.comm.fetch([self.batch.values, *([] if measured is None else [measured])], [])
         if not np.isfinite(values).all():
@@ -279,12 +279,15 @@ class SurgeryStep:
         (values, *more), found = comm.fetch(alone, together)
         scale = float(more.pop(0)[0]) if scales else 1.0
         columns = None if sent is None else found.pop().reshape(len(sent), -1)
+        largest = found.pop(0) if peaks else np.zeros(self.m)
+        grams = gradients.grams(found, 1.0 if self.observes else scale)
         return Seen(
             values=values,
             scale=scale,
             measured=more,
-            peaks=found.pop(0) if peaks else np.zeros(self.m),
-            grams=gradients.grams(found, 1.0 if self.observes else scale),
+            peaks=largest,
+            grams=grams,
+            unit=max([gram.table.unit for gram in grams], default=1.0),
             columns=columns,
             norms=gradients.norms,
         )
@@ -316,12 +319,12 @@ class SurgeryStep:
         elif self.phase == "solve":
             weights = self._solve(gradients, parts, seen, factors, early is None)
         elif self.phase == "reuse" and (self.m == 1 or gradients.balances):
-            last = self.transaction.memory["last_weights"]
+            last = self.memory["last_weights"]
             weights = [np.array([last[name] for name in self.batch.names]) for _ in parts]
         weights = weights or self._plain_sum(parts, seen)
         if self.settings.every > 1 and self.phase == "solve":
             new = weights[0] if weights else np.ones(self.m)
-            self.transaction.memory["last_weights"] = dict(zip(self.batch.names, map(float, new), strict=True))
+            self.memory["last_weights"] = dict(zip(self.batch.names, map(float, new), strict=True))
         comm, device = self.batch.comm, self.batch.values.device
         return Weighed(factors, early, weights if comm.is_alone else [comm.broadcast(w, device) for w in weights])
 
@@ -333,8 +336,10 @@ class SurgeryStep:
     ) -> list[np.ndarray]:
         """Ask the method, group by group."""
         method = self.method
-        values = method.seen(seen.values, factors)
-        multiplied = factors if late and (method.inner is not None or self.settings.log_losses) else None
+        values = seen.values
+        if self.inner is not None or self.settings.log_losses:
+            values = method.seen(values, factors)
+        multiplied = factors if late and (self.inner is not None or self.settings.log_losses) else None
         weights = []
         for k, (name, gram) in enumerate(zip(parts, seen.grams, strict=False)):
             measured = None if seen.columns is None else seen.columns[:, list(parts.values())[k]].sum(axis=1)
@@ -362,7 +367,9 @@ class SurgeryStep:
             for p in shared:
                 if (g := found[p]) is not None:
                     found[p] = g * self.batch.loss_scale.to(g.device, g.dtype)
-        sums = [self.batch.comm.like(g, p) for p, g in found.items()]
+        sums, comm = list(found.values()), self.batch.comm
+        if not comm.is_alone:
+            sums = [comm.like(g, p) for p, g in found.items()]
         if self.guard.spoiled(sums, doubtful, gradients.is_unseen):
             return self._nothing(seen.values)
         rows_module.write(list(found), sums)

@@ -37,10 +37,11 @@ class Transaction:
         loop: How the training loop uses the optimizer.
         names: Names of the losses of this call, absent ones included.
         present: Those that this batch has, (m,).
-        is_open: A call is running.
-        rejected: It must not be learnt from, and the scaler may see inf and nan.
+        writable: A call is running, and a method may learn from it: there is a draft.
+        rejected: A call is running that must not be learnt from, and the scaler may see inf and nan.
         flags: What was unusual in this call.
         projections: How many projections it made, or None.
+        repeated: Flags of the micro-batches so far, which the report on all of them has too.
     """
 
     def __init__(self) -> None:
@@ -53,11 +54,11 @@ class Transaction:
         self.loop = misuse.Loop()
         self.names: tuple[str, ...] = ()
         self.present: tuple[str, ...] = ()
-        self.is_open = False
+        self.writable = False
         self.rejected = False
         self.flags: list[str] = []
         self.projections: int | None = None
-        self._repeated: tuple[str, ...] = ()  # flags of micro-batches, which the report on all of them has too
+        self.repeated: tuple[str, ...] = ()
         self._draft: dict[str, Any] = {}
         self._part: str | None = None
         self._told: set[str] = set()
@@ -82,7 +83,7 @@ class Transaction:
 
     def discard(self) -> None:
         """Forget what was proposed and what was accumulated."""
-        self.proposed, self.accumulated, self._repeated = None, None, ()
+        self.proposed, self.accumulated, self.repeated = None, None, ()
 
     def load(self, memory: dict[str, Any]) -> None:
         """Go on with a memory from elsewhere.
@@ -151,32 +152,28 @@ class Transaction:
 
     # ------------------------------------------------------------------------------------- within a call
 
-    @contextmanager
-    def open(self, names: tuple[str, ...], present: tuple[str, ...]) -> Iterator[None]:
+    def open(self, names: tuple[str, ...], present: tuple[str, ...]) -> Transaction:
         """Draft a memory. It becomes the proposal if nothing raises and the call was not rejected.
 
         Args:
             names: Names of the losses, absent ones included.
             present: Those that this batch has.
 
-        Yields:
-            Nothing.
+        Returns:
+            A context, at whose end the draft is closed.
         """
-        self._begin(names, present)
-        try:
-            yield
-            if not self.rejected:
-                self.proposed = self._draft
-        finally:
-            self._end()
-
-    def _begin(self, names: tuple[str, ...], present: tuple[str, ...]) -> None:
         self._draft = dict(self.learnt if self.proposed is None else self.proposed)
         self.names, self.present, self.flags, self.projections = names, present, [], None
-        self.is_open, self.rejected, self.stepped = True, False, False
+        self.writable, self.rejected, self.stepped = True, False, False
+        return self
 
-    def _end(self) -> None:
-        self.is_open, self.rejected, self._draft = False, False, {}
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and not self.rejected:
+            self.proposed = self._draft
+        self.writable, self.rejected, self._draft = False, False, {}
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -203,22 +200,15 @@ class Transaction:
             Nothing.
         """
         proposed, self.proposed = self.proposed, None
-        self._begin(names, names)
         try:
-            yield
+            with self.open(names, names):
+                yield
             if keeps:
-                self.proposed = self._draft
                 self.update()
                 self.commit()
                 proposed = None
         finally:
-            self._end()
             self.proposed = proposed
-
-    @property
-    def writable(self) -> bool:
-        """Whether there is a draft that a method may learn into."""
-        return self.is_open and not self.rejected
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -251,7 +241,7 @@ class Transaction:
 
     def reject(self) -> None:
         """Learn nothing from this call: what it computed should not lead to a step."""
-        self.rejected = True
+        self.rejected, self.writable = True, False
 
     def flag(self, what: str) -> None:
         """Note what is unusual in this call.
@@ -261,19 +251,9 @@ class Transaction:
         """
         self.flags.append(what)
 
-    def repeat_flags(self, last: bool) -> None:
-        """At the end of a micro-batch: keep what the report on all of them has to say too.
-
-        Args:
-            last: No micro-batch follows.
-        """
-        kept = [*self._repeated, *(what for what in self.flags if what == "dropped")]
-        self._repeated = () if last else tuple(dict.fromkeys(kept))
-
-    @property
-    def repeated(self) -> tuple[str, ...]:
-        """Flags of the micro-batches so far."""
-        return self._repeated
+    def repeat_flags(self) -> None:
+        """At the end of a micro-batch that others follow: keep what the report on all of them has to say too."""
+        self.repeated = tuple(dict.fromkeys([*self.repeated, *(what for what in self.flags if what == "dropped")]))
 
 
 def listed(keys: Iterable[object], most: int = 5) -> str:

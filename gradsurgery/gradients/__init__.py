@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
+from typing import NamedTuple
 
 from gradsurgery.gradients import blocks, ghosts
 from gradsurgery.gradients.base import Gradients as Gradients
@@ -16,18 +18,31 @@ from gradsurgery.gradients.sample_graph import Refused as Refused
 from gradsurgery.gradients.sliced import Sliced
 from gradsurgery.gradients.streaming import Streaming
 
-#: The engines, each of which gives gradients, or says why not; the first that gives some is taken.
-ENGINES: tuple[Callable[[Request], Gradients | str], ...] = (
-    OnePass.gather,
-    Streaming.gather,
-    PerSample.gather,
-    blocks.gather,
-    ghosts.gather,
-    Sharded.gather,
-    Sliced.gather,
-    Offloaded.gather,
-    Flat.gather,
-    Dense.gather,
+
+class Engine(NamedTuple):
+    """A way of holding gradients.
+
+    Attributes:
+        gather: Gives gradients, or says why not; empty where there is nothing to say.
+        when: It is asked only where this of the request is true, or not empty.
+    """
+
+    gather: Callable[[Request], Gradients | str]
+    when: Callable[[Request], object]
+
+
+#: The engines; the first that gives gradients is taken.
+ENGINES = (
+    Engine(OnePass.gather, attrgetter("one_pass")),
+    Engine(Streaming.gather, attrgetter("stream")),
+    Engine(PerSample.gather, attrgetter("batch.per_sample")),
+    Engine(blocks.gather, attrgetter("m")),
+    Engine(ghosts.gather, attrgetter("m")),
+    Engine(Sharded.gather, attrgetter("batch.comm.is_sharded")),
+    Engine(Sliced.gather, attrgetter("gram_only")),
+    Engine(Offloaded.gather, attrgetter("puts_away")),
+    Engine(Flat.gather, attrgetter("gram_only")),
+    Engine(Dense.gather, attrgetter("m")),
 )
 
 
@@ -45,7 +60,9 @@ def gather(request: Request) -> Gradients:
     """
     reason = ""
     for engine in ENGINES:
-        found = engine(request)
+        if not engine.when(request):
+            continue
+        found = engine.gather(request)
         if not isinstance(found, str):
             found.reason = found.reason or reason
             return found

@@ -31,6 +31,7 @@ class Source(Protocol):
     comm: Communicator
     features: tuple[Tensor, ...]
     masks: dict[Tensor, int] | None
+    accumulated: Any
     samples: Any
     per_sample: str
     unsampled: str
@@ -41,8 +42,6 @@ class Source(Protocol):
     def roots(self) -> list[Any]: ...
     @property
     def is_scaled(self) -> bool: ...
-    @property
-    def is_accumulated(self) -> bool: ...
     def largest_weights(self) -> np.ndarray: ...
     def rows(self, params: Sequence[Tensor], order: Iterable[int] | None = None) -> Iterator[tuple[int, Row]]: ...
     def rows_at(self, params: Sequence[Tensor], whole: bool = True) -> Iterator[list[Tensor | None]]: ...
@@ -70,6 +69,7 @@ class Request(NamedTuple):
 
     Attributes:
         batch: The losses.
+        m: Number of losses.
         shared: The parameters that the surgery acts on, as far as it is known.
         plain: All others, which get the plain gradients.
         solves: New weights are to be found.
@@ -81,6 +81,7 @@ class Request(NamedTuple):
         doubtful: Places of the shared parameters where zeros decide which losses reach them.
         row_dtype: What rows are rounded to while they wait, or None.
         row_device: Where they wait, or None.
+        puts_away: Whether they wait elsewhere.
         stand_in: What stands for a parameter before the method.
         stream: For a method without rows.
         share: What `reduction` multiplies everything by.
@@ -90,6 +91,7 @@ class Request(NamedTuple):
     """
 
     batch: Source
+    m: int
     shared: list[Tensor]
     plain: list[Tensor]
     solves: bool
@@ -101,22 +103,13 @@ class Request(NamedTuple):
     doubtful: list[int]
     row_dtype: torch.dtype | None
     row_device: torch.device | None
+    puts_away: bool
     stand_in: Callable[[Tensor], Tensor]
     stream: Stream | None
     share: float
     failed: set[str]
     step: int
     checked: dict[str, str]
-
-    @property
-    def m(self) -> int:
-        """Number of losses."""
-        return len(self.batch.names)
-
-    @property
-    def puts_away(self) -> bool:
-        """Whether rows wait elsewhere."""
-        return self.row_dtype is not None or self.row_device is not None
 
 
 class Private:
@@ -149,15 +142,14 @@ class Private:
             i: Which loss.
             row: The gradients, one entry per parameter.
         """
-        there = [g for g in row if g is not None]
-        if rows_module.are_small(there):  # all losses are looked at together then
-            self._unlooked[i] = there
+        there = [(j, g) for j, g in enumerate(row) if g is not None]
+        entries = [g for _, g in there]
+        if sum([g.numel() for g in entries]) <= rows_module.SMALL:  # all losses are looked at together then
+            self._unlooked[i] = entries
         else:
-            self._norms[i] = rows_module.largest(there, self._device)
-        for j, terms in enumerate(self._terms):
-            g, row[j] = row[j], None
-            if g is None:
-                continue
+            self._norms[i] = rows_module.largest(entries, self._device)
+        for j, g in there:
+            row[j], terms = None, self._terms[j]
             if terms and not self._apart:
                 g = rows_module.total(terms.pop()[1], g)
                 self._is_summed = True
@@ -247,7 +239,7 @@ class Private:
         self._joined = None
         for terms in self._terms:
             terms.clear()
-        return dict(zip(self.params, comm.totals(found, self.params), strict=True))
+        return dict(zip(self.params, found if comm.is_alone else comm.totals(found, self.params), strict=True))
 
 
 class Marks(NamedTuple):
@@ -273,6 +265,7 @@ class Gradients(ABC):
 
     Attributes:
         engine: What the report calls it.
+        comm: The processes that share the work.
         reason: Why gradients are held in this way, in words; empty where there was nothing to choose.
         shared: The parameters that the surgery acts on.
         private: Gradients of all others.
@@ -291,6 +284,7 @@ class Gradients(ABC):
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.comm = request.batch.comm
         self.reason = ""
         self.shared = list(request.shared)
         self.private = Private(request.plain, request.m, request.apart, request.batch.values.device)
@@ -302,11 +296,6 @@ class Gradients(ABC):
         self.norms: np.ndarray | None = None
         self.silent: set[Tensor] = set()
         self.flags: list[str] = []
-
-    @property
-    def comm(self) -> Communicator:
-        """The processes that share the work."""
-        return self.request.batch.comm
 
     def settle(  # noqa: B027  # nothing to do where sharing was settled before
         self,
@@ -358,10 +347,11 @@ class Gradients(ABC):
         Returns:
             One for each group.
         """
-        return [
-            Gram.of(table, table.repaired(found.reshape(len(table), -1)), scale)
-            for table, found in zip(self.tables, products, strict=True)
-        ]
+        grams = []
+        for table, found in zip(self.tables, products, strict=True):
+            made = table.repaired(found.reshape(len(table.rows), -1))
+            grams.append(Gram(table, made if scale == 1.0 else made / scale**2, scale))
+        return grams
 
     def reaching(self, k: int) -> list[bool] | None:
         """Which losses reach the parameters of a group.
@@ -451,8 +441,9 @@ def collect(request: Request, private: Private, arrive: Callable[[int, Row], Non
     there: list[list[bool]] = []
     signs: list[Tensor] = []
     reached: list[bool] = []
+    sharded = batch.comm.is_sharded
     for i, row in batch.rows(everything):
-        if batch.comm.is_sharded:
+        if sharded:
             row[:] = [None if g is None else batch.comm.local(g, p) for g, p in zip(row, everything, strict=True)]
         marks = [g is not None for g in row]
         reached.append(any(marks))

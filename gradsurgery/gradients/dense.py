@@ -102,7 +102,7 @@ class Dense(Gradients):
 
     def products(self) -> list[Tensor]:
         # All processes have the rows whole, and one of them counts.
-        if self.shared and not self.comm.counts(self.shared[0]):
+        if not self.comm.is_alone and self.shared and not self.comm.counts(self.shared[0]):
             return [torch.zeros(len(table), len(table), dtype=torch.float64) for table in self.tables]
         return super().products()
 
@@ -166,10 +166,6 @@ class Dense(Gradients):
 class Offloaded(Dense):
     """Rows that wait for the others in another precision or on another device."""
 
-    @classmethod
-    def gather(cls, request: Request) -> Dense | str:
-        return super().gather(request) if request.puts_away else ""
-
     def _arrive(self, i: int, row: Row) -> None:
         if rows_module.store(row, self.request.row_dtype, self.request.row_device):
             self.flags = ["rounded-rows"]
@@ -186,10 +182,6 @@ class Offloaded(Dense):
 
 class Sharded(Dense):
     """Local pieces of rows whose parameters are spread over processes."""
-
-    @classmethod
-    def gather(cls, request: Request) -> Dense | str:
-        return super().gather(request) if request.batch.comm.is_sharded else ""
 
     def _table(self, part: Sequence[int]) -> Table:
         params = [self.shared[j] for j in part]

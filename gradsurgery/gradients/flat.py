@@ -36,8 +36,7 @@ class Flat(Dense):
             return ""
         found = cls(request)
         found.marks = collect(request, found.private, found._arrive)
-        entries = [g for row in found.rows for g in row]
-        whole = all(g is not None and not g.is_sparse for g in entries)
+        whole = all(g is not None and not g.is_sparse for row in found.rows for g in row)
         return found if whole else Dense.of(found)
 
     def partition(self, parts: list[list[int]]) -> None:
@@ -68,16 +67,17 @@ class Flat(Dense):
         found: dict[Tensor, Tensor | None] = dict(
             zip(self.shared, rows_module.apart(flat.numpy(), self.shared), strict=True)
         )
-        return {**found, **self.private.combine(factors, self.comm)}
+        found.update(self.private.combine(factors, self.comm))
+        return found
 
 
 def _fits(request: Request) -> bool:
     """Whether all rows are of one kind and so short that a copy costs nothing that shows."""
     params = request.shared
-    if not request.gram_only or request.doubtful or request.m < 2 or not params or not request.batch.comm.is_alone:
+    if request.doubtful or request.m < 2 or not params or not request.batch.comm.is_alone:
         return False
     kinds = {(p.dtype, p.device.type) for p in params}
-    if len(kinds) > 1 or request.m * sum(p.numel() for p in params) > _MOST:
+    if len(kinds) > 1 or request.m * sum([p.numel() for p in params]) > _MOST:
         return False
     ((dtype, device),) = kinds
     return device == "cpu" and dtype in (torch.float32, torch.float64) and all(p.is_contiguous() for p in params)

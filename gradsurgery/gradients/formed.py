@@ -15,6 +15,7 @@ from gradsurgery.gradients.gram import Gram, Row, Table
 
 #: Entries of all rows together below which these are always formed: it would take longer to look than that can spare.
 FEW = 2**19
+_TOO_FEW = f"fewer than {FEW} entries in all rows"
 
 
 def are_few(shared: Sequence[Tensor], m: int) -> bool:
@@ -27,7 +28,7 @@ def are_few(shared: Sequence[Tensor], m: int) -> bool:
     Returns:
         True if so.
     """
-    return m * sum(p.numel() for p in shared) < FEW
+    return m * sum([p.numel() for p in shared]) < FEW
 
 
 class Unformed(Protocol):
@@ -54,17 +55,20 @@ def refusal(request: Request, engine: str) -> str:
         The reason, in words; empty if there is none.
     """
     batch = request.batch
-    refused = {
-        "`row_dtype` and `row_device` put rows away": request.puts_away,
-        'engine="rows" was asked for': request.engine == "rows",
-        "the method looks at the rows themselves": not request.gram_only,
-        "micro-batches are added up row by row": batch.is_accumulated,
-        "several processes share the work": not batch.comm.is_alone,
-        "the graph cannot be read": batch.masks is None or bool(request.doubtful),
-        f"fewer than {FEW} entries in all rows": request.engine == "auto" and are_few(request.shared, request.m),
-        f"{engine}: a hook at a border would act twice": "hooked" in request.failed and engine == "blocks",
-    }
-    return next((why.removeprefix(f"{engine}: ") for why, so in refused.items() if so), "")
+    refused = (
+        (request.puts_away, "`row_dtype` and `row_device` put rows away"),
+        (request.engine == "rows", 'engine="rows" was asked for'),
+        (not request.gram_only, "the method looks at the rows themselves"),
+        (batch.accumulated is not None, "micro-batches are added up row by row"),
+        (not batch.comm.is_alone, "several processes share the work"),
+        (batch.masks is None or request.doubtful, "the graph cannot be read"),
+        (request.engine == "auto" and are_few(request.shared, request.m), _TOO_FEW),
+        (engine == "blocks" and "hooked" in request.failed, "a hook at a border would act twice"),
+    )
+    for so, why in refused:
+        if so:
+            return why
+    return ""
 
 
 class Formed(Gradients):

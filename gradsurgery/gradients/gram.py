@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -111,6 +112,8 @@ class Table:
         Returns:
             (m, m), of the rows divided by :attr:`unit`.
         """
+        if in_range(found):  # as almost always
+            return found
         return self._in_range(gram_outside_float32(self.rows, found) if self.comm.is_alone else found)
 
     def _in_range(self, found: np.ndarray) -> np.ndarray:
@@ -134,21 +137,20 @@ class Table:
     def _formed(self) -> Sequence[Row]:
         return as_rows(self.rows)
 
-    def require_squares(self, owner: str) -> None:
+    def refuse_squares(self, owner: str) -> NoReturn:
         """Refuse rows so far apart that no power of two brings the squares of all into float64.
 
         Args:
             owner: The class that the error should name.
 
         Raises:
-            RuntimeError: They are.
+            RuntimeError: In any case.
         """
-        if self.far_apart:
-            raise RuntimeError(
-                f"{owner}: the longest gradient is more than 1e280 times as long as the shortest one, and float64 "
-                "does not hold the squares of both. Multiply the losses by constants that bring them closer together. "
-                "Nothing was written."
-            )
+        raise RuntimeError(
+            f"{owner}: the longest gradient is more than 1e280 times as long as the shortest one, and float64 "
+            "does not hold the squares of both. Multiply the losses by constants that bring them closer together. "
+            "Nothing was written."
+        )
 
     def triangle(self) -> np.ndarray:
         """A square root of the Gram matrix; see :func:`triangle`.
@@ -249,20 +251,6 @@ class Gram:
     values: np.ndarray
     scale: float = 1.0
     by: Scaled | None = None
-
-    @classmethod
-    def of(cls, table: Table, products: np.ndarray, scale: float = 1.0) -> Gram:
-        """Take the loss scale out.
-
-        Args:
-            table: The rows.
-            products: Their inner products, (k, k).
-            scale: The loss scale.
-
-        Returns:
-            The inner products of the rows without it.
-        """
-        return cls(table, products if scale == 1.0 else products / scale**2, scale)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -415,8 +403,6 @@ def gram_outside_float32(rows: Sequence[Row] | Tensor, found: np.ndarray) -> np.
     Returns:
         ``found`` where it can be trusted, and a float64 product otherwise.
     """
-    if in_range(found):
-        return found
     low, high = SAFE_SQUARES
     squares = found.diagonal()
     doubtful = ~((squares >= low) & (squares <= high))

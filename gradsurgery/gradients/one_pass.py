@@ -19,20 +19,18 @@ class OnePass(Gradients):
     is_unseen = True
 
     @classmethod
-    def gather(cls, request: Request) -> OnePass | str:
+    def gather(cls, request: Request) -> OnePass:
         """Differentiate down to the features, if there are any.
 
         Args:
             request: What is wanted.
 
         Returns:
-            What is known before the pass; an empty reason if rows are wanted.
+            What is known before the pass.
 
         Raises:
             RuntimeError: A loss does not reach the features.
         """
-        if not request.one_pass:
-            return ""
         found = cls(request)
         if request.solves and request.shared:
             batch = request.batch

@@ -350,7 +350,7 @@ class PerSample(Gradients):
             request: What is wanted.
 
         Returns:
-            The gradients; an empty reason where samples were not looked for, or why they were not found.
+            The gradients, or why samples were not found.
 
         Raises:
             Refused: Samples cannot be told apart.

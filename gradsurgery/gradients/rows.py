@@ -32,8 +32,8 @@ class HasGroups(Protocol):
     def param_groups(self) -> list[dict[str, Any]]: ...
 
 
-# Entries up to which a parameter is small: calls then cost more than what they do.
-_SMALL = 2**14
+#: Entries up to which a parameter is small: calls then cost more than what they do.
+SMALL = 2**14
 # What numpy calls the dtypes of tensors on the host.
 _IN_NUMPY = {(torch.float32, "cpu"): np.float32, (torch.float64, "cpu"): np.float64}
 # The largest number of the narrowest dtype.
@@ -197,18 +197,6 @@ def one_pass(
                 p.grad = None
 
 
-def are_small(tensors: Sequence[Tensor]) -> bool:
-    """Whether gradients are so small that calls cost more than what they do.
-
-    Args:
-        tensors: The gradients.
-
-    Returns:
-        True if they have few entries together.
-    """
-    return sum(g.numel() for g in tensors) <= _SMALL
-
-
 class Joined:
     """Gradients on the host of small parameters that one loss alone reaches, one behind the other in one array.
 
@@ -236,17 +224,31 @@ class Joined:
         Returns:
             None where there are none, several for one parameter, or some that have another form.
         """
-        found = []
+        found, kinds = [], set()
         for j, (p, those) in enumerate(zip(params, terms, strict=True)):
-            for i, g in those:
-                if len(those) > 1 or not 0 < g.numel() <= _SMALL or not _joins(g, p):
-                    return None
-                found.append((i, j, g))
-        found.sort(key=operator.itemgetter(0))
-        if not found or len({g.dtype for _, _, g in found}) > 1:
+            if not those:
+                continue
+            i, g = those[0]
+            dtype = p.dtype
+            joins = (
+                len(those) == 1
+                and g.dtype is dtype
+                and (dtype, g.device.type) in _IN_NUMPY
+                and (dtype, p.device.type) in _IN_NUMPY
+                and g.layout is torch.strided
+                and g.is_contiguous()
+                and p.is_contiguous()
+                and 0 < (size := g.numel()) <= SMALL
+            )
+            if not joins:
+                return None
+            found.append((i, j, g, size))
+            kinds.add(dtype)
+        if len(kinds) != 1:
             return None
-        flat = joined([g for _, _, g in found])
-        return cls(flat, [j for _, j, _ in found], [i for i, _, _ in found], [g.numel() for _, _, g in found])
+        found.sort(key=operator.itemgetter(0))
+        losses, places, tensors, sizes = zip(*found, strict=True)
+        return cls(joined(tensors), places, losses, sizes)
 
     def peaks(self, m: int) -> np.ndarray:
         """The largest entry of each loss, which is not finite if any is not.
@@ -276,27 +278,15 @@ class Joined:
         Returns:
             For each a new tensor; None where there is none.
         """
-        by, flat = factors[self._losses], self._flat
-        if (by != 1.0).any():
+        flat = self._flat
+        if set(factors.tolist()) != {1.0}:
+            by = factors[list(self._losses)]
             with np.errstate(over="ignore", invalid="ignore"):  # whoever asks looks at what comes of it
                 flat = flat * np.repeat(by.astype(flat.dtype), self._sizes)
         found: list[Tensor | None] = [None] * len(params)
         for j, g in zip(self._places, apart(flat, [params[j] for j in self._places]), strict=True):
             found[j] = g
         return found
-
-
-def _joins(g: Tensor, p: Tensor) -> bool:
-    """Whether a gradient can be copied into one array with others and out of it again."""
-    return (
-        p.dtype in (torch.float32, torch.float64)
-        and g.dtype is p.dtype
-        and g.layout is torch.strided
-        and g.device.type == "cpu"
-        and p.device.type == "cpu"
-        and g.is_contiguous()
-        and p.is_contiguous()
-    )
 
 
 def joined(tensors: Sequence[Tensor]) -> np.ndarray:
@@ -358,7 +348,7 @@ def _has_form_of(g: Tensor, p: Tensor) -> bool:
     """Whether a gradient times a number is, in every respect, what a small parameter wants to have."""
     return (
         p.dtype in (torch.float32, torch.float64)
-        and p.numel() <= _SMALL
+        and p.numel() <= SMALL
         and g.dtype == p.dtype
         and not g.is_sparse
         and g.stride() == p.stride()
@@ -451,7 +441,7 @@ def together(rows: Sequence[Row], params: Sequence[Tensor]) -> list[list[int]]:
     """
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for j, p in enumerate(params):
-        if p.numel() > _SMALL or p.dtype not in (torch.float32, torch.float64):
+        if p.numel() > SMALL or p.dtype not in (torch.float32, torch.float64):
             continue
         shape = p.stride()
         if all(
@@ -631,6 +621,9 @@ def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> lis
     """
     if scaler is None:  # made at once; each loss has its own, since a hook may change it in place
         kinds = {(t.dtype, t.device) for t in tensors}
+        if len(kinds) == 1:
+            ((dtype, device),) = kinds
+            return list(torch.ones(len(tensors), dtype=dtype, device=device).unbind())
         ones = {kind: iter(torch.ones(len(tensors), dtype=kind[0], device=kind[1]).unbind()) for kind in kinds}
         return [next(ones[t.dtype, t.device]) for t in tensors]
     scaled = scaler.scale([torch.ones((), device=t.device) for t in tensors])

@@ -51,7 +51,7 @@ class Sliced(Gradients):
             The slices; an empty reason if rows are not sliced.
         """
         comm, shared = request.batch.comm, request.shared
-        if not isinstance(comm, Processes) or comm.is_sharded or not shared or not request.gram_only:
+        if not isinstance(comm, Processes) or comm.is_sharded or not shared:
             return ""
         if len({(p.dtype, p.device) for p in shared}) > 1 or shared[0].is_complex():
             return ""

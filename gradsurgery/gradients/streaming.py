@@ -42,20 +42,19 @@ class Streaming(Gradients):
         self._seen = np.zeros(m, dtype=bool)
 
     @classmethod
-    def gather(cls, request: Request) -> Streaming | str:
+    def gather(cls, request: Request) -> Streaming:
         """Differentiate the losses and add them up.
 
         Args:
             request: What is wanted.
 
         Returns:
-            The sum; an empty reason if rows are wanted.
+            The sum.
 
         Raises:
             RuntimeError: Which parameters are shared cannot be known before the first pass.
         """
-        if request.stream is None:
-            return ""
+        assert request.stream is not None
         batch = request.batch
         if batch.masks is None and not request.named:
             raise RuntimeError(
@@ -84,7 +83,8 @@ class Streaming(Gradients):
         table = Table([self._sum, fresh] if self._seen.any() else [fresh])
         (peak,), flat = host([self.private.peak(i), table.products()])
         products = table.repaired(flat.reshape(len(table), -1))
-        table.require_squares(self.request.batch.owner)
+        if table.far_apart:
+            table.refuse_squares(self.request.batch.owner)
         own_square = products[-1, -1]
         if not np.isfinite([peak, own_square]).all():
             self._learns = False

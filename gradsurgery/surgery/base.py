@@ -171,6 +171,8 @@ class Surgery(MultiLossOptimizer):
     acts_on_private = False
     #: Why sparse gradients are refused; empty if they are not.
     sparse_refused = ""
+    #: The direction is a weighted sum of the rows: no class overrides :meth:`direct`.
+    adds_rows = True
 
     shared_params = Switch()
     normalize = Switch()
@@ -179,6 +181,10 @@ class Surgery(MultiLossOptimizer):
     engine = Switch()
     row_dtype = Switch()
     row_device = Switch()
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.adds_rows = cls.direct is Surgery.direct
 
     def __init__(
         self,
@@ -599,8 +605,7 @@ class Surgery(MultiLossOptimizer):
         Returns:
             (m, m − 1) indices; row i has every j ≠ i once.
         """
-        m = len(self.names)
-        orders = _others(m)
+        orders = _others(m := len(self.names))
         return self.rng().permuted(orders, axis=1) if shuffle and m > 2 else orders
 
     def combine(self, rows: Tensor, losses: Sequence[float] | Tensor | None = None, update: bool = False) -> Tensor:
@@ -641,7 +646,8 @@ class Surgery(MultiLossOptimizer):
         rows = rows.detach()
         names = self._names_of_rows(rows)
         with self.transaction.apart(names, update):
-            self._check_names(names)
+            if "tasks" not in self.memory and (self.stateful or self.check.by_order):
+                self._learn_names(names)
             factors = self._logarithmic(values) if self.settings.log_losses else None
             seen = self.seen(values, factors)
             return self._added_up(rows, seen, factors) if self.needs_gram_only else self._combined(rows, seen, factors)
@@ -652,7 +658,7 @@ class Surgery(MultiLossOptimizer):
         if not gram_module.in_range(products):
             self._require_finite(rows)
             products = table.repaired(products)
-        weights = solve(self, Problem(self.names, Gram.of(table, products)), seen, factors)
+        weights = solve(self, Problem(self.names, Gram(table, products)), seen, factors)
         if factors is not None:
             weights = weights * factors
         share = self.settings.share(len(products))
@@ -696,7 +702,7 @@ class Surgery(MultiLossOptimizer):
         self._require_finite(rows)
         m, like, late = len(rows), rows[0], factors
         table: list[Row] = [[row] for row in rows]
-        with self._acting(None, Layout([[like]])):
+        with self._acting(Layout([[like]])):
             if self.observes:
                 by = [1.0] * m if factors is None else factors.tolist()
                 table = [[rows_module.wide(row) * c] for row, c in zip(rows, by, strict=True)]
@@ -706,7 +712,7 @@ class Surgery(MultiLossOptimizer):
             measured = None if sent is None else sent.sum(dim=1).double().cpu().numpy()
             whole = Table(table)
             products = whole.repaired(whole.products().cpu().numpy())
-            weights = solve(self, Problem(self.names, Gram.of(whole, products), measured), seen, late)
+            weights = solve(self, Problem(self.names, Gram(whole, products), measured), seen, late)
             if late is not None and len(weights) == m:
                 weights = weights * late
             share = self.settings.share(m)
@@ -754,9 +760,7 @@ class Surgery(MultiLossOptimizer):
         Returns:
             True if that is so by the method and its switches.
         """
-        if count > self.descends or self.settings.weight_momentum or self.settings.is_bounded:
-            return False
-        return count == len(self.names)
+        return count <= self.descends and not self.settings.changes_weights and count == len(self.names)
 
     def _require_finite(self, rows: Tensor) -> None:
         if not torch.isfinite(rows).all():
@@ -765,13 +769,17 @@ class Surgery(MultiLossOptimizer):
     # ------------------------------------------------------------------------------------------- one step
 
     def _act(self, batch: Batch) -> Report:
-        self._require_meaning(batch)
-        inner, layout = self.inner, Layout([group["params"] for group in self.param_groups])
-        proposing = nullcontext() if inner is None else inner.proposing(batch.tasks.names, batch.names)
-        with proposing, self._acting(batch, layout):
-            report = SurgeryStep(self, batch, layout).take()
-            if inner is not None and self.transaction.rejected:
-                inner.transaction.reject()
+        if batch.features or batch.residuals is not None:
+            self._require_meaning(batch)
+        inner, now = self.inner, self._now
+        now.batch, now.layout = batch, Layout([group["params"] for group in self.base.param_groups])
+        try:
+            with nullcontext() if inner is None else inner.proposing(batch.tasks.names, batch.names):
+                report = SurgeryStep(self, batch, now.layout).take()
+                if inner is not None and self.transaction.rejected:
+                    inner.transaction.reject()
+        finally:
+            now.clear()
         return report
 
     def _require_meaning(self, batch: Batch) -> None:
@@ -806,11 +814,6 @@ class Surgery(MultiLossOptimizer):
     def needs_gram_only(self) -> bool:
         """The method sees nothing of the rows but their inner products."""
         return self.adds_rows and not self.observes and self.settings.granularity == "all"
-
-    @property
-    def adds_rows(self) -> bool:
-        """The direction is a weighted sum of the rows."""
-        return type(self).direct is Surgery.direct
 
     def visiting_order(self) -> list[int]:
         """In which order the losses come, for a method without rows.
@@ -865,14 +868,13 @@ class Surgery(MultiLossOptimizer):
         return self._now
 
     @contextmanager
-    def _acting(self, batch: Batch | None, layout: Layout) -> Iterator[None]:
-        """Let the method's own functions see the batch and the places of the parameters."""
-        now = self._now
-        now.batch, now.layout = batch, layout
+    def _acting(self, layout: Layout) -> Iterator[None]:
+        """Let the method's own functions see the places of the parameters, where there is no batch."""
+        self._now.layout = layout
         try:
             yield
         finally:
-            now.clear()
+            self._now.clear()
 
     @contextmanager
     def observing(self, early: np.ndarray | None) -> Iterator[None]:
@@ -944,12 +946,12 @@ class Surgery(MultiLossOptimizer):
         Returns:
             (m,).
         """
-        logarithmic = self._logarithmic(values)
-        return logarithmic if self.inner is None else self.inner.coefficients(values, measured) * logarithmic
+        inner = self.inner
+        # np.ones takes five times as long.
+        logarithmic = self._logarithmic(values) if self.settings.log_losses else np.array([1.0] * len(values))
+        return logarithmic if inner is None else inner.coefficients(values, measured) * logarithmic
 
     def _logarithmic(self, values: np.ndarray) -> np.ndarray:
-        if not self.log_losses:
-            return np.array([1.0] * len(values))  # np.ones takes five times as long
         self.require_positive(values, "log_losses=True takes its logarithm")
         return 1.0 / values
 
@@ -978,9 +980,10 @@ class Surgery(MultiLossOptimizer):
         Returns:
             Indices into `shared`.
         """
-        if self.granularity == "all":
+        granularity = self.settings.granularity
+        if granularity == "all":
             return {"all": list(range(len(shared)))} if shared else {}
-        if self.granularity == "parameter":
+        if granularity == "parameter":
             return {f"parameter {layout.place(p)}": [j] for j, p in enumerate(shared)}
         by_group: dict[str, list[int]] = {}
         for j, p in enumerate(shared):
@@ -996,4 +999,4 @@ class Surgery(MultiLossOptimizer):
         Returns:
             A context.
         """
-        return nullcontext() if self.granularity == "all" else self.transaction.part(name)
+        return nullcontext() if self.settings.granularity == "all" else self.transaction.part(name)

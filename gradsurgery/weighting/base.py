@@ -351,7 +351,7 @@ class Weighter(MultiLossOptimizer):
         found = self._combined(batch, applied, share)
         if not guard.spoiled(found, doubtful=False, unseen=True):
             rows_module.write(targets, found)
-        engine = "rows" if batch.is_accumulated else "one pass"
+        engine = "one pass" if batch.accumulated is None else "rows"
         return Report(names, values, applied, flags=transaction.flags, engine=engine)
 
     def _act_unseen(self, batch: Batch) -> Report:
@@ -380,7 +380,7 @@ class Weighter(MultiLossOptimizer):
             deferred.kept_out(found, fine.all())
         rows_module.write(targets, found)
         self._found.late = deferred.Late(batch.names, values, fine)
-        engine = "rows" if batch.is_accumulated else "one pass"
+        engine = "one pass" if batch.accumulated is None else "rows"
         return Report(batch.names, values, applied, flags=transaction.flags, engine=engine, nonfinite_before=before)
 
     def _look_back(self) -> tuple[str, ...]:

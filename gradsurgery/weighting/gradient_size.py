@@ -66,8 +66,8 @@ class GradientSizeWeighter(RecordingWeighter):
             return rows
         layout = Layout([group["params"] for group in self.param_groups])
         habits = Habits(keeps_rows=False, moves_unreached=False, undecided=False)
-        sharing = Sharing(batch, layout, self.settings, self.transaction, habits, parameters(self), self.phase)
-        is_open = sharing.doubtful(where) or (not batch.is_accumulated and batch.undecided(where))
+        sharing = Sharing(batch, layout, self.settings, self.transaction, habits, self.phase)
+        is_open = sharing.doubtful(where) or (batch.accumulated is None and batch.undecided(where))
         return sharing.really_shared(where, list(rows)) if is_open else rows
 
     def _sizes(self, batch: Batch, measure: Callable[[Row, torch.device], Tensor]) -> Tensor | None:

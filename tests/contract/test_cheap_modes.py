@@ -56,7 +56,9 @@ def equal(found, wanted):
 @pytest.fixture(autouse=True)
 def _one_by_one(monkeypatch):
     """Rows of small models are not put into one matrix, which is multiplied in another order."""
-    monkeypatch.setattr(gradients, "ENGINES", tuple(engine for engine in gradients.ENGINES if engine != Flat.gather))
+    monkeypatch.setattr(
+        gradients, "ENGINES", tuple(engine for engine in gradients.ENGINES if engine.gather != Flat.gather)
+    )
 
 
 # ------------------------------------------------------------------------------------------------- rows put away
