@@ -137,8 +137,8 @@ class Batch:
         owned: The parameters of this optimizer that the losses may reach.
         foreign: Those of the other optimizers.
         masks: For every parameter a bit mask of the losses that may reach it, on any process; None if unknown.
-        loss_scale: What autograd's gradients are multiplied by, a scalar.
-        seeds: What each backward pass starts from, m scalars: the loss scale times the share of this process.
+        scale: What autograd's gradients are multiplied by, a scalar; None: 1.
+        starts: What each backward pass starts from, m scalars: the loss scale times the share of this process. None: 1.
         retain: For each loss, whether its graph has to outlive its own backward pass, (m,).
         retain_graph: Whether the graph has to outlive the last pass.
         comm: The processes that share the work.
@@ -161,8 +161,8 @@ class Batch:
     owned: list[Tensor]
     foreign: list[Tensor]
     masks: dict[Tensor, int] | None
-    loss_scale: Tensor
-    seeds: list[Tensor]
+    scale: Tensor | None
+    starts: list[Tensor] | None
     retain: list[bool]
     retain_graph: bool
     comm: Communicator
@@ -174,6 +174,24 @@ class Batch:
     samples: Samples | None = None
     per_sample: str = ""
     unsampled: str = ""
+
+    @cached_property
+    def seeds(self) -> list[Tensor]:
+        """What each backward pass starts from, m scalars, which a hook may change in place.
+
+        Returns:
+            Scalars of the dtypes and on the devices of the losses.
+        """
+        return rows_module.seeds(self.tasks.tensors, None) if self.starts is None else self.starts
+
+    @cached_property
+    def loss_scale(self) -> Tensor:
+        """What autograd's gradients are multiplied by.
+
+        Returns:
+            A scalar.
+        """
+        return torch.ones((), device=self.values.device) if self.scale is None else self.scale
 
     @property
     def roots(self) -> list[Root]:
@@ -308,11 +326,11 @@ class Batch:
             return []
         used = [i for i, root in enumerate(self.tasks.roots) if root is not None]
         # A tensor stays where it is: all losses are there then.
-        starts = [self.seeds[i] for i in used]
-        if isinstance(weights, Tensor) or not (self.is_unscaled and self.comm.is_alone):
+        if isinstance(weights, Tensor) or self.starts is not None:
+            starts = [self.seeds[i] for i in used]
             starts = rows_module.multiplied(starts, weights if isinstance(weights, Tensor) else weights[used].tolist())
         else:
-            starts = rows_module.weighted(starts, weights[used])
+            starts = rows_module.weighted([self.tasks.tensors[i] for i in used], weights[used])
         engine = "backward" if self.graph.hidden else "accumulate" if self.comm.in_place else "grad"
         leaves = list(dict.fromkeys([*params, *self.leaves])) if engine == "backward" else list(params)
         # All of them: DistributedDataParallel may write to parameters that this pass does not reach.
@@ -408,34 +426,40 @@ class Reading(NamedTuple):
         if comm.is_sharded:
             self._require_everywhere(tasks)
             self._require_exchanged(owned, float(here.nan_to_num().sum()))
-        seeds = rows_module.seeds(tasks.tensors, given.scaler)
-        loss_scale = seeds[0] if seeds else self._scale_before()
-        if shares is not None:
-            # Gradients of sharded parameters come back as means over the processes, all others as parts of a sum.
-            factor = comm.size if comm.is_sharded else 1
-            seeds = [seed * float(share * factor) for seed, share in zip(seeds, shares, strict=True)]
+        scale, starts = None, None
+        if given.scaler is not None or shares is not None or transaction.accumulated is not None:
+            scale, starts = self._starts(tasks, comm, shares)
         # A compiled backward that first ran without retain_graph refuses to run with it later. Where steps of both
         # kinds follow each other all retain, and the references are dropped instead.
         cadence = self.settings.has_cadence
         overlaps = graph.overlaps if cadence else graph.overlaps_later
         retain = [given.retain_graph or overlap for overlap in overlaps]
-        for root in tasks.roots:
-            if isinstance(root, Start) and root.together is not None:
-                root.together.seeds, root.together.retain = seeds, retain
         batch = Batch(
-            self.owner, self.params, tasks, tasks.present, values, graph, owned, foreign, graph.masks, loss_scale,
-            seeds, retain, given.retain_graph or (cadence and any(graph.overlaps)),
+            self.owner, self.params, tasks, tasks.present, values, graph, owned, foreign, graph.masks, scale,
+            starts, retain, given.retain_graph or (cadence and any(graph.overlaps)),
             comm, given.scaler, given.features, given.residuals, given.accumulate, None,
             samples, given.per_sample, unsampled,
         )  # fmt: skip
+        for root in tasks.roots if graph.joins else ():
+            if isinstance(root, Start) and root.together is not None:
+                root.together.seeds, root.together.retain = batch.seeds, retain
         if given.accumulate or transaction.accumulated is not None:
             return self._accumulated(batch)
         return batch
 
-    def _scale_before(self) -> Tensor:
-        """The loss scale of earlier micro-batches, where this one has no loss."""
-        assert self.transaction.accumulated is not None
-        return self.transaction.accumulated.loss_scale
+    def _starts(self, tasks: Tasks, comm: Communicator, shares: np.ndarray | None) -> tuple[Tensor, list[Tensor]]:
+        """The loss scale, and what each backward pass starts from."""
+        seeds = rows_module.seeds(tasks.tensors, self.arguments.scaler)
+        if seeds:
+            scale = seeds[0]
+        else:
+            assert self.transaction.accumulated is not None
+            scale = self.transaction.accumulated.loss_scale
+        if shares is not None:
+            # Gradients of sharded parameters come back as means over the processes, all others as parts of a sum.
+            factor = comm.size if comm.is_sharded else 1
+            seeds = [seed * float(share * factor) for seed, share in zip(seeds, shares, strict=True)]
+        return scale, seeds
 
     def _agreed(self, tasks: Tasks, values: Tensor) -> tuple[Tasks, Tensor, np.ndarray]:
         """The losses that any process has, their values over the whole batch, and the shares of this process."""

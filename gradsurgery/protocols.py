@@ -23,9 +23,10 @@ class Losses(Protocol):
     graph: Any
     comm: Any
     owned: list[Tensor]
-    seeds: list[Tensor]
     accumulated: Any
 
+    @property
+    def seeds(self) -> list[Tensor]: ...
     @property
     def roots(self) -> list[Any]: ...
 

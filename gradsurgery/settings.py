@@ -94,22 +94,38 @@ class Settings:
 
     @cached_property
     def has_cadence(self) -> bool:
-        """Whether steps of different kinds follow each other."""
+        """Whether steps of different kinds follow each other.
+
+        Returns:
+            True if so.
+        """
         return self.every > 1 or self.warmup > 0
 
     @cached_property
     def puts_rows_away(self) -> bool:
-        """Whether rows wait for the others in another precision or on another device."""
+        """Whether rows wait for the others in another precision or on another device.
+
+        Returns:
+            True if so.
+        """
         return self.row_dtype is not None or self.row_device is not None
 
     @cached_property
     def is_bounded(self) -> bool:
-        """Whether weights have bounds."""
+        """Whether weights have bounds.
+
+        Returns:
+            True if so.
+        """
         return self.min_weight > -math.inf or self.max_weight < math.inf
 
     @cached_property
     def changes_weights(self) -> bool:
-        """Whether anything is done to the weights that a method gives."""
+        """Whether anything is done to the weights that a method gives.
+
+        Returns:
+            True if so.
+        """
         return self.weight_momentum != 0 or self.is_bounded
 
     def bounded(self, weights: np.ndarray) -> np.ndarray:

@@ -211,7 +211,9 @@ class Sharing:
         # A method that keeps rows has averages there, and leaves them where they are.
         stays = self._habits.keeps_rows and not self._habits.moves_unreached
         idle = [j for j, n in enumerate(counts) if not n] if stays else []
-        gradients.settle(there, unreached, self._private(shared, counts, idle), idle)
+        private = self._private(shared, counts, idle)
+        if unreached or private or idle or not comm.is_alone:
+            gradients.settle(there, unreached, private, idle)
 
     def really_shared(self, params: Sequence[Tensor], rows: Sequence[Row]) -> list[Row]:
         """Cut rows down to the parameters that two losses really reach, for a weighter that measures there.

@@ -394,7 +394,7 @@ class SurgeryStep:
         promised = self.phase == "solve" and self.transaction.writable and all(f > 0 for f in weighed.factors.tolist())
         if not promised:
             return gradients, applied, [None for _ in applied]
-        promises = [self.method.promises(len(gram)) for gram in seen.grams]
+        promises = [self.method.promises(len(gram.values)) for gram in seen.grams]
         if promises and promises[0]:
             gradients, applied[0] = gradients.inside(seen.grams[0], applied[0])
         held: list[Direction | None] = [None for _ in applied]

@@ -32,6 +32,7 @@ class Communicator:
         rank: Place of this one.
         is_alone: There is no other.
         is_sharded: Parameters are DTensors, whose gradients come added up over the processes.
+        slices: Rows may be cut into slices, one for each process.
         in_place: A pass that serves all losses may accumulate into ``.grad``, so that hooks which wait for it run.
     """
 
@@ -39,6 +40,7 @@ class Communicator:
     rank = 0
     is_alone = True
     is_sharded = False
+    slices = False
     in_place = True
 
     def over(self, params: Sequence[Tensor]) -> Communicator:

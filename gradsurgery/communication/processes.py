@@ -75,6 +75,7 @@ class Processes(Communicator):
     """
 
     is_alone = False
+    slices = True
     in_place = False
 
     def __init__(self, group: dist.ProcessGroup, owner: str) -> None:
@@ -273,6 +274,7 @@ class ShardedProcesses(Processes):
     """Processes that hold pieces of the parameters as DTensors. Autograd adds their gradients up by itself."""
 
     is_sharded = True
+    slices = False
 
     def over(self, params: Sequence[Tensor]) -> Communicator:
         return self

@@ -39,7 +39,7 @@ ENGINES = (
     Engine(blocks.gather, attrgetter("m")),
     Engine(ghosts.gather, attrgetter("m")),
     Engine(Sharded.gather, attrgetter("batch.comm.is_sharded")),
-    Engine(Sliced.gather, attrgetter("gram_only")),
+    Engine(Sliced.gather, attrgetter("batch.comm.slices")),
     Engine(Offloaded.gather, attrgetter("puts_away")),
     Engine(Flat.gather, attrgetter("gram_only")),
     Engine(Dense.gather, attrgetter("m")),

@@ -16,10 +16,11 @@ class _Batch(Protocol):
     """What is asked of a micro-batch."""
 
     values: Tensor
-    loss_scale: Tensor
     foreign: list[Tensor]
     accumulate: bool
 
+    @property
+    def loss_scale(self) -> Tensor: ...
     @property
     def names(self) -> tuple[str, ...]: ...
     @property

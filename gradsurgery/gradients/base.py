@@ -24,8 +24,6 @@ class Source(Protocol):
     tasks: Any
     graph: Any
     values: Tensor
-    loss_scale: Tensor
-    seeds: list[Tensor]
     retain: list[bool]
     retain_graph: bool
     comm: Communicator
@@ -36,6 +34,10 @@ class Source(Protocol):
     per_sample: str
     unsampled: str
 
+    @property
+    def seeds(self) -> list[Tensor]: ...
+    @property
+    def loss_scale(self) -> Tensor: ...
     @property
     def names(self) -> tuple[str, ...]: ...
     @property

@@ -102,7 +102,9 @@ class Dense(Gradients):
 
     def products(self) -> list[Tensor]:
         # All processes have the rows whole, and one of them counts.
-        if not self.comm.is_alone and self.shared and not self.comm.counts(self.shared[0]):
+        if self.comm.is_alone:
+            return [table.products() for table in self.tables]
+        if self.shared and not self.comm.counts(self.shared[0]):
             return [torch.zeros(len(table), len(table), dtype=torch.float64) for table in self.tables]
         return super().products()
 

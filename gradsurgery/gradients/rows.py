@@ -630,20 +630,20 @@ def seeds(tensors: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> lis
     return [s.to(t.dtype) for s, t in zip(scaled, tensors, strict=True)]
 
 
-def weighted(ones: Sequence[Tensor], weights: np.ndarray) -> list[Tensor]:
-    """Multiply scalars that are 1: where they are on the host and of one kind, the weights take their place.
+def weighted(tensors: Sequence[Tensor], weights: np.ndarray) -> list[Tensor]:
+    """What one backward pass starts from for a weighted sum, without a loss scale.
 
     Args:
-        ones: k scalars.
+        tensors: The scalar losses, (k,).
         weights: (k,).
 
     Returns:
-        k scalars.
+        k scalars, each with the dtype and device of its loss.
     """
-    kinds = {(one.dtype, one.device.type) for one in ones}
-    if len(kinds) == 1 and kinds <= _IN_NUMPY.keys():
+    kinds = {(t.dtype, t.device.type) for t in tensors}
+    if len(kinds) == 1 and kinds <= _IN_NUMPY.keys():  # on the host
         return list(torch.from_numpy(weights.astype(_IN_NUMPY[kinds.pop()])).unbind())
-    return multiplied(ones, weights.tolist())
+    return multiplied(seeds(tensors, None), weights.tolist())
 
 
 def multiplied(starts: Sequence[Tensor], weights: Sequence[float] | Tensor) -> list[Tensor]:

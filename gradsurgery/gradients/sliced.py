@@ -51,7 +51,8 @@ class Sliced(Gradients):
             The slices; an empty reason if rows are not sliced.
         """
         comm, shared = request.batch.comm, request.shared
-        if not isinstance(comm, Processes) or comm.is_sharded or not shared:
+        assert isinstance(comm, Processes)
+        if not request.gram_only or not shared:
             return ""
         if len({(p.dtype, p.device) for p in shared}) > 1 or shared[0].is_complex():
             return ""

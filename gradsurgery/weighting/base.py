@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -330,14 +331,16 @@ class Weighter(MultiLossOptimizer):
             )
 
     def _act(self, batch: Batch) -> Report:
-        self._require_meaning(batch)
+        if batch.features or batch.residuals is not None:
+            self._require_meaning(batch)
         if self.settings.nonfinite == "defer":
             return self._act_unseen(batch)
         names, m, transaction = batch.names, len(batch.names), self.transaction
         guard = Guard(batch, self.settings, transaction)
         extra = self.measure(batch)
         (values, *more), _ = batch.comm.fetch([batch.values, *([] if extra is None else [extra])], [])
-        stopped = guard.stops(np.isfinite(values), "the value")
+        # A sum of finite numbers may overflow, and they are then looked at one by one.
+        stopped = not math.isfinite(sum(values.tolist())) and guard.stops(np.isfinite(values), "the value")
         if stopped or (more and guard.stops(np.isfinite(more[0]).reshape(m, -1).all(axis=1), "the gradient")):
             return Report(names, values, flags=transaction.flags)
 
@@ -416,15 +419,13 @@ class Weighter(MultiLossOptimizer):
 
     def _combined(self, batch: Batch, weights: np.ndarray, share: float) -> list[Tensor | None]:
         """Σ wᵢ gᵢ by parameter; other optimizers get the plain sum."""
-        plain = np.full(len(weights), share)
         if batch.accumulated is not None:
-            return self._of_rows(batch, weights, plain)
+            return self._of_rows(batch, weights, np.full(len(weights), share))
         found = batch.one_pass(weights, batch.owned, last=not batch.foreign)
         if batch.foreign:
-            found += batch.one_pass(plain, batch.foreign, last=True)
+            found += batch.one_pass(np.full(len(weights), share), batch.foreign, last=True)
         # A hook behind the accumulation may have taken the gradients, as those do that make the step themselves.
-        taken = any(map(hooks_after, batch.owned))
-        if batch.comm.is_alone and not taken and all(g is None for g in found):
+        if batch.comm.is_alone and all(g is None for g in found) and not any(map(hooks_after, batch.owned)):
             require_reached(self._name, parameters(self), dict.fromkeys(batch.names, False))
         return found
 
