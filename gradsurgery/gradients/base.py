@@ -349,11 +349,10 @@ class Gradients(ABC):
         Returns:
             One for each group.
         """
-        grams = []
-        for table, found in zip(self.tables, products, strict=True):
-            made = table.repaired(found.reshape(len(table.rows), -1))
-            grams.append(Gram(table, made if scale == 1.0 else made / scale**2, scale))
-        return grams
+        return [
+            Gram.of(table, table.repaired(found.reshape(len(table.rows), -1)), scale)
+            for table, found in zip(self.tables, products, strict=True)
+        ]
 
     def reaching(self, k: int) -> list[bool] | None:
         """Which losses reach the parameters of a group.

@@ -252,6 +252,20 @@ class Gram:
     scale: float = 1.0
     by: Scaled | None = None
 
+    @classmethod
+    def of(cls, table: Table, products: np.ndarray, scale: float = 1.0) -> Gram:
+        """Take the loss scale out.
+
+        Args:
+            table: The rows.
+            products: Their inner products, (k, k).
+            scale: The loss scale.
+
+        Returns:
+            The inner products of the rows without it.
+        """
+        return cls(table, products if scale == 1.0 else products / scale**2, scale)
+
     def __len__(self) -> int:
         return len(self.values)
 

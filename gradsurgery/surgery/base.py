@@ -658,7 +658,7 @@ class Surgery(MultiLossOptimizer):
         if not gram_module.in_range(products):
             self._require_finite(rows)
             products = table.repaired(products)
-        weights = solve(self, Problem(self.names, Gram(table, products)), seen, factors)
+        weights = solve(self, Problem(self.names, Gram.of(table, products)), seen, factors)
         if factors is not None:
             weights = weights * factors
         share = self.settings.share(len(products))
@@ -712,7 +712,7 @@ class Surgery(MultiLossOptimizer):
             measured = None if sent is None else sent.sum(dim=1).double().cpu().numpy()
             whole = Table(table)
             products = whole.repaired(whole.products().cpu().numpy())
-            weights = solve(self, Problem(self.names, Gram(whole, products), measured), seen, late)
+            weights = solve(self, Problem(self.names, Gram.of(whole, products), measured), seen, late)
             if late is not None and len(weights) == m:
                 weights = weights * late
             share = self.settings.share(m)

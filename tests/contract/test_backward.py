@@ -413,7 +413,8 @@ def test_an_exception_halfway_changes_nothing(net, x, wrap):
     assert same(grads(net), before)
     assert optimizer.state_dict()["gradsurgery"] == memory
     assert optimizer.transaction.proposed == pending
-    assert not (optimizer.transaction.writable or optimizer.transaction.rejected)
+    assert not optimizer.transaction.writable
+    assert not optimizer.transaction.rejected
 
 
 def test_an_exception_in_the_method_changes_nothing(net, x):
