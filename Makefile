@@ -8,7 +8,8 @@ ARGS ?=
 # What the tests need: the library, what it works with, and what it is compared with, as far as that installs.
 TESTED := $(VENV)/demo.stamp $(VENV)/frameworks.stamp $(VENV)/test.stamp $(VENV)/peers.stamp
 # The tests whose results are floats.
-NUMERIC := cheap_modes engines geometry gradnorm methods playground precision priority_methods reference row_methods weighting
+NUMERIC := cheap_modes engines further_batches geometry_* graddrop gradnorm methods playground precision priority_methods reference \
+	row_averages row_methods_alike weighting_*
 # A process for each core. Files stay whole: what is spawned or trained once for a file is then done once. The order is
 # that of tests/conftest.py, long files first.
 PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder

@@ -37,20 +37,21 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+BACKWARD = ("test_backward", "test_backward_values", "test_propose_and_commit", "test_report_and_combine")
 #: The files that are changed, and the tests that are to notice.
 TESTS = {
-    "step": ("test_kinds_of_step", "test_switches", "test_backward", "test_cheap_modes"),
-    "batch": ("test_backward", "test_losses", "test_accumulation", "test_kinds_of_step"),
+    "step": ("test_kinds_of_step", "test_switches", *BACKWARD, "test_cheap_modes"),
+    "batch": (*BACKWARD, "test_losses", "test_accumulation", "test_kinds_of_step"),
     "transaction": ("test_state", "test_faults", "test_misuse", "test_accumulation"),
     "guard": ("test_faults", "test_range", "test_deferred"),
-    "sharing": ("test_kinds_of_step", "test_backward", "test_joined", "test_masks"),
+    "sharing": ("test_kinds_of_step", *BACKWARD, "test_joined", "test_masks"),
     "solve": ("test_switches", "test_range", "test_priority_methods"),
     "settings": ("test_switches", "test_cheap_modes", "test_messages", "test_common_descent"),
     "gradients/exact": ("test_exact",),
     "gradients/gram": ("test_gram", "test_precision", "test_range", "test_exact"),
     "gradients/descent": ("test_common_descent",),
     "gradients/dense": ("test_kinds_of_step", "test_cheap_modes", "test_engines"),
-    "gradients/rows": ("test_backward", "test_precision", "test_engines"),
+    "gradients/rows": (*BACKWARD, "test_precision", "test_engines"),
     "gradients/base": ("test_engines", "test_gradients", "test_kinds_of_step"),
     "gradients/flat": ("test_engines", "test_gradients", "test_precision"),
     "gradients/blocks": ("test_blocks", "test_engines"),

@@ -1,10 +1,9 @@
-"""What ``backward``, ``step`` and ``zero_grad`` mean: the semantics that every method shares."""
+"""What ``backward`` writes into ``.grad``, what it leaves alone, and what it refuses."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import random
 import warnings
 import weakref
 
@@ -12,30 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsurgery
-from gradsurgery.communication import alone
 from gradsurgery.gradients import rows as rows_module
-from gradsurgery.graph import torch_private
+from tests.support.two_heads import Counting, Halves, Net, grads, same, sgd, with_bad_row
 
-
-class Net(nn.Module):
-    """A trunk and one head a task; the third head is used by no loss."""
-
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
-        self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(3))
-        self.to(dtype)
-
-    def forward(self, x, targets=(1.0, -50.0)):
-        z = torch.tanh(self.trunk(x))
-        return {f"t{i}": (self.heads[i](z) - t).square().mean() for i, t in enumerate(targets)}
-
-    @property
-    def shared(self):
-        return list(self.trunk.parameters())
+# ----------------------------------------------------------------------------------------------------------------- head
 
 
 @pytest.fixture
@@ -48,42 +29,12 @@ def x():
     return torch.randn(8, 5, dtype=torch.float64)
 
 
-def sgd(net, lr=0.1, **options):
-    return torch.optim.SGD(net.parameters(), lr=lr, **options)
-
-
-def grads(module):
-    return [None if p.grad is None else p.grad.clone() for p in module.parameters()]
-
-
-def same(a, b):
-    return all((u is None and v is None) or torch.equal(u, v) for u, v in zip(a, b, strict=True))
-
-
 class PlainSum(gradsurgery.Surgery):
     def weights(self, gram, losses):
         return np.ones(len(gram))
 
 
-class Halves(gradsurgery.Weighter):
-    """Weights 1, 1/2, 1/4, …"""
-
-    def weights(self, losses):
-        return 0.5 ** np.arange(len(losses))
-
-
-class Counting(gradsurgery.Surgery):
-    """Remembers how many steps each task took part in, and draws a number."""
-
-    stateful = True
-
-    def weights(self, gram, losses):
-        self.keep("count", self.recall("count", 0.0) + 1)
-        self.memory["drawn"] = float(self.rng().random())
-        return self.recall("count", 0.0) * (1 + self.memory["drawn"])
-
-
-# --------------------------------------------------------------------------------------------- .grad
+# ---------------------------------------------------------------------------------------------------------------- .grad
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
@@ -313,7 +264,7 @@ def test_a_single_loss_is_all_private(net, x):
     assert report.weights == {"t0": 1.0}
 
 
-# ------------------------------------------------------------------ other networks, other optimizers
+# ------------------------------------------------------------------------------------- other networks, other optimizers
 
 
 def test_the_other_network_of_a_gan_is_not_touched():
@@ -374,7 +325,7 @@ def test_both_names_of_the_other_optimizers_at_once(net, x):
     assert all(p.grad is None for p in net.parameters())
 
 
-# ------------------------------------------------------------------------------ the graph, atomicity
+# ------------------------------------------------------------------------------------------------- the graph, atomicity
 
 
 class FailsOnSecond(torch.autograd.Function):
@@ -475,328 +426,8 @@ def test_reentrant_checkpointing_is_found_and_gives_the_same(net, x, method):
     assert any((g != 1).any() for g in results[0])
 
 
-# ------------------------------------------------------------------- propose, commit, discard, draws
+# ------------------------------------------------------------------------------------------------------------ arguments
 
-
-def memory_of(optimizer):
-    return optimizer.state_dict()["gradsurgery"]["memory"]
-
-
-def test_backward_proposes_step_commits_zero_grad_discards(net, x):
-    optimizer = Counting(sgd(net))
-    optimizer.backward(net(x))
-    assert memory_of(optimizer) == {"step": 0}, "state_dict holds committed memory"
-    optimizer.zero_grad()
-    optimizer.step()
-    assert memory_of(optimizer) == {"step": 0}
-    optimizer.backward(net(x))
-    optimizer.step()
-    first = memory_of(optimizer)
-    assert first["step"] == 1
-    assert first["count"] == {"t0": 1.0, "t1": 1.0}
-    optimizer.step()
-    assert memory_of(optimizer) == first, "a step without a backward teaches nothing"
-    optimizer.zero_grad()
-    optimizer.backward(net(x))
-    optimizer.backward(net(x))  # no zero_grad between: goes on from the pending state
-    optimizer.step()
-    assert memory_of(optimizer)["count"] == {"t0": 3.0, "t1": 3.0}
-    assert memory_of(optimizer)["step"] == 2
-    assert memory_of(optimizer)["drawn"] != first["drawn"]
-
-
-def test_every_evaluation_of_a_closure_starts_from_the_same_state(net, x):
-    drawn, counts = [], []
-
-    class Spy(Counting):
-        def weights(self, gram, losses):
-            w = super().weights(gram, losses)
-            drawn.append(self.memory["drawn"])
-            counts.append(self.memory["count"]["t0"])
-            return w
-
-    optimizer = Spy(torch.optim.LBFGS(net.parameters(), lr=1e-3, max_iter=4))
-
-    def closure():
-        optimizer.zero_grad()
-        return optimizer.backward(net(x)).objective
-
-    optimizer.step(closure)
-    assert len(drawn) > 2
-    assert set(counts) == {1.0}
-    assert len(set(drawn)) == 1
-    assert memory_of(optimizer)["count"]["t0"] == 1.0
-    assert memory_of(optimizer)["step"] == 1
-    optimizer.step(closure)
-    assert memory_of(optimizer)["count"]["t0"] == 2.0
-    assert len(set(drawn)) == 2
-
-
-def test_a_skipped_scaler_step_commits_nothing(net, x):
-    net.float()
-    optimizer = Counting(sgd(net))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    before = [p.clone() for p in net.parameters()]
-    losses = net(x.float())
-    losses["t1"] = losses["t1"] * torch.tensor(float("inf"))
-    report = optimizer.backward(losses, scaler=scaler)
-    assert "nonfinite" in report.flags
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2.0**9
-    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
-    assert memory_of(optimizer) == {"step": 0}
-    optimizer.zero_grad()
-    optimizer.backward(net(x.float()), scaler=scaler)
-    scaler.step(optimizer)
-    assert memory_of(optimizer)["step"] == 1
-
-
-def test_randomness_is_the_methods_own(x):
-    def run(seed, steps):
-        torch.manual_seed(3)
-        net = Net()
-        optimizer = gradsurgery.PCGrad(sgd(net, 0.01), seed=seed)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            optimizer.backward(net(x, targets=(1.0, -50.0, 20.0)))
-            optimizer.step()
-        return [p.detach().clone() for p in net.parameters()]
-
-    torch.manual_seed(3)
-    Net()
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    first = run(0, 12)
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
-    assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    assert same(run(0, 12), first), "neither python's nor numpy's global state matters"
-    assert not same(run(1, 12), first), "the seed does"
-
-
-# ------------------------------------------------------------------------------------------- cadence
-
-
-def passes(monkeypatch):
-    counts = {"row": 0, "one": 0}
-    monkeypatch.setattr(torch_private, "_ENGINE", None)  # then the public calls are made
-    grad, backward = torch.autograd.grad, torch.autograd.backward
-    monkeypatch.setattr(
-        torch.autograd, "grad", lambda *a, **k: (counts.__setitem__("row", counts["row"] + 1), grad(*a, **k))[1]
-    )
-    monkeypatch.setattr(
-        torch.autograd, "backward", lambda *a, **k: (counts.__setitem__("one", counts["one"] + 1), backward(*a, **k))[1]
-    )
-    return counts
-
-
-def test_cadence_reuses_weights_and_spares_passes(net, x, monkeypatch):
-    optimizer = gradsurgery.MGDA(sgd(net, 0.0), every=3, warmup=2)
-    counts = passes(monkeypatch)
-    history = []
-    for _ in range(8):
-        counts.update(row=0, one=0)
-        optimizer.zero_grad()
-        report = optimizer.backward(net(x))
-        history.append((report.flags, dict(counts)))
-        if report.flags == ("reused",):
-            w = report.weights
-            losses = net(x)
-            weighted = sum(w[n] * losses[n] for n in losses)
-            (trunk,) = torch.autograd.grad(weighted, [net.trunk[0].weight], retain_graph=True)
-            torch.testing.assert_close(net.trunk[0].weight.grad, trunk)
-            (head,) = torch.autograd.grad(losses["t1"], [net.heads[1].weight])
-            assert torch.equal(net.heads[1].weight.grad, head), "private parameters keep their plain gradient"
-        optimizer.step()
-    warmup, act, reuse = ("warmup",), (), ("reused",)
-    assert [h[0] for h in history] == [warmup, warmup, act, reuse, reuse, act, reuse, reuse]
-    assert [h[1] for h in history[:4]] == [{"row": 0, "one": 1}] * 2 + [{"row": 2, "one": 0}, {"row": 0, "one": 2}]
-
-
-def test_cadence_recomputes_when_the_tasks_change(net, x):
-    optimizer = gradsurgery.MGDA(sgd(net), every=10)
-    for absent, flags in (({}, ()), ({}, ("reused",)), ({"t0": None}, ()), ({"t0": None}, ("reused",))):
-        optimizer.zero_grad()
-        assert optimizer.backward({**net(x), **absent}).flags == flags
-        optimizer.step()
-
-
-def test_cadence_counts_committed_steps_and_survives_a_checkpoint(net, x):
-    optimizer = gradsurgery.MGDA(sgd(net), every=2)
-    for _ in range(3):
-        optimizer.zero_grad()
-        assert optimizer.backward(net(x)).flags == ()
-    optimizer.step()
-    fresh = gradsurgery.MGDA(sgd(net), every=2)
-    fresh.load_state_dict(optimizer.state_dict())
-    assert fresh.backward(net(x)).flags == ("reused",)
-
-
-def test_cadence_of_a_weighter(net, x):
-    seen = []
-
-    class Spy(Halves):
-        def weights(self, losses):
-            seen.append(losses)
-            return super().weights(losses)
-
-    optimizer = Spy(sgd(net), every=2, warmup=1)
-    weights = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        weights.append(optimizer.backward(net(x)).weights["t1"])
-        optimizer.step()
-    assert weights == [1.0, 0.5, 0.5, 0.5, 0.5]
-    assert len(seen) == 2
-
-
-# ---------------------------------------------------------------------------------------- non-finite
-
-
-def with_bad_value(net, x):
-    losses = net(x)
-    return {**losses, "t1": losses["t1"] * float("nan")}
-
-
-def with_bad_row(net, x):
-    losses = net(x)
-    return {**losses, "t1": losses["t1"] + (net.trunk[0].weight.sum() * 0).sqrt()}
-
-
-def with_bad_head(net, x):
-    losses = net(x)
-    return {**losses, "t1": losses["t1"] + (net.heads[1].weight.sum() * 0).sqrt()}
-
-
-BAD = [with_bad_value, with_bad_row, with_bad_head]
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_nonfinite_raise_names_the_loss(net, x, bad):
-    optimizer = gradsurgery.MGDA(sgd(net))
-    with pytest.raises(RuntimeError, match=r"MGDA\.backward.*'t1' is not finite"):
-        optimizer.backward(bad(net, x))
-    assert same(grads(net), [None] * len(grads(net)))
-
-
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("wrap", [Counting, Halves])
-def test_nonfinite_skip_writes_nothing(net, x, bad, wrap):
-    optimizer = wrap(sgd(net), nonfinite="skip")
-    net.heads[0].weight.grad = kept = torch.ones_like(net.heads[0].weight)
-    report = optimizer.backward(bad(net, x))
-    assert {"nonfinite", "skipped"} <= set(report.flags)
-    assert net.heads[0].weight.grad is kept
-    assert kept.eq(1).all()
-    assert net.trunk[0].weight.grad is None
-    optimizer.step()
-    assert memory_of(optimizer) == {"step": 0}
-
-
-def test_nonfinite_drop_equals_an_absent_task(net, x):
-    optimizer = gradsurgery.PCGrad(sgd(net), nonfinite="drop")
-    report = optimizer.backward(with_bad_value(net, x))
-    dropped = grads(net)
-    assert report.flags == ("dropped",)
-    assert tuple(report.losses) == ("t0",)
-    net.zero_grad()
-    optimizer.backward({**net(x), "t1": None})
-    assert same(grads(net), dropped)
-    net.zero_grad()
-    report = optimizer.backward({"t1": with_bad_value(net, x)["t1"]})
-    assert "skipped" in report.flags
-    assert same(grads(net), [None] * len(grads(net)))
-    with pytest.raises(RuntimeError, match="gradient of 't1'"):
-        optimizer.backward(with_bad_row(net, x))
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_with_a_scaler_bad_values_reach_grad(net, x, bad):
-    net.float()
-    optimizer = Counting(sgd(net))
-    optimizer.backward(bad(net, x.float()), scaler=torch.amp.GradScaler("cpu"))
-    assert any(p.grad is not None and not torch.isfinite(p.grad).all() for p in net.parameters())
-    optimizer.step()
-    assert memory_of(optimizer) == {"step": 0}
-
-
-# ----------------------------------------------------------------------------------- mixed precision
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        gradsurgery.PCGrad,
-        gradsurgery.MGDA,
-        Halves,
-        lambda base: gradsurgery.MGDA(base, every=2),
-        lambda base: gradsurgery.GradNormWeighter(base, base.param_groups[0]["params"][0]),
-        lambda base: gradsurgery.MGDA(gradsurgery.GradNormWeighter(base, base.param_groups[0]["params"][0])),
-    ],
-)
-def test_a_scaler_changes_nothing(x, wrap):
-    results = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**16), torch.amp.GradScaler("cpu", enabled=False)):
-        torch.manual_seed(0)
-        net = Net(torch.float32)
-        optimizer = wrap(sgd(net, 1e-3))
-        for _ in range(4):
-            optimizer.zero_grad()
-            optimizer.backward(net(x.float()), scaler=scaler)
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-        results.append([p.detach().clone() for p in net.parameters()])
-    for a, b, c in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-        assert torch.equal(a, c)
-
-
-# --------------------------------------------------------------------------------------- composition
-
-
-def test_a_weighter_under_surgery_is_like_weighted_losses(net, x):
-    gradsurgery.MGDA(Halves(sgd(net))).backward(net(x))
-    composed = grads(net)
-    net.zero_grad()
-    losses = net(x)
-    gradsurgery.MGDA(sgd(net)).backward({"t0": losses["t0"], "t1": 0.5 * losses["t1"]})
-    for a, b in zip(composed, grads(net), strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
-
-
-def test_both_layers_commit_together(net, x):
-    optimizer = Counting(gradsurgery.GradNormWeighter(sgd(net), net.trunk[2].weight))
-    optimizer.backward(net(x))
-    optimizer.zero_grad()
-    optimizer.step()
-    assert optimizer.state_dict()["gradsurgery"]["inner"]["memory"] == {"step": 0}
-    optimizer.backward(net(x))
-    optimizer.step()
-    saved = optimizer.state_dict()["gradsurgery"]
-    assert saved["memory"]["step"] == saved["inner"]["memory"]["step"] == 1
-    assert saved["inner"]["class"] == "GradNormWeighter"
-
-
-def test_other_nestings_are_refused(net):
-    with pytest.raises(TypeError, match=r"MGDA: `optimizer` is already a surgery method \(PCGrad\)"):
-        gradsurgery.MGDA(gradsurgery.PCGrad(sgd(net)))
-    for inner in (Halves, gradsurgery.PCGrad):
-        with pytest.raises(TypeError, match=r"Halves: `optimizer` must be a torch optimizer.*weighter goes inside"):
-            Halves(inner(sgd(net)))
-    with pytest.raises(TypeError, match=r"got the class SGD. Pass an instance"):
-        gradsurgery.PCGrad(torch.optim.SGD)
-    with pytest.raises(TypeError, match=r"PCGrad: `optimizer` must be a torch.optim.Optimizer, got .*Net"):
-        gradsurgery.PCGrad(net)
-
-
-# ----------------------------------------------------------------------------------------- arguments
 
 ARGUMENTS = [
     (gradsurgery.PCGrad, {"reduction": "max"}, r"PCGrad: `reduction` must be one of .*got 'max'"),
@@ -826,182 +457,7 @@ def test_bad_arguments_are_named(net, method, arguments, message):
         method(sgd(net), **arguments)
 
 
-# --------------------------------------------------------------------------------------- checkpoints
-
-
-def train(optimizer, net, batches):
-    for x in batches:
-        optimizer.zero_grad()
-        optimizer.backward(net(x, targets=(1.0, -50.0, 20.0)))
-        optimizer.step()
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        gradsurgery.PCGrad,
-        lambda base: gradsurgery.PCGrad(base, every=3, warmup=2),
-        gradsurgery.MGDA,
-        lambda base: gradsurgery.GradNormWeighter(base, base.param_groups[0]["params"][0]),
-        lambda base: gradsurgery.PCGrad(gradsurgery.GradNormWeighter(base, base.param_groups[0]["params"][0]), every=2),
-    ],
-)
-def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, wrap):
-    batches = [torch.randn(8, 5, dtype=torch.float64) for _ in range(9)]
-    net = Net()
-    start = copy.deepcopy(net.state_dict())
-    whole = wrap(torch.optim.AdamW(net.parameters(), lr=0.01))
-    train(whole, net, batches)
-
-    half = Net()
-    half.load_state_dict(start)
-    optimizer = wrap(torch.optim.AdamW(half.parameters(), lr=0.01))
-    train(optimizer, half, batches[:4])
-    torch.save({"net": half.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
-    saved = torch.load(tmp_path / "c.pt", weights_only=True)
-    rest = Net()
-    rest.load_state_dict(saved["net"])
-    resumed = wrap(torch.optim.AdamW(rest.parameters(), lr=0.01))
-    resumed.load_state_dict(saved["optimizer"])
-    train(resumed, rest, batches[4:])
-    assert same(list(rest.parameters()), list(net.parameters()))
-
-
-def test_another_methods_memory_starts_afresh_with_a_warning(net, x):
-    saved = Counting(sgd(net))
-    saved.backward(net(x))
-    saved.step()
-    target = gradsurgery.PCGrad(sgd(net))
-    with pytest.warns(UserWarning, match=r"belongs to Counting.*not to PCGrad.*starts afresh"):
-        target.load_state_dict(saved.state_dict())
-    assert memory_of(target) == {"step": 0}
-
-
-# ---------------------------------------------------------------------------------------- the report
-
-
-def test_report_tells_what_happened(net, x):
-    optimizer = gradsurgery.PCGrad(sgd(net))
-    losses = net(x)
-    report = optimizer.backward(losses)
-    assert optimizer.report is report
-    assert report.losses == {name: loss.item() for name, loss in losses.items()}
-    assert report.total == sum(report.losses.values())
-    assert report.objective == pytest.approx(sum(report.weights[n] * report.losses[n] for n in losses))
-    assert list(report.norms.values()) == pytest.approx(report.gram.diagonal().sqrt().tolist())
-    assert report.cosines.diagonal().tolist() == [1.0, 1.0]
-    assert report.cosines[0, 1] < 0
-    assert report.conflict_rate == 1.0
-    assert "losses" in repr(report)
-    assert set(report.as_dict()) >= {"losses", "total", "weights", "cosines", "flags"}
-    report.gram.zero_()
-    assert report.gram.any(), "a report hands out copies"
-    assert all(loss.requires_grad for loss in losses.values())
-    weighted = Halves(sgd(net)).backward(net(x))
-    assert weighted.gram is weighted.norms is weighted.cosines is weighted.conflict_rate is None
-
-
-class CountsReads(TorchDispatchMode):
-    """Counts the operations that make the host wait for a device."""
-
-    reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._overloadpacket.__name__ in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item"):
-            self.reads += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    "wrap", [gradsurgery.PCGrad, gradsurgery.MGDA, Halves, lambda b: gradsurgery.PCGrad(Halves(b))]
-)
-@pytest.mark.parametrize("scaled", [False, True])
-def test_one_transfer_to_the_host_a_step(net, x, monkeypatch, wrap, scaled):
-    transfers = []
-    host = alone.host
-    monkeypatch.setattr(alone, "host", lambda numbers: transfers.append(1) or host(numbers))
-    optimizer = wrap(sgd(net))
-    scaler = torch.amp.GradScaler("cpu") if scaled else None
-    losses = net(x)
-    with CountsReads() as mode:
-        optimizer.backward(losses, scaler=scaler)
-    assert mode.reads == 0
-    assert len(transfers) == 1
-
-
-# ------------------------------------------------------------------------------------------- combine
-
-
-@pytest.mark.parametrize("wrap", [gradsurgery.PCGrad, gradsurgery.MGDA, Counting])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_combine_gives_what_backward_writes(wrap, reduction):
-    p = nn.Parameter(torch.randn(7, dtype=torch.float64))
-    rows = torch.randn(4, 7, dtype=torch.float64)
-    optimizer = wrap(torch.optim.SGD([p], lr=0.1), reduction=reduction)
-    for _ in range(3):
-        direction = optimizer.combine(rows)
-        assert torch.equal(optimizer.combine(rows), direction), "pure: the same draw, the same state"
-        optimizer.zero_grad()
-        optimizer.backward([row @ p for row in rows])
-        assert torch.equal(optimizer.combine(rows), direction), "not moved by what is pending"
-        torch.testing.assert_close(p.grad, direction, rtol=1e-14, atol=0)
-        optimizer.step()
-
-
-def test_combine_with_update_commits(net):
-    optimizer = Counting(sgd(net))
-    rows = torch.randn(2, 5)
-    for step in range(3):
-        optimizer.combine(rows)
-        optimizer.combine(rows, update=True)
-        assert memory_of(optimizer)["step"] == step + 1
-        assert memory_of(optimizer)["count"] == {"0": step + 1.0, "1": step + 1.0}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_combine_keeps_the_dtype(net, dtype):
-    assert gradsurgery.MGDA(sgd(net)).combine(torch.randn(2, 5).to(dtype)).dtype == dtype
-
-
-def test_combine_goes_on_where_named_losses_left_off(net):
-    """Rows stand for the losses in the order in which the method met them."""
-    base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
-    rows = torch.tensor([[1.0, 0, 0], [-1, 1, 0], [0, -1, 1]])
-    found = []
-    for names in ("abc", "012"):
-        optimizer = gradsurgery.GradVac(base)
-        (p,) = base.param_groups[0]["params"]
-        optimizer.backward({name: (p * row).sum() for name, row in zip(names, rows, strict=True)})
-        optimizer.step()
-        found.append(optimizer.combine(rows))
-    assert torch.equal(*found)
-    with pytest.raises(ValueError, match=r"GradVac\.combine.*keeps something for each of \['0', '1', '2'\]"):
-        optimizer.combine(rows[:2])
-    keeps_rows = gradsurgery.MoCo(base)
-    keeps_rows.backward([(p * row).sum() for row in rows])
-    keeps_rows.step()
-    assert torch.isfinite(keeps_rows.combine(rows)).all()
-    with pytest.raises(RuntimeError, match=r"MoCo\.combine: .*rows of the parameters"):
-        keeps_rows.combine(torch.eye(3, 4))
-
-
-def test_combine_checks_its_input(net):
-    optimizer = gradsurgery.MGDA(sgd(net), normalize="loss")
-    good = torch.eye(2)
-    for arguments, error, message in (
-        (([[1.0]],), TypeError, r"MGDA\.combine: `rows` must be a real floating point tensor of shape \(m, n\)"),
-        ((torch.ones(3),), TypeError, "`rows`"),
-        ((torch.ones(0, 3), []), ValueError, "at least one row"),
-        ((good,), ValueError, "`losses` must be given"),
-        ((good, [1.0]), ValueError, r"`losses` must have shape \(2,\)"),
-        ((good, [1.0, -1.0]), ValueError, r"every loss must be > 0.*\{'1': -1.0\}"),
-        ((good * float("nan"), [1.0, 1.0]), ValueError, "finite"),
-    ):
-        with pytest.raises(error, match=message):
-            optimizer.combine(*arguments)
-
-
-# ------------------------------------------------------------------------------- found by trying to break it
+# ------------------------------------------------------------------------------------------ found by trying to break it
 
 
 def test_a_detached_entry_of_a_stack_is_named():

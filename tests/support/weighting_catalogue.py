@@ -1,6 +1,6 @@
 """One row a weighter: how to build it, what it promises, and the weights it gives over a short run.
 
-Every generic test of test_weighting.py runs over every row. A new weighter needs one entry here.
+Every generic test of test_weighting_promises.py runs over every row. A new weighter needs one entry here.
 """
 
 from __future__ import annotations
