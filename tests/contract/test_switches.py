@@ -414,8 +414,21 @@ def test_each_part_has_a_memory_of_its_own(net, x):
     assert again.state_dict()["gradsurgery"]["memory"]["parameter 3"]["targets"]["0"]["1"] != cosines[3]
 
 
+def paper(optimizer, **switches):
+    """A method that does not have the scale of the sum: a single row would get the length 1."""
+    return gradsurgery.NashMTL(optimizer, scale="paper", **switches)
+
+
+@pytest.mark.parametrize("method", [gradsurgery.MGDA, gradsurgery.IMTLG, paper])
+def test_a_single_loss_has_its_plain_gradient_on_named_parameters(method):
+    w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    report = method(torch.optim.SGD([w], lr=0.1), shared_params=w).backward([ROWS[1] @ w])
+    torch.testing.assert_close(w.grad, ROWS[1])
+    assert list(report.weights.values()) == [1.0]
+
+
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("method", [gradsurgery.MGDA, gradsurgery.NashMTL, gradsurgery.IMTLG])
+@pytest.mark.parametrize("method", [gradsurgery.MGDA, gradsurgery.NashMTL, gradsurgery.IMTLG, paper])
 def test_a_part_is_solved_for_the_losses_that_reach_it(method, inside):
     """Parameters are named, since found ones are shared: one that a single loss reaches has plain gradients."""
     reach = {"all": (0, 1, 2), "ends": (0, 2), "last": (1, 2), "one": (1,)}
