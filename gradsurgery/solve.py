@@ -77,8 +77,8 @@ def _weights(method: Rule, problem: Problem, seen: np.ndarray, factors: np.ndarr
     gram, settings = problem.gram, method.settings
     if method.is_alone and not method.observes:
         return np.ones(1)
-    if method.adds_rows and gram.table.far_apart:
-        gram.table.refuse_squares(method.display_name)
+    if gram.table.far_apart and method.adds_rows:
+        gram.table.require_squares(method.display_name)
     normalizes = settings.normalize != "none" and not method.is_alone
     prefers = settings.preference is not None and method.preference_scales_rows
     if factors is None and not normalizes and not prefers and _is_usual(gram):

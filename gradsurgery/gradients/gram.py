@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -137,20 +136,21 @@ class Table:
     def _formed(self) -> Sequence[Row]:
         return as_rows(self.rows)
 
-    def refuse_squares(self, owner: str) -> NoReturn:
+    def require_squares(self, owner: str) -> None:
         """Refuse rows so far apart that no power of two brings the squares of all into float64.
 
         Args:
             owner: The class that the error should name.
 
         Raises:
-            RuntimeError: In any case.
+            RuntimeError: They are.
         """
-        raise RuntimeError(
-            f"{owner}: the longest gradient is more than 1e280 times as long as the shortest one, and float64 "
-            "does not hold the squares of both. Multiply the losses by constants that bring them closer together. "
-            "Nothing was written."
-        )
+        if self.far_apart:
+            raise RuntimeError(
+                f"{owner}: the longest gradient is more than 1e280 times as long as the shortest one, and float64 "
+                "does not hold the squares of both. Multiply the losses by constants that bring them closer together. "
+                "Nothing was written."
+            )
 
     def triangle(self) -> np.ndarray:
         """A square root of the Gram matrix; see :func:`triangle`.

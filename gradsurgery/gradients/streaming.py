@@ -83,8 +83,7 @@ class Streaming(Gradients):
         table = Table([self._sum, fresh] if self._seen.any() else [fresh])
         (peak,), flat = host([self.private.peak(i), table.products()])
         products = table.repaired(flat.reshape(len(table), -1))
-        if table.far_apart:
-            table.refuse_squares(self.request.batch.owner)
+        table.require_squares(self.request.batch.owner)
         own_square = products[-1, -1]
         if not np.isfinite([peak, own_square]).all():
             self._learns = False
