@@ -25,12 +25,20 @@ from tests.distributed.test_ddp import (
     resume_from_distributed_checkpoint,
     shared_folder,
 )
-from tests.support.catalogue import over_processes
+from tests.support.catalogue import any_optimizer, over_processes
 from tests.support.processes import run_cases
 from tests.support.weighting_catalogue import CATALOGUE as WEIGHTERS
 
 # These differentiate down to a few parameters only, which autograd cannot do where parameters are gathered on the way.
 MEASURING = (gradsurgery.GradNormWeighter, gradsurgery.NormalizedGradientWeighter, gradsurgery.LRAnnealingWeighter)
+
+# Losses and their weights are whole everywhere; `test_ddp` has all methods that see these alone. Sharded are gradients.
+SHARDED_WEIGHTERS = [
+    row
+    for row in WEIGHTERS
+    if isinstance(row.build(any_optimizer()), (*MEASURING, gradsurgery.NTKWeighter))
+    or row.name in ("FixedWeighter", "UncertaintyWeighter", "FAMOWeighter", "DWAWeighter")
+]
 
 
 class Net(nn.Module):
@@ -251,7 +259,7 @@ def tensor_parallel(build, rank, size):
 def cases(rank, size):
     here = (rank, size)
     found = {}
-    for row in (*over_processes(), *WEIGHTERS):
+    for row in (*over_processes(), *SHARDED_WEIGHTERS):
         found[f"fully_shard: {row.name}"] = lambda build=row.build: fsdp(build, *here)
     for case in (
         fsdp_unequal, fsdp_accumulation, fsdp_scaler, fsdp_half, fsdp_gradients_there_before, fsdp_checkpointing,
