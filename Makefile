@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two pips at once would break each other's environment, and two cores are busy with one target anyway.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-old-processor test-browser explore lint format docs bench bench-compare structure bench-joined bench-engines bench-per-sample bench-compiled gpu bench-solvers mutants published conformance evidence clean
+.PHONY: help demo test test-all test-old-processor test-browser explore lint format docs bench bench-compare structure bench-joined bench-engines bench-middle bench-per-sample bench-compiled gpu bench-solvers mutants published conformance evidence clean
 
 help: ## Say what the targets are
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -82,6 +82,9 @@ bench-joined: $(VENV)/demo.stamp ## Measure what joined losses cost beside separ
 
 bench-engines: $(VENV)/demo.stamp ## Measure whether "auto" takes the fastest engine (ARGS="--json docs/engines.json")
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engines $(ARGS)
+
+bench-middle: $(VENV)/demo.stamp ## Measure what a step of models of middle size costs (ARGS="--json docs/middle.json")
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.middle $(ARGS)
 
 bench-compiled: $(VENV)/demo.stamp ## Time steps of compiled models: plain sum, weighters, surgery
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compiled $(ARGS)

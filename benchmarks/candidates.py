@@ -52,6 +52,27 @@ class Candidate:
         return self.work.model(self.work.x)
 
 
+def yardsticks(work: Workload) -> list[Candidate]:
+    """What all others are compared with.
+
+    Args:
+        work: The model and its inputs.
+
+    Returns:
+        The backward pass of the plain sum, and m bare ones.
+    """
+    everything = [*work.shared, *work.private]
+
+    def floor(losses: list[Tensor], features: Tensor | None) -> None:
+        for i, loss in enumerate(losses):
+            torch.autograd.grad(loss, everything, retain_graph=i < len(losses) - 1, allow_unused=True)
+
+    return [
+        Candidate("plain sum", work, lambda losses, features: sum(losses).backward(), "sum"),
+        Candidate("floor", work, floor, ""),
+    ]
+
+
 def candidates(work: Workload) -> list[Candidate]:
     """All of them, for one workload.
 
@@ -61,15 +82,8 @@ def candidates(work: Workload) -> list[Candidate]:
     Returns:
         The yardsticks first. What needs a library that is not installed, or cannot serve this model, is left out.
     """
-    everything = [*work.shared, *work.private]
-
-    def floor(losses: list[Tensor], features: Tensor | None) -> None:
-        for i, loss in enumerate(losses):
-            torch.autograd.grad(loss, everything, retain_graph=i < len(losses) - 1, allow_unused=True)
-
     found = [
-        Candidate("plain sum", work, lambda losses, features: sum(losses).backward(), "sum"),
-        Candidate("floor", work, floor, ""),
+        *yardsticks(work),
         *(ours(work, name) for name in METHODS),
         ours(work, "PCGrad", 'PCGrad, engine="rows"', engine="rows"),
         ours(work, "PCGrad", 'PCGrad, engine="blocks"', engine="blocks"),

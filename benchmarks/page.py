@@ -55,9 +55,7 @@ that discards true directions. TorchJD's autogram engine ignores what second der
 Workloads: {workloads}.
 """
 
-CAPTION = """*An MLP of 4 layers, batch 128. Left: against the number of losses m, with layers of 512. Right: against
-the number of parameters, with m = 4. The number beside a curve is its exponent: 1 means that the cost is proportional.
-TorchJD's best: at each point its fastest setting, or the one with least memory.*"""
+CAPTION = """*The number beside a curve is its exponent: 1 means that the cost is proportional.*"""
 
 TABLES = """---
 hide-toc: true
@@ -130,18 +128,59 @@ def pages(runs: list[dict[str, Any]], path: Path) -> tuple[str, str]:
         Markdown of the first and the second.
     """
     workloads = "; ".join(f"*{name}*: {text}" for name, (text, _) in WORKLOADS.items())
-    drawn = [curves_picture(r, path).relative_to(path.parent) for r in runs if r.get("curves")]
-    shown = "Time and memory against the number of tasks and of parameters"
-    picture = f"![{shown}]({drawn[0].as_posix()})\n\n{CAPTION}\n\n" if drawn else ""
+    picture = ""
+    for r in [r for r in runs if r.get("curves")][:1]:
+        along = [AXES[axis] for axis in AXES if axis in {p["axis"] for p in r["curves"]}]
+        shown = f"Time and memory against {', '.join(along)}"
+        picture = f"![{shown}]({curves_picture(r, path).relative_to(path.parent).as_posix()})\n\n{CAPTION}\n\n"
+        picture += exponent_text(r)
     text = PAGE.format(workloads=workloads, short="".join(map(short, runs)), picture=picture)
     if all(r["device"] == "cpu" for r in runs):
         text += "\nNothing here was measured on a GPU. `--device cuda` runs the same there.\n"
     text += "".join(f"\n## {title(r)}, in short\n\n{summary(r['steps'])}" for r in runs if r["steps"])
     if (grid := path.with_name("engines.json")).exists():
         text += engines.section(json.loads(grid.read_text(encoding="utf-8")))
+    if (sizes := path.with_name("middle.json")).exists():
+        text += middle(json.loads(sizes.read_text(encoding="utf-8")))
     if compiled_figures(path).exists():
         text += compiled(json.loads(compiled_figures(path).read_text(encoding="utf-8")))
     return text, TABLES + "".join(section(r, path) for r in runs)
+
+
+def middle(results: dict[str, Any]) -> str:
+    """What steps of models of middle size cost, as a section of the first page.
+
+    Args:
+        results: What ``benchmarks.middle`` has measured.
+
+    Returns:
+        Markdown.
+    """
+    counts = sorted({found["m"] for found in results["cells"]})
+    by = {(found["model"], found["m"]): found for found in results["cells"]}
+    head = ["model", "at most", *(f"m = {m}" for m in counts)]
+    lines = [f"| {' | '.join(head)} |", "| --- | ---: |" + " ---: |" * len(counts)]
+    for name, most in dict.fromkeys((found["model"], found["most"]) for found in results["cells"]):
+        shown = [
+            f"{found['rows']['to_floor']:.2f}, {found['auto']['to_floor']:.2f}" if (found := by.get((name, m))) else "–"
+            for m in counts
+        ]
+        lines.append(f"| {name} | {most:.2f} | {' | '.join(shown)} |")
+    run = results["run"]
+    return (
+        f"""
+## Models of middle size
+
+The backward phase of a step of `PCGrad` relative to m bare `torch.autograd.grad` calls over the same parameters, with
+`engine="rows"` and with the default engine, beside the ratio that we aim at. Images have 16² pixels in patches of 4²
+for the vision transformer and 64² for the ResNet; sequences have 24 steps. Measured by `make bench-middle`: after a
+comparison of the gradients with a literal computation the candidates take turns, and the median of the ratios of
+processor time of the same round is shown, one thread. {run["machine"]}, torch {run["torch"]}, {run["beside"]}.
+
+"""
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def compiled_figures(path: Path) -> Path:
@@ -262,7 +301,7 @@ def section(run: dict[str, Any], path: Path) -> str:
     if run["cheap"]:
         text += "\n### Cheap modes\n\n" + cheap_text(run["device"]) + cheap_table(run["cheap"]) + "\n"
     if run.get("curves"):
-        text += "\n### Against m and the number of parameters\n\n" + curve_text(run, path)
+        text += "\n### Against losses, parameters and layers\n\n" + curve_text(run)
     return text
 
 
@@ -393,7 +432,11 @@ def exponents(points: list[dict], key: str) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for axis in dict.fromkeys(p["axis"] for p in points):
         for candidate in dict.fromkeys(p["candidate"] for p in points):
-            mine = [(p["at"], p[key]) for p in points if (p["axis"], p["candidate"]) == (axis, candidate)]
+            mine = [
+                (p["at"], p[key])
+                for p in points
+                if (p["axis"], p["candidate"]) == (axis, candidate) and not p.get("estimated")
+            ]
             if len(mine) > 1:
                 x, y = np.log(np.array(mine)).T
                 found.setdefault(axis, {})[candidate] = float(np.polyfit(x, y, 1)[0])
@@ -405,25 +448,62 @@ def curves_picture(run: dict[str, Any], path: Path) -> Path:
     return path.parent / "_static" / "performance" / f"{run['device']}-{run['threads']}.png"
 
 
-def curve_text(run: dict[str, Any], path: Path) -> str:
+#: What the curves go along, and how it is called.
+AXES = {"tasks": "losses (m)", "parameters": "parameters", "depth": "layers"}
+
+
+def curve_text(run: dict[str, Any]) -> str:
     points = run["curves"]
-    picture = curves_picture(run, path).relative_to(path.parent)
-    text = "On an MLP of 4 layers, batch 128. Left: against m, with layers of 512. Right: against the number of "
-    text += (
-        "parameters, with m = 4. TorchJD's best: at each point its fastest setting, or the one with least memory.\n\n"
+    text = _base(run)
+    if any(p.get("estimated") for p in points):
+        text += 'What would take more than 16 GiB was not run: it follows from the two points before, and has a "≈".\n'
+    for axis in dict.fromkeys(p["axis"] for p in points):
+        here = [p for p in points if p["axis"] == axis]
+        places = sorted({p["at"] for p in here})
+        by = {(p["candidate"], p["at"]): p for p in here}
+        lines = [[c, *(_point(by.get((c, at))) for at in places)] for c in dict.fromkeys(p["candidate"] for p in here)]
+        text += f"\nMilliseconds and megabytes against {AXES[axis]}:\n\n"
+        text += grid(["", *(f"{at:,.0f}" for at in places)], lines) + "\n"
+    return text
+
+
+def _point(found: dict | None) -> str:
+    if found is None:
+        return "–"
+    return f"{'≈ ' * bool(found.get('estimated'))}{found['milliseconds']:.3g}, {found['megabytes']:.3g}"
+
+
+def _base(run: dict[str, Any]) -> str:
+    """What the curves have in common. The first ones were made with 4 layers."""
+    base = run.get("curves_base", {"tasks": 4, "parameters": 1e6, "depth": 4})
+    return (
+        f"An MLP, batch 128, of which one number varies; else {base['tasks']} losses, {base['parameters'] / 1e6:g} "
+        f"million parameters and\n{base['depth']} layers. TorchJD's best: at each point its fastest setting, or the "
+        "one with least memory.\n"
     )
-    text += f"![Time and memory against the number of tasks and of parameters]({picture.as_posix()})\n\n"
-    text += "Exponents fitted to all points of each curve:\n\n"
+
+
+def exponent_text(run: dict[str, Any]) -> str:
+    """What the picture shows, in numbers.
+
+    Args:
+        run: A run with curves.
+
+    Returns:
+        Markdown: the slopes of time and memory for each candidate and axis.
+    """
+    points = run["curves"]
     time, memory = exponents(points, "milliseconds"), exponents(points, "megabytes")
-    axes = list(time)
+    axes = [axis for axis in AXES if axis in time]
     lines = [
-        [c, *(f"{kind[a][c]:.2f}" for a in axes for kind in (time, memory))]
+        [c, *(f"{time[a][c]:.2f}, {memory[a][c]:.2f}" for a in axes)]
         for c in dict.fromkeys(p["candidate"] for p in points)
         if all(c in time[a] for a in axes)
     ]
-    names = {"tasks": "m", "parameters": "parameters"}
-    head = ["", *(f"{kind} in {names[a]}" for a in axes for kind in ("time", "memory"))]
-    return text + grid(head, lines) + "\n"
+    text = (
+        "Exponents of time and of peak memory, fitted to all points of each curve that were run.\n" + _base(run) + "\n"
+    )
+    return text + grid(["", *(AXES[a] for a in axes)], lines) + "\n\n"
 
 
 def label_slopes(axes: Any, ends: dict[str, float], slopes: dict[str, float], colours: dict[str, str]) -> None:
@@ -440,7 +520,12 @@ def label_slopes(axes: Any, ends: dict[str, float], slopes: dict[str, float], co
 
 
 def draw(points: list[dict], path: Path) -> None:
-    """Draw time and memory against m and the number of parameters, in the style of the other pictures."""
+    """Draw time and memory against losses, parameters and layers, narrow enough for a phone.
+
+    Args:
+        points: The points of all curves; hollow where they were not run.
+        path: Where the picture goes.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -453,11 +538,15 @@ def draw(points: list[dict], path: Path) -> None:
         "floor": (GREY, "", "--"),
         "PCGrad": (COLOUR["PCGrad"], "o", "-"),
         "TorchJD's best": (VIOLET, "D", "-"),
+        "classic PCGrad": (COLOUR["MGDA"], "^", "-"),
     }
+    places = [axis for axis in AXES if axis in {p["axis"] for p in points}]
     with mpl.rc_context(STYLE):
-        figure, panels = plt.subplots(2, 2, figsize=(7, 5.4), layout="constrained")
-        for column, axis in enumerate(("tasks", "parameters")):
-            for row, (key, unit) in enumerate((("milliseconds", "ms"), ("megabytes", "MB"))):
+        figure, panels = plt.subplots(
+            len(places), 2, figsize=(4.7, 0.6 + 2.0 * len(places)), layout="constrained", squeeze=False
+        )
+        for row, axis in enumerate(places):
+            for column, (key, unit) in enumerate((("milliseconds", "Time, ms"), ("megabytes", "Memory, MB"))):
                 axes = panels[row, column]
                 ends: dict[str, float] = {}
                 for candidate, (colour, marker, line) in looks.items():
@@ -465,19 +554,23 @@ def draw(points: list[dict], path: Path) -> None:
                     if not mine:
                         continue
                     x, y = [p["at"] for p in mine], [p[key] for p in mine]
-                    axes.plot(x, y, color=colour, marker=marker, ls=line, ms=4, lw=1.4, label=candidate)
+                    axes.plot(x, y, color=colour, marker=marker, ls=line, ms=3.2, lw=1.3, label=candidate)
+                    guesses = [p for p in mine if p.get("estimated")]
+                    axes.plot(
+                        [p["at"] for p in guesses], [p[key] for p in guesses], marker or "o", color=colour, mfc="white"
+                    )
                     ends[candidate] = y[-1]
-                axes.set(xscale="log", yscale="log", ylabel=unit)
-                axes.set_xlabel("losses (m)" if axis == "tasks" else "parameters")
-                axes.set_title(("Time" if row == 0 else "Memory") + f" against {'losses' if axis == 'tasks' else axis}")
+                axes.set(xscale="log", yscale="log", xlabel=AXES[axis])
+                axes.set_title(unit)
                 label_slopes(
                     axes, ends, exponents(points, key).get(axis, {}), {c: look[0] for c, look in looks.items()}
                 )
-                if axis == "tasks":
+                if axis != "parameters":
                     axes.set_xticks(sorted({p["at"] for p in points if p["axis"] == axis}))
                     axes.xaxis.set_major_formatter("{x:g}")
                     axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-        panels[0, 0].legend(frameon=False, fontsize=8)
+        handles, names = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, facecolor="white")
         plt.close(figure)

@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
+import math
 import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import page
-from benchmarks.candidates import Candidate, candidates, check, in_order, missing, ours
+from benchmarks.candidates import (
+    Candidate,
+    candidates,
+    check,
+    in_order,
+    missing,
+    ours,
+    pytorch_optimizer,
+    torchjd,
+    yardsticks,
+)
 from benchmarks.workloads import WORKLOADS, Workload, build, machine, mlp_of_size
 
 # Rounds that are always made, however long they take, after one that warms up. What takes longer than so many times the
@@ -225,34 +237,76 @@ def train(name: str, tasks: int, device: torch.device, steps: int = 12) -> dict[
 # ----------------------------------------------------------------------------------------------------------- curves
 
 
-def curve(axis: str, at: float, work: Workload, options: argparse.Namespace) -> list[dict]:
-    """One point of the scaling curves: time and memory of the yardsticks, of PCGrad, and of TorchJD's best setting."""
-    wanted = ("plain sum", "floor", "PCGrad")
-    found = [c for c in candidates(work) if c.name in wanted or c.name.startswith("TorchJD")]
-    peaks = memory(found)
-    times = clock(found, min(options.rounds, 5), options.seconds / 4)
-    points = [
-        {"axis": axis, "at": at, "candidate": c.name, "milliseconds": statistics.median(times[c.name]) * 1e3,
-         "megabytes": peaks[c.name] / 1e6} for c in found
-    ]  # fmt: skip
-    theirs = [p for p in points if p["candidate"].startswith("TorchJD")]
-    kept = [p for p in points if p not in theirs]
-    if theirs:
-        # The fastest setting and the most frugal one: each curve may choose another.
-        best = {key: min(p[key] for p in theirs) for key in ("milliseconds", "megabytes")}
-        kept.append({"axis": axis, "at": at, "candidate": "TorchJD's best", **best})
-    return kept
+# What the curves have in common where they do not vary it: losses, parameters, layers. What would take more bytes than
+# the last is not run.
+CURVES, ROOM = {"tasks": 4, "parameters": 1e6, "depth": 6}, 16 * 2**30
+
+
+def curve(axis: str, at: float, options: argparse.Namespace, before: list[dict]) -> list[dict]:
+    """One point of the scaling curves: time and memory of the yardsticks, of PCGrad, and of TorchJD's best setting.
+
+    Args:
+        axis: "tasks", "parameters" or "depth".
+        at: Where on it; the others are as in :data:`CURVES`.
+        options: Rounds, seconds and the device.
+        before: The points of this axis so far. Who has some, and would take too much memory here, is not run: time and
+            memory follow from the last two points.
+
+    Returns:
+        A point for each candidate.
+    """
+    setting = {**CURVES, axis: at}
+    points, runs = [], []
+    shape = {"axis": axis, "at": at}
+    for name in dict.fromkeys(p["candidate"] for p in before):
+        guess = {key: _continued([p for p in before if p["candidate"] == name], at, key) for key in _UNITS}
+        model = 1e6 * guess["megabytes"] + 4 * setting["parameters"]
+        if model > ROOM:
+            points.append({**shape, "candidate": name, **guess, "estimated": True})
+    work = mlp_of_size(
+        setting["parameters"], int(setting["tasks"]), torch.device(options.device), int(setting["depth"])
+    )
+    left = {p["candidate"] for p in points}
+    runs = [c for c in (*yardsticks(work), ours(work, "PCGrad")) if c.name not in left]
+    if THEIRS not in left:
+        with suppress(RuntimeError):  # it is not installed; the page says so
+            runs += torchjd(work)
+    if "classic PCGrad" not in left:
+        with suppress(RuntimeError):
+            runs += pytorch_optimizer(work)
+    peaks = memory(runs)
+    times = clock(runs, min(options.rounds, 5), options.seconds / 4)
+    found: dict[str, list[dict[str, float]]] = {}
+    for c in runs:
+        name = THEIRS if c.name.startswith("TorchJD") else c.name.replace("pytorch_optimizer", "classic")
+        figure = {"milliseconds": statistics.median(times[c.name]) * 1e3, "megabytes": peaks[c.name] / 1e6}
+        found.setdefault(name, []).append(figure)
+    # The fastest setting and the most frugal one: each curve may choose another.
+    points += [
+        {**shape, "candidate": name, **{key: min(f[key] for f in figures_) for key in _UNITS}}
+        for name, figures_ in found.items()
+    ]
+    return points
+
+
+THEIRS, _UNITS = "TorchJD's best", ("milliseconds", "megabytes")
+
+
+def _continued(points: list[dict], at: float, key: str) -> float:
+    """What a curve gives further on, straight through its last two points on logarithmic axes."""
+    if len(points) < 2:
+        return points[-1][key] if points else 0.0
+    (x, y), (x2, y2) = ((p["at"], p[key]) for p in points[-2:])
+    return y2 * (at / x2) ** (math.log(y2 / y) / math.log(x2 / x))
 
 
 def curves(options: argparse.Namespace) -> list[dict]:
-    device, points = torch.device(options.device), []
-    for tasks in options.curve_tasks:
-        points += curve("tasks", tasks, build("MLP", tasks, device), options)
-        print("curves: m =", tasks, flush=True)
-    for size in options.curve_sizes:
-        work = mlp_of_size(size, 4, device)
-        points += curve("parameters", sum(p.numel() for p in work.shared), work, options)
-        print(f"curves: {size:g} parameters", flush=True)
+    points: list[dict] = []
+    ranges = {"tasks": options.curve_tasks, "parameters": options.curve_sizes, "depth": options.curve_depths}
+    for axis, places in ranges.items():
+        for at in places:
+            points += curve(axis, at, options, [p for p in points if p["axis"] == axis])
+            print(f"curves: {axis} {at:g}", flush=True)
     return points
 
 
@@ -278,9 +332,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cheap", type=int, nargs="*", default=[4], help="numbers of tasks for the cheap modes")
-    parser.add_argument("--curves", action="store_true", help="time and memory against m and the number of parameters")
+    parser.add_argument("--curves", action="store_true", help="time and memory against m, parameters and depth")
+    parser.add_argument("--only-curves", action="store_true", help="nothing else; other figures stay as they are")
     parser.add_argument("--curve-tasks", type=int, nargs="*", default=[2, 4, 8, 16, 32, 64])
-    parser.add_argument("--curve-sizes", type=float, nargs="*", default=[1e5, 1e6, 1e7, 1e8])
+    parser.add_argument("--curve-sizes", type=float, nargs="*", default=[1e4, 1e5, 1e6, 1e7, 1e8])
+    parser.add_argument("--curve-depths", type=int, nargs="*", default=[1, 2, 4, 6, 12, 24, 48])
     parser.add_argument("--write", type=Path, help="write the page here, and the figures beside it as JSON")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # other libraries warn in every step
@@ -295,7 +351,7 @@ def main() -> None:
             "steps": [],
             "cheap": [],
         }
-        for workload in options.workloads:
+        for workload in [] if options.only_curves else options.workloads:
             for tasks in options.tasks:
                 run["steps"] += measure(workload, tasks, options)
                 print(page.progress(run["steps"]), flush=True)
@@ -303,8 +359,8 @@ def main() -> None:
             for tasks in options.cheap:
                 run["cheap"] += cheap(workload, tasks, options)
             print(page.cheap_table(run["cheap"]), flush=True)
-        if options.curves:
-            run["curves"] = curves(options)
+        if options.curves or options.only_curves:
+            run["curves"], run["curves_base"] = curves(options), CURVES
         page.write(options.write, run)
 
 

@@ -69,7 +69,7 @@ class Workload:
     def __post_init__(self) -> None:
         self.model.to(self.device)
         self.renew()
-        self.shared = list(self.model.trunk.parameters())
+        self.shared = [p for p in self.model.trunk.parameters() if p.requires_grad]
         self.private = list(self.model.heads.parameters())
         self.size = sum(p.numel() * p.element_size() for p in self.shared)
 
@@ -128,10 +128,20 @@ def build(name: str, tasks: int, device: torch.device) -> Workload:
     return Workload(*WORKLOADS[name][1](tasks), device)
 
 
-def mlp_of_size(parameters: float, tasks: int, device: torch.device) -> Workload:
-    """An MLP of 4 layers with about so many parameters, batch 128."""
+def mlp_of_size(parameters: float, tasks: int, device: torch.device, depth: int = 6) -> Workload:
+    """An MLP with about so many parameters, batch 128.
+
+    Args:
+        parameters: How many entries its trunk has, about.
+        tasks: Number of losses.
+        device: Where it is.
+        depth: Number of layers, of one width.
+
+    Returns:
+        The model and its inputs.
+    """
     torch.manual_seed(0)
-    return Workload(*mlp(tasks, round((parameters / 4) ** 0.5)), device)
+    return Workload(*mlp(tasks, round((parameters / depth) ** 0.5), depth), device)
 
 
 def machine(device: str) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch._functorch import config as functorch
 
-from benchmarks import compare, compiled, engines, page, structure, workloads
+from benchmarks import compare, compiled, engines, middle, page, steps, structure, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -366,3 +366,52 @@ def test_a_part_of_the_grid_is_measured_anew(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert found["tuned"][0]["rows"] != 1.0
     assert "tuned: 1 of 1 cells" in (out := capsys.readouterr().out) or "tuned: 0 of 1 cells" in out
+
+
+def test_points_that_would_take_too_much_memory_are_estimated_and_marked(monkeypatch):
+    monkeypatch.setitem(steps.CURVES, "parameters", 600)
+    options = SimpleNamespace(device="cpu", rounds=1, seconds=0.0)
+    before = [
+        {"axis": "depth", "at": at, "candidate": name, "milliseconds": 2.0 * at, "megabytes": size * at**2}
+        for name, size in (("PCGrad", 1000.0), ("floor", 1.0))
+        for at in (1, 2)
+    ]
+    points = {p["candidate"]: p for p in steps.curve("depth", 6, options, before)}
+    guess = {"axis": "depth", "at": 6, "candidate": "PCGrad", "milliseconds": 12.0, "megabytes": 36000.0}
+    assert points["PCGrad"] == pytest.approx(guess | {"estimated": True})
+    assert {"plain sum", "floor"} <= points.keys()
+    assert "estimated" not in points["floor"]
+    assert 0 < points["floor"]["megabytes"] < 1
+    every = [*before, *points.values()]
+    assert page.exponents(every, "megabytes")["depth"]["PCGrad"] == pytest.approx(2.0)
+    text = page.curve_text({"curves": every, "curves_base": steps.CURVES})
+    assert "| PCGrad | 2, 1e+03 | 4, 4e+03 | ≈ 12, 3.6e+04 |" in text
+    assert "600 parameters" not in text
+    assert "else 4 losses, 0.0006 million parameters and\n6 layers" in text
+
+
+def test_each_axis_varies_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        steps, "mlp_of_size", lambda *shape: seen.append(shape) or workloads.mlp_of_size(600, 2, shape[2])
+    )
+    monkeypatch.setattr(steps, "memory", lambda found: {c.name: 1e6 for c in found})
+    monkeypatch.setattr(steps, "clock", lambda found, *_: {c.name: [1.0] for c in found})
+    options = SimpleNamespace(device="cpu", rounds=1, seconds=0.0, curve_tasks=[2], curve_sizes=[1e5], curve_depths=[3])
+    points = steps.curves(options)
+    assert [(n, tasks, depth) for n, tasks, _, depth in seen] == [(1e6, 2, 6), (1e5, 4, 6), (1e6, 4, 3)]
+    assert {(p["axis"], p["at"]) for p in points} == {("tasks", 2), ("parameters", 1e5), ("depth", 3)}
+
+
+def test_steps_of_models_of_middle_size_are_shown(monkeypatch, tmp_path, capsys):
+    small = (lambda: torch.nn.Linear(3, 4), 4, lambda: torch.randn(2, 3), 1.05)
+    monkeypatch.setattr(middle, "MODELS", {"small": small})
+    path = tmp_path / "middle.json"
+    monkeypatch.setattr("sys.argv", ["middle", "--losses", "2", "--rounds", "1", "--json", str(path)])
+    middle.main()
+    results = json.loads(path.read_text())
+    (found,) = results["cells"]
+    assert (found["model"], found["m"], found["most"], found["took"]) == ("small", 2, 1.05, "rows")
+    shown = f"| small | 1.05 | {found['rows']['to_floor']:.2f}, {found['auto']['to_floor']:.2f} |"
+    assert shown in page.middle(results)
+    assert "small" in capsys.readouterr().out
