@@ -175,7 +175,8 @@ The backward phase of a step of `PCGrad` relative to m bare `torch.autograd.grad
 `engine="rows"` and with the default engine, beside the ratio that we aim at. Images have 16² pixels in patches of 4²
 for the vision transformer and 64² for the ResNet; sequences have 24 steps. Measured by `make bench-middle`: after a
 comparison of the gradients with a literal computation the candidates take turns, and the median of the ratios of
-processor time of the same round is shown, one thread. {run["machine"]}, torch {run["torch"]}, {run["beside"]}.
+processor time of the same round is shown, one thread; a dash: not measured yet. {run["machine"]}, torch {run["torch"]},
+{run["beside"]}.
 
 """
         + "\n".join(lines)
