@@ -10,11 +10,15 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["COLUMNS"] = "100"
 
 import collections
+import gc
 import importlib.metadata
 
 import hypothesis
 import pytest
 import torch
+
+# What is imported and collected stays to the end: a million objects, which each search for garbage would go through.
+gc.disable()
 
 # One thread: sums then run in one order on every machine, so "bit for bit" means the same everywhere, and tensors as
 # small as those of the tests are faster without a pool.
@@ -54,6 +58,12 @@ def pytest_collection_modifyitems(items):
     named = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if named:
         raise pytest.UsageError(f"{len(named)} tests have an address in their name, such as {named[0]}: give them ids.")
+
+
+def pytest_collection_finish():
+    """From here on garbage is looked for, among what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item):
