@@ -306,7 +306,7 @@ class Gradients(ABC):
         private: Sequence[int],
         idle: Sequence[int],
     ) -> None:
-        """Learn what is shared, now that the gradients are there.
+        """Learn what is shared, now that the gradients are there. One process asks only where something changes by it.
 
         Args:
             there: Which losses reach which of the shared parameters, on any process, (m, P).
