@@ -171,7 +171,7 @@ class Surgery(MultiLossOptimizer):
     acts_on_private = False
     #: Why sparse gradients are refused; empty if they are not.
     sparse_refused = ""
-    #: The direction is a weighted sum of the rows: no class overrides :meth:`direct`.
+    #: The direction is a weighted sum of the rows: no class overrides `direct`.
     adds_rows = True
 
     shared_params = Switch()
