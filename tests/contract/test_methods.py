@@ -61,7 +61,7 @@ REFERENCES = [
 
 
 @pytest.mark.parametrize(("row", "name", "reduction"), REFERENCES, ids=[name for _, name, _ in REFERENCES])
-def test_reference(row, name, reduction):
+def test_directions_are_the_exact_answers(row, name, reduction):
     case = REFERENCE["methods"][name]
     optimizer = row.build(any_optimizer(), reduction=reduction)
     assert len(case["truth"]) >= 10
@@ -95,7 +95,7 @@ def test_every_reference_is_one():
 
 
 @pytest.mark.parametrize(("row", "name", "reduction"), FURTHER, ids=[name for _, name, _ in FURTHER])
-def test_further_answers(row, name, reduction):
+def test_directions_are_the_further_exact_answers(row, name, reduction):
     optimizer, cases = row.build(any_optimizer(), reduction=reduction), answers()["directions"][name]
     assert len(cases) >= 29
     for key, answer in cases.items():

@@ -25,7 +25,7 @@ from tests.support.samplers import Matrix
 
 @pytest.mark.parametrize("small", [0, 99])
 @given(j=samplers.matrices(), seed=st.integers(0, 99))
-def test_pcgrad_mixing(small: int, j: Matrix, seed: int) -> None:
+def test_pcgrad_mixing_is_the_algorithm_written_out(small: int, j: Matrix, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry.pairwise, "_SMALL", small)
         assert_pcgrad(mix, j, seed)
@@ -52,7 +52,7 @@ well_apart = st.integers(1, 5).flatmap(lambda m: samplers.of_rank(m, m))
 
 @pytest.mark.parametrize("small", [0, 99])
 @given(j=samplers.badly_scaled(well_apart, 6), seed=st.integers(0, 99))
-def test_gradvac_mixing(small: int, j: Matrix, seed: int) -> None:
+def test_gradvac_mixing_is_the_algorithm_written_out(small: int, j: Matrix, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry.pairwise, "_SMALL", small)
         assert_gradvac(geometry.gradvac_mixing, j, seed)
