@@ -143,7 +143,7 @@ def test_long_gradients_are_out_of_range_where_the_variance_is_absolute():
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e150])
-def test_lengths_far_from_one(scale):
+def test_a_direction_scales_with_rows_of_any_length(scale):
     rows = torch.randn(3, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = AndMask(any_optimizer()).combine(rows)
     torch.testing.assert_close(AndMask(any_optimizer()).combine(rows * scale) / scale, expected, rtol=1e-12, atol=0)

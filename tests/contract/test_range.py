@@ -337,7 +337,7 @@ def test_methods_that_compare_steps_do_so_at_any_length(name, size):
 
 @pytest.mark.parametrize(("a", "b"), [(1e-100, 1e100), (1e100, 1e-100), (1e-250, 1e30), (1e-170, 1.0), (1e-30, 1e30)])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_projection_between_rows_far_apart(a, b, streaming):
+def test_rows_far_apart_in_length_are_projected_as_unit_rows(a, b, streaming):
     """Each unit row without its part along the other one, at its own length."""
     u, v = (r / r.norm() for r in (ROWS[0], torch.tensor([-1.0, 0.5, 0.0, 1.0], dtype=torch.float64)))
     cosine = u @ v

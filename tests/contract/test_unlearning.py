@@ -147,7 +147,7 @@ def test_a_forget_gradient_of_zero_is_left_out(method, expected):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1e-150, 1e150])
-def test_lengths_far_from_one(method, scale):
+def test_a_direction_scales_with_rows_of_any_length(method, scale):
     rows = torch.randn(3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected = method(any_optimizer()).combine(rows)
     torch.testing.assert_close(method(any_optimizer()).combine(rows * scale) / scale, expected, rtol=1e-12, atol=1e-14)

@@ -72,7 +72,7 @@ def test_no_gradient_flows_through_the_weights():
     assert w.grad.item() == pytest.approx(6 / 9), "2 w / M and not the derivative of l/l"
 
 
-def test_initial_losses_given_and_missing():
+def test_given_initial_losses_divide_and_must_name_every_loss():
     found = run(InitialLossWeighter, A, initial_losses={"a": math.log(10), "b": 2.0, "c": 4.0})
     np.testing.assert_allclose(found, np.tile([1 / math.log(10), 0.5, 0.25], (8, 1)))
     p, optimizer = setting(InitialLossWeighter, initial_losses={"a": 1.0})

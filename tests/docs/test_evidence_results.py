@@ -57,7 +57,7 @@ def test_delta_m_needs_the_same_tasks(errors, alone):
         ([1.0, math.inf], [1, 2]),
     ],
 )
-def test_ranks_by_hand(scores, expected):
+def test_ranks_are_shared_by_equal_scores_and_keep_their_sum(scores, expected):
     assert ranks(scores) == expected
     assert sum(ranks(scores)) == len(scores) * (len(scores) + 1) / 2
 

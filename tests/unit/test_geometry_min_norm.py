@@ -165,7 +165,7 @@ def test_min_norm_known_weights(j: list[list[float]], expected: list[float]) -> 
 
 
 @given(samplers.scaled(samplers.integer_matrices()))
-def test_frank_wolfe(j: Matrix) -> None:
+def test_frank_wolfe_comes_down_to_the_min_norm_point(j: Matrix) -> None:
     assert_frank_wolfe(geometry.frank_wolfe, j)
 
 

@@ -959,7 +959,7 @@ def test_losses_without_a_common_way_have_no_trunk() -> None:
     assert plan.trunk is None
 
 
-def test_a_loss_that_goes_around_the_trunk() -> None:
+def test_ghosts_equal_rows_where_a_loss_goes_around_the_trunk() -> None:
     model = mlp()
     x = torch.randn(4, 8)
 

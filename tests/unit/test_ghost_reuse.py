@@ -128,7 +128,7 @@ def test_the_same_call_given_to_several_losses() -> None:
 @pytest.mark.parametrize(
     "kwargs", [{}, {"padding_idx": 2}, {"scale_grad_by_freq": True}, {"padding_idx": 0, "scale_grad_by_freq": True}]
 )
-def test_fields_that_share_a_table(kwargs: dict) -> None:
+def test_ghosts_equal_rows_where_fields_share_a_table(kwargs: dict) -> None:
     model = net(lambda m, x: m.a(x[:, 0]) + m.a(x[:, 1]) * m.a(x[:, 1]).tanh(), a=nn.Embedding(11, 6, **kwargs))
     index = torch.tensor([[2, 2], [0, 7], [2, 0], [10, 0], [2, 9]])
     compare(model, at(index), body("a.weight") + heads(model))
