@@ -123,13 +123,12 @@ _ELEMENTWISE = named(
 # output passes to all of the input. Not in need of a closer look as long as all of an output is reached by the same.
 _DENSE = named(
     "AdaptiveAvgPool2D Addbmm Addmm Addmv Addr Amax Amin AvgPool1D AvgPool2D AvgPool3D Baddbmm Bmm Cdist Convolution "
-    "CudnnBatchNorm CudnnConvolution Cumsum Cumprod Dot Embedding EmbeddingBag FusedRmsNorm GridSampler2D "
-    "LinalgVectorNorm Linear LogSoftmax Logcumsumexp Logsumexp Max MaxPool2D MaxPool2DWithIndices MaxPool3DWithIndices "
-    "Mean Median Min Mm MultiMargin Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm NllLoss NllLoss2D Norm Outer "
-    "Pdist PixelShuffle Prod RepeatInterleave SafeSoftmax "
-    "ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
-    "ScaledDotProductFlashAttentionForCpu Softmax Sort Std StdMean Sum Svd Topk Trace UpsampleBilinear2D "
-    "UpsampleNearest2D Var VarMean WeightNormInterface"
+    "CudnnBatchNorm CudnnConvolution CudnnRnn Cumsum Cumprod Dot Embedding EmbeddingBag FusedRmsNorm GridSampler2D "
+    "LinalgVectorNorm Linear LogSoftmax Logcumsumexp Logsumexp Max MaxPool2D MaxPool2DWithIndices "
+    "MaxPool3DWithIndices Mean Median Min MkldnnRnnLayer Mm MultiMargin Mv NativeBatchNorm NativeGroupNorm "
+    "NativeLayerNorm NllLoss NllLoss2D Norm Outer Pdist PixelShuffle Prod RepeatInterleave SafeSoftmax "
+    "ScaledDotProductEfficientAttention ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu Softmax "
+    "Sort Std StdMean Sum Svd Topk Trace UpsampleBilinear2D UpsampleNearest2D Var VarMean WeightNormInterface"
 )
 # Views that keep every entry.
 _MOVING = named("Permute ReshapeAlias Squeeze T Transpose Unsqueeze UnsafeView View Expand")
@@ -621,6 +620,20 @@ def _looked_up(node: Any, below: Below, footprint: Masks) -> list[Footprint | No
     return [union(footprint)] if type(below[0][0]).__name__ == "AccumulateGrad" else None
 
 
+def _recurrent(node: Any, below: Below, footprint: Masks) -> list[Footprint | None] | None:
+    """A state is carried through time, in one direction; samples stay apart."""
+    if saved(node, "batch_sizes"):
+        return None
+    inputs = _collapsed(footprint, [2])
+    if saved(node, "reverse"):
+        inputs = np.bitwise_or.accumulate(inputs, axis=0)
+    else:
+        inputs = np.bitwise_or.accumulate(inputs[::-1], axis=0)[::-1]
+    weights, start = [union(footprint)] * 4, _collapsed(inputs, [0])
+    states = [0 if child is None else _fitted(start, _shape(child, nr)) for child, nr in below[5:]]
+    return [inputs, *weights, *states]
+
+
 def _windowed(dims: int) -> Callable[[Any, Below, Masks], list[Footprint | None]]:
     """Images and channels stay apart where windows move over places."""
 
@@ -654,6 +667,7 @@ _SPREADING: dict[str, Callable[[Any, Below, Masks], list[Footprint | None] | Non
     "Logsumexp": _reduced,
     "MaxPool2DWithIndices": _windowed(2),
     "MaxPool3DWithIndices": _windowed(3),
+    "MkldnnRnnLayer": _recurrent,
     "Mean": _reduced,
     "Mm": _product,
     "NativeBatchNorm": _normalized,

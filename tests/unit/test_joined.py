@@ -796,6 +796,59 @@ def test_running_sums_of_columns_take_what_is_before_them():
     torch.testing.assert_close(seen[1][1], seen[0][1])
 
 
+class Sequences(nn.Module):
+    """A recurrent net over what four encoders have made of parts of a batch: early and late, for two samples."""
+
+    def __init__(self, layers: int, both_ways: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoders = nn.ModuleList(nn.Linear(3, 4) for _ in range(4))
+        self.net = nn.LSTM(4, 5, layers, batch_first=True, bidirectional=both_ways)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        parts = [encoder(torch.ones(1, 2, 3)) for encoder in self.encoders]
+        x = torch.cat([torch.cat(parts[:2], 1), torch.cat(parts[2:], 1)], 0)
+        # From zeros the gradient of what multiplies the state would be zero at the first time.
+        start = torch.ones(self.net.num_layers * (1 + self.net.bidirectional), 2, 5)
+        out, (last, _) = self.net(x, (start, start))
+        return out, last
+
+
+READ = {
+    "all": lambda out, last: [out.sum(), out.square().sum()],
+    "first and last": lambda out, last: [out[:, 0].sum(), out[:, -1].sum()],
+    "last of one sample": lambda out, last: [out[0, -1].sum(), out[1].sum()],
+    "one after the other": lambda out, last: [out[0, 1].sum(), out[1, 2].sum()],
+    "last states": lambda out, last: [last[-1].sum(), last[0, 1].sum()],
+    "half of the width": lambda out, last: [out[:, 0, :2].sum(), out[:, 1, -2:].sum()],
+}
+
+
+@pytest.mark.parametrize("read", READ)
+@pytest.mark.parametrize(("layers", "both_ways"), [(1, False), (2, False), (1, True), (2, True)])
+def test_a_state_is_carried_through_time_and_samples_stay_apart(layers, both_ways, read):
+    net = Sequences(layers, both_ways)
+    losses = READ[read](*net())
+    masks, params = graph.walk(losses).masks, list(net.parameters())
+    found = [torch.autograd.grad(one, params, retain_graph=True, allow_unused=True) for one in losses]
+    wanted = [
+        sum((g is not None and bool(g.any())) << i for i, g in enumerate(column)) for column in zip(*found, strict=True)
+    ]
+    assert [masks.get(p, 0) for p in params] == wanted
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_recurrent_net_is_not_run_to_see_what_losses_at_the_last_time_reach(layers, monkeypatch):
+    def run(node, *_):
+        raise AssertionError(f"{node} was run")
+
+    monkeypatch.setattr(footprints, "_carried", run)
+    net = nn.LSTM(3, 5, layers, batch_first=True)
+    z = net(torch.randn(4, 6, 3))[0][:, -1]
+    masks = graph.walk([z.sum(), z.square().sum()]).masks
+    assert [masks[p] for p in net.parameters()] == [3] * (4 * layers)
+
+
 def test_queries_of_an_attention_stay_apart():
     key = torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(1)).double()
     seen = []
