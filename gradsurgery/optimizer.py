@@ -601,14 +601,15 @@ class MultiLossOptimizer(Optimizer):
             transaction.reject()
         elif given.accumulate:
             transaction.accumulated = batch.accumulated
-            transaction.repeat_flags()
             report = Report(batch.names, batch.values, flags=[*transaction.flags, "accumulating"])
         else:
             transaction.loop.see_gradients(self, batch)
             report = self._act_on(batch, reading, tasks)
             transaction.loop.proposed(self, given.scaler is not None)
             transaction.accumulated = None
-        if not given.accumulate:
+        if given.accumulate:
+            transaction.repeat_flags()
+        else:
             transaction.repeated = ()
         return report
 
