@@ -29,7 +29,7 @@ class Report:
         reason: Why in that way.
         projections: How often one gradient was projected off another, or None.
         unit: What the rows of `gram` were divided by: a power of two, where float64 does not hold their squares.
-        nonfinite_before: Names of the losses of the call before that were not finite.
+        nonfinite_before: Names of the losses of the previous call that were not finite.
 
     Attributes:
         names: Names of the tasks present in the call, (m,), in the order given.
@@ -46,7 +46,7 @@ class Report:
             "loss-may-rise" where rounding may have broken the promise of the method that none does; "nonfinite-before"
             where `nonfinite_before` is not empty.
         nonfinite_before: Under ``nonfinite="defer"``, the names of the losses that were not finite, or whose weights
-            were not, in the call before this one. Always empty otherwise.
+            were not, in the previous call. Always empty otherwise.
     """
 
     def __init__(

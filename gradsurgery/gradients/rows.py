@@ -459,7 +459,7 @@ def combine_together(rows: Sequence[Sequence[Tensor]], weights: Sequence[float])
         weights: (m,).
 
     Returns:
-        New tensors, one a parameter.
+        New tensors, one per parameter.
     """
     total = foreach_mul(list(rows[0]), weights[0])
     for row, w in zip(rows[1:], weights[1:], strict=True):

@@ -115,8 +115,8 @@ class Surgery(MultiLossOptimizer):
         log_losses: Act on the logarithms of the losses, which must be positive: every gradient, private ones included,
             is divided by its loss (the ``LOG_`` variants of the FAMO repository). Not with a weighter inside, whose
             coefficients would drop out.
-        granularity: One surgery for "all" shared parameters together, one a parameter "group" of the optimizer, or one
-            a "parameter".
+        granularity: One surgery for "all" shared parameters together, one per parameter "group" of the optimizer, or
+            one per "parameter".
         engine: How methods that need no more than the inner products of the rows get them. "rows": from the rows.
             "ghosts": without forming gradients of linear layers, convolutions and embeddings, wherever that is exact.
             "auto": likewise, where the shapes say that it is faster. "blocks": from the rows of one block of the model

@@ -62,7 +62,7 @@ class Found:
     def __init__(self) -> None:
         self.measured: np.ndarray | None = None
         # Under nonfinite="defer": whether all values of this call are as they should be, a scalar on their device; what
-        # the method has recalled in this call; and the values of the call before.
+        # the method has recalled in this call; and the values of the previous call.
         self.fine: Tensor | None = None
         self.before: dict[str, Tensor] = {}
         self.late: deferred.Late | None = None
@@ -387,24 +387,24 @@ class Weighter(MultiLossOptimizer):
         return Report(batch.names, values, applied, flags=transaction.flags, engine=engine, nonfinite_before=before)
 
     def _look_back(self) -> tuple[str, ...]:
-        """Look at the values of the call before. Returns the names of the losses that were not as they should be."""
+        """Look at the values of the previous call. Returns the names of the losses that were not as they should be."""
         late, self._found.late = self._found.late, None
         losses, bad = ({}, ()) if late is None else late.read()
         negative = {name: loss for name, loss in losses.items() if loss < 0} if self.if_negative else {}
         if negative:
             raise ValueError(
-                f"{self._name}: every loss must be >= 0, since {self.if_negative}; got {negative} in the call before, "
-                'at which nonfinite="defer" looks only now. Nothing of that call went into `.grad`, unless a gradient '
-                "scaler was given."
+                f"{self._name}: every loss must be >= 0, since {self.if_negative}; got {negative} in the previous "
+                'call, which nonfinite="defer" checks one call late. Nothing of that call went into `.grad`, unless a '
+                "gradient scaler was given."
             )
         if bad:
             self.flag("nonfinite-before")
             shown = {name: losses[name] for name in bad}
             self.warn_once(
                 "nonfinite-before",
-                f"{self._name}.backward: in the call before, a loss or its weight was not finite: {shown}. Nothing of "
-                "that call went into `.grad`, unless a gradient scaler was given, and nothing was learnt from it. From "
-                "now on `report.nonfinite_before` alone says so.",
+                f"{self._name}.backward: in the previous call, a loss or its weight was not finite: {shown}. Nothing "
+                "of that call went into `.grad`, unless a gradient scaler was given, and nothing was learnt from it. "
+                "From now on `report.nonfinite_before` alone says so.",
             )
         return bad
 

@@ -709,7 +709,7 @@ def test_a_failure_in_the_middle_loses_nothing():
     for p, g in zip(net.parameters(), before, strict=True):
         assert torch.equal(p.grad, g)
     optimizer.step()
-    assert optimizer.state_dict()["gradsurgery"]["memory"] == {"step": 1}, "of the call before"
+    assert optimizer.state_dict()["gradsurgery"]["memory"] == {"step": 1}, "of the previous call"
 
 
 def test_a_monitor_shows_norms_and_weights():

@@ -156,7 +156,7 @@ def test_no_value_is_read(case, policy, monkeypatch):
             report = optimizer.backward(losses)
             optimizer.step()
         assert bool(functions or operators) == (policy == "raise"), (functions, operators)
-        assert late == ([told[-1]] if told and policy == "defer" else []), "those of the call before, once"
+        assert late == ([told[-1]] if told and policy == "defer" else []), "those of the previous call, once"
         told.append(report.losses)
 
 
@@ -210,7 +210,7 @@ def test_a_report_is_read_when_somebody_asks(monkeypatch):
 @over_cases
 @pytest.mark.parametrize("bad_step", [0, 4])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.filterwarnings("ignore:.*in the call before")
+@pytest.mark.filterwarnings("ignore:.*in the previous call")
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named_by_the_next(case, bad_step, value):
     net, optimizer = start(case)
     for t in range(6):
@@ -236,7 +236,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named_by_the_next(case
 
 
 @pytest.mark.parametrize("case", LEARNING)
-@pytest.mark.filterwarnings("ignore:.*in the call before")
+@pytest.mark.filterwarnings("ignore:.*in the previous call")
 def test_learning_goes_on_as_if_the_bad_step_had_not_been(case):
     (net, optimizer), (other, without) = start(case), start(case)
     step(net, optimizer, 0, spoilt="c")
@@ -269,7 +269,7 @@ def test_one_warning_names_the_loss_and_its_value():
     net, optimizer = start("log variance")
     step(net, optimizer, 0, spoilt="b")
     with pytest.warns(
-        UserWarning, match=r"UncertaintyWeighter\.backward: in the call before, .* was not finite: \{'b': nan\}\."
+        UserWarning, match=r"UncertaintyWeighter\.backward: in the previous call, .* was not finite: \{'b': nan\}\."
     ):
         step(net, optimizer, 1, spoilt="c")
     with warnings.catch_warnings():
@@ -286,7 +286,7 @@ def test_a_negative_loss_is_refused_one_call_later(case):
     assert same(weights_of(net), before)
     optimizer.zero_grad()
     with pytest.raises(
-        ValueError, match=rf"{type(optimizer).__name__}: every loss must be >= 0, .*got {{'b': -.*before"
+        ValueError, match=rf"{type(optimizer).__name__}: every loss must be >= 0, .*got {{'b': -.*previous"
     ):
         optimizer.backward(losses_at(net, 1))
     assert all(p.grad is None for p in net.parameters())
@@ -300,7 +300,7 @@ def test_negative_losses_are_fine_where_no_method_minds():
     assert step(net, optimizer, 1).nonfinite_before == ()
 
 
-@pytest.mark.filterwarnings("ignore:.*in the call before")
+@pytest.mark.filterwarnings("ignore:.*in the previous call")
 def test_a_weight_that_the_dtype_cannot_hold_writes_nothing():
     p = nn.Parameter(torch.ones(1, dtype=torch.float16))
     optimizer = UncertaintyWeighter(torch.optim.SGD([p], lr=0.1), initial=-20.0, nonfinite="defer")
@@ -318,7 +318,7 @@ def test_a_fixed_weight_that_the_dtype_cannot_hold_is_refused_at_once():
 
 
 @pytest.mark.parametrize("case", ["equal", "log variance", "epochs"])
-@pytest.mark.filterwarnings("ignore:.*in the call before")
+@pytest.mark.filterwarnings("ignore:.*in the previous call")
 def test_a_scaler_sees_what_is_not_finite_and_skips_the_step(case):
     net, optimizer = start(case, dtype=torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -380,7 +380,7 @@ def test_a_run_goes_on_from_a_checkpoint(case, policies):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
 )
-@pytest.mark.filterwarnings("ignore:.*in the call before")
+@pytest.mark.filterwarnings("ignore:.*in the previous call")
 def test_a_copy_knows_what_it_has_not_looked_at(copied):
     pair = start("log variance")
     step(*pair, 0, spoilt="c")

@@ -46,7 +46,7 @@ class Scalars(TorchDispatchMode):
 
 @contextmanager
 def reads(monkeypatch):
-    """What is read on the host in here; the look at the call before is told apart."""
+    """What is read on the host in here; the look at the previous call is told apart."""
     function, dispatch, late = Reads(), Scalars(), []
     original = deferred.Late.read
 
