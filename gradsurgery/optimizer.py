@@ -680,6 +680,7 @@ class MultiLossOptimizer(Optimizer):
         """
         # Gradients that are gone were cleared by `model.zero_grad()`, and what was proposed with them is void too.
         transaction = self.transaction
+        self._require_closed("backward")
         waits = transaction.proposed is not None and transaction.accumulated is None
         if waits and all(p.grad is None for p in parameters(self)):
             transaction.proposed = None
@@ -883,6 +884,13 @@ class MultiLossOptimizer(Optimizer):
         """
         names = self.names if names is None else names
         self.memory[key] = {**self.memory.get(key, {}), **dict(zip(names, values.tolist(), strict=True))}
+
+    def _require_closed(self, call: str) -> None:
+        if self.transaction.is_open:
+            raise RuntimeError(
+                f"{self._name}.{call}: was called while backward() of the same optimizer runs, in a hook or in the "
+                "backward function of a node. A call must end before the next one begins. Nothing was written."
+            )
 
     def _learn_names(self, names: tuple[str, ...]) -> None:
         # Names that are numbers say themselves where they belong.

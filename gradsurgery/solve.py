@@ -83,8 +83,7 @@ def _weights(method: Rule, problem: Problem, seen: np.ndarray, factors: np.ndarr
     prefers = settings.preference is not None and method.preference_scales_rows
     if factors is None and not normalizes and not prefers and _is_usual(gram):
         with method.asked(problem):
-            found = method.weights(gram.values, seen)
-            return method.smoothed(found) if settings.changes_weights else found
+            return method.smoothed(method.weights(gram.values, seen))
     if factors is not None and not np.isfinite(factors).all():  # what is multiplied by them is told of later
         return np.ones(len(seen))
     return _scaled_weights(method, problem, seen, np.ones(len(seen)) if factors is None else factors)

@@ -336,7 +336,7 @@ class SurgeryStep:
     ) -> list[np.ndarray]:
         """Ask the method, group by group."""
         method = self.method
-        values = seen.values
+        values = seen.values.copy()  # the method may change its own
         if self.inner is not None or self.settings.log_losses:
             values = method.seen(values, factors)
         multiplied = factors if late and (self.inner is not None or self.settings.log_losses) else None

@@ -167,6 +167,11 @@ class Transaction:
         self.writable, self.rejected, self.stepped = True, False, False
         return self
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a call is running."""
+        return self.writable or self.rejected
+
     def __enter__(self) -> None:
         pass
 

@@ -306,10 +306,16 @@ class Plan:
     def is_batched(self) -> bool:
         """Whether several losses should pass side by side.
 
+        Hooks of tensors that no operation has saved cannot be seen, and would get one tensor for several losses. So
+        this is left to models of which hardly anything is formed per loss.
+
         Returns:
-            True if they have a trunk, hooks do not look on, and there are no convolutions, ghosts or not, which are
-            faster one by one.
+            True if one entry in twenty at most belongs to a direct parameter, the losses have a trunk, no hook was
+            seen, and there are no convolutions, ghosts or not, which are faster one by one.
         """
+        total = sum(p.numel() for p in self.shared)
+        if 20 * sum(self.shared[place].numel() for place in self.direct) > total:
+            return False
         return not self._reader.has_convolutions() and self.trunk is not None and not self.is_watched
 
     def passing(self) -> Passing:
@@ -542,6 +548,4 @@ def gather(request: Request) -> Formed | str:
     if batched and not found.batched:
         request.failed.add("unbatched")
     reason = f"{len(made.layers)} layers with {spared:.0%} of the shared entries need no rows"
-    if not made.layers:
-        reason = "the losses pass side by side"
     return Formed(request, found, "ghosts", reason)

@@ -123,7 +123,7 @@ _ELEMENTWISE = named(
 # output passes to all of the input. Not in need of a closer look as long as all of an output is reached by the same.
 _DENSE = named(
     "AdaptiveAvgPool2D Addbmm Addmm Addmv Addr Amax Amin AvgPool1D AvgPool2D AvgPool3D Baddbmm Bmm Cdist Convolution "
-    "CudnnBatchNorm CudnnConvolution CudnnRnn Cumsum Cumprod Dot Embedding EmbeddingBag FusedRmsNorm GridSampler2D "
+    "CudnnBatchNorm CudnnConvolution Cumsum Cumprod Dot Embedding EmbeddingBag FusedRmsNorm GridSampler2D "
     "LinalgVectorNorm Linear LogSoftmax Logcumsumexp Logsumexp Max MaxPool2D MaxPool2DWithIndices "
     "MaxPool3DWithIndices Mean Median Min MkldnnRnnLayer Mm MultiMargin Mv NativeBatchNorm NativeGroupNorm "
     "NativeLayerNorm NllLoss NllLoss2D Norm Outer Pdist PixelShuffle Prod RepeatInterleave SafeSoftmax "
@@ -132,6 +132,9 @@ _DENSE = named(
 )
 # Views that keep every entry.
 _MOVING = named("Permute ReshapeAlias Squeeze T Transpose Unsqueeze UnsafeView View Expand")
+# One node has all layers and directions, each with weights and an output of its own: of no help as long as the losses
+# reach different ones, but what all of them reach passes to all.
+_STACKED = named("CudnnRnn")
 #: Operations below which a footprint of one mask stays one, whatever its entries.
 PLAIN = _ELEMENTWISE | _DENSE | _MOVING | {"AccumulateGrad"}
 #: Operations that put several tensors, or parts of one, into one.
@@ -266,7 +269,7 @@ def _by_rule(
 ) -> list[Footprint] | None:
     """The footprints of the inputs; None if there is no way to know them."""
     picks = operation in _PICKING and type(below[0][0]).__name__ != "AccumulateGrad"
-    if uniform and not picks and (operation in PLAIN or operation in JOINING or not _narrows(node, below)):
+    if uniform and not picks and (operation in PLAIN | _STACKED or operation in JOINING or not _narrows(node, below)):
         return [outputs[min(outputs)]] * len(below)
     if set(outputs) == {0} and not uniform:
         footprint = outputs[0]

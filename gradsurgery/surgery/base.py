@@ -171,8 +171,6 @@ class Surgery(MultiLossOptimizer):
     acts_on_private = False
     #: Why sparse gradients are refused; empty if they are not.
     sparse_refused = ""
-    #: The direction is a weighted sum of the rows: no class overrides `direct`.
-    adds_rows = True
 
     shared_params = Switch()
     normalize = Switch()
@@ -181,10 +179,6 @@ class Surgery(MultiLossOptimizer):
     engine = Switch()
     row_dtype = Switch()
     row_device = Switch()
-
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        super().__init_subclass__(**arguments)
-        cls.adds_rows = cls.direct is Surgery.direct
 
     def __init__(
         self,
@@ -645,6 +639,7 @@ class Surgery(MultiLossOptimizer):
             raise ValueError(f"{where}: `losses` must have shape ({m},), one value per row, got {values.shape}.")
         rows = rows.detach()
         names = self._names_of_rows(rows)
+        self._require_closed("combine")
         with self.transaction.apart(names, update):
             if "tasks" not in self.memory and (self.stateful or self.check.by_order):
                 self._learn_names(names)
@@ -815,6 +810,11 @@ class Surgery(MultiLossOptimizer):
         """The method sees nothing of the rows but their inner products."""
         return self.adds_rows and not self.observes and self.settings.granularity == "all"
 
+    @property
+    def adds_rows(self) -> bool:
+        """The direction is a weighted sum of the rows: no class overrides :meth:`direct`."""
+        return type(self).direct is Surgery.direct
+
     def visiting_order(self) -> list[int]:
         """In which order the losses come, for a method without rows.
 
@@ -853,7 +853,7 @@ class Surgery(MultiLossOptimizer):
         return np.ones(1) if self.is_alone else super().preferences()
 
     def smoothed(self, weights: np.ndarray) -> np.ndarray:
-        return weights if self.is_alone else super().smoothed(weights)
+        return super().smoothed(weights) if self.settings.changes_weights and not self.is_alone else weights
 
     def asked(self, problem: Problem) -> AbstractContextManager[object]:
         """Let the method's own functions see a problem.

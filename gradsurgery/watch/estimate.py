@@ -200,7 +200,7 @@ def _offers(
             reason = f"fewer than {FEW} entries in all rows"
         elif (plan := ghosts.plan(roots, shared, nodes, wants == "ghosts")) is not None:
             found["ghosts"] = _ghosts(plan, m)
-            reason = f"{len(plan.layers)} layers need no rows" if plan.layers else "the losses pass side by side"
+            reason = f"{len(plan.layers)} layers need no rows"
         if (cut := blocks.plan(roots, shared, nodes)) is not None:
             found["blocks"] = _blocks(cut, m, floor)
     if wants == "auto":

@@ -246,3 +246,28 @@ def test_another_methods_memory_starts_afresh_with_a_warning(net, x):
     with pytest.warns(UserWarning, match=r"belongs to Counting.*not to PCGrad.*starts afresh"):
         target.load_state_dict(saved.state_dict())
     assert memory_of(target) == {"step": 0}
+
+
+@pytest.mark.parametrize("call", ["backward", "combine"])
+def test_a_call_inside_a_call_of_the_same_optimizer_is_refused_and_nothing_is_lost(net, x, call):
+    optimizer = Counting(sgd(net))
+    losses = net(x)
+
+    def again(_):
+        if call == "backward":
+            with torch.enable_grad():
+                optimizer.backward(net(x))
+        else:
+            optimizer.combine(torch.eye(2, dtype=torch.float64))
+
+    handle = next(net.parameters()).register_hook(again)
+    with pytest.raises(
+        RuntimeError, match=rf"Counting\.{call}: was called while backward\(\) of the same optimizer runs"
+    ):
+        optimizer.backward(losses)
+    assert all(p.grad is None for p in net.parameters())
+    assert memory_of(optimizer) == {"step": 0}
+    handle.remove()
+    optimizer.backward(net(x))
+    optimizer.step()
+    assert memory_of(optimizer)["step"] == 1

@@ -144,3 +144,35 @@ def test_combine_checks_its_input(net):
     ):
         with pytest.raises(error, match=message):
             optimizer.combine(*arguments)
+
+
+def test_a_method_that_changes_the_losses_in_place_does_not_change_the_report(net, x):
+    class Shifts(gradsurgery.Surgery):
+        def weights(self, gram, losses):
+            losses -= losses.min()
+            return 1.0 + losses
+
+    losses = net(x)
+    report = Shifts(sgd(net)).backward(losses)
+    assert report.losses == {name: pytest.approx(float(one.detach())) for name, one in losses.items()}
+
+
+def test_what_a_subclass_does_to_weights_and_directions_is_done_whenever_it_was_defined(net, x):
+    class Twice(gradsurgery.Surgery):
+        def weights(self, gram, losses):
+            return torch.ones(len(gram)).numpy()
+
+        def smoothed(self, weights):
+            return 2 * super().smoothed(weights)
+
+    shared = list(net.trunk.parameters())
+    Twice(sgd(net)).backward(net(x))
+    twice = [p.grad for p in shared]
+    net.zero_grad()
+    sum(net(x).values()).backward()
+    for found, p in zip(twice, shared, strict=True):
+        torch.testing.assert_close(found, 2 * p.grad)
+    net.zero_grad()
+    Twice.direct = lambda self, column, applied, like, share: torch.full_like(like, 7.0)
+    Twice(sgd(net)).backward(net(x))
+    assert all((p.grad == 7.0).all() for p in shared)
