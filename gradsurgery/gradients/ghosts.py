@@ -494,20 +494,25 @@ def plan(
         for layer in layers
     ]
     made = Plan(shared, [layer for layer, (ghost, rows) in zip(layers, costs, strict=True) if ghost < rows], reader)
-    return made if _is_worth_it(made, costs, m, together) else None
+    return _chosen(made, Plan(shared, layers, reader), costs, m if together else 0)
 
 
-def _is_worth_it(made: Plan, costs: Sequence[tuple[float, float]], m: int, together: bool) -> bool:
-    """Whether a plan spares enough of the passes and rows: products of layers, or passing side by side."""
+def _chosen(made: Plan, every: Plan, costs: Sequence[tuple[float, float]], m: int) -> Plan | None:
+    """Choose between the layers that are cheaper as ghosts, all layers, and none.
+
+    With all of them as ghosts the losses may pass side by side, which may spare more than the other layers cost.
+    """
     whole = sum(rows for _, rows in costs)
     spared = sum(rows - ghost for ghost, rows in costs if ghost < rows)
     # Without its weight gradients a pass costs as much again.
-    if spared > _WORTH * 2 * whole:
-        return True
-    passing = made.passing() if together and m > 2 and made.is_batched else None
+    alone = made if spared > _WORTH * 2 * whole else None
+    passing = every.passing() if m > 2 and every.is_batched else None
     if passing is None or (besides := passing.spared(m)) == 0:
-        return False
-    return spared + besides > _WORTH * (whole + m * (passing.calls + passing.products))
+        return alone
+    worth = _WORTH * (whole + m * (passing.calls + passing.products))
+    if made.is_batched:
+        return made if spared + besides > worth else alone
+    return every if besides + sum(rows - ghost for ghost, rows in costs) > max(spared, worth) else alone
 
 
 def _share(calls: Sequence[GradientEdge], masks: Mapping[Node, int], m: int) -> float:

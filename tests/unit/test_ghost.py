@@ -760,6 +760,18 @@ def test_adapters_go_one_by_one_so_that_hooks_that_cannot_be_seen_get_single_gra
     assert seen == pytest.approx(wanted)
 
 
+def test_all_layers_are_ghosts_where_passing_side_by_side_spares_more_than_the_expensive_ones_cost() -> None:
+    body, x = adapters(8, 512, 16), torch.randn(32, 512)
+    params = [p for p in body.parameters() if p.requires_grad]
+    alone = ghost.plan(squares(body(x), 32), params, together=False)
+    plan = ghost.plan(squares(body(x), 32), params)
+    assert plan is not None
+    assert plan.is_batched
+    assert plan.direct == []
+    assert alone is None or alone.direct
+    assert ghost.plan(squares(body(x), 8), params) is None
+
+
 def test_what_a_loss_does_below_the_trunk_is_counted() -> None:
     body = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     plan = ghost.plan(Net(body, 2).losses(torch.randn(4, 3)), list(body.parameters()), force=True)
