@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal, NamedTuple
@@ -62,6 +62,13 @@ class NotOfferedError(ValueError):
     """The library does not have the method, or an option of it."""
 
 
+def _require_offered(factory: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    try:
+        signature(factory).bind(*args, **options)
+    except TypeError as error:
+        raise NotOfferedError(str(error)) from error
+
+
 def examine(library: Library, case: Defect) -> Verdict:
     """Put a case to a library.
 
@@ -77,10 +84,7 @@ def examine(library: Library, case: Defect) -> Verdict:
         return Verdict("not offered")
 
     def make(*args: Any, **options: Any) -> Any:
-        try:
-            signature(factory).bind(*args, **options)
-        except TypeError as error:
-            raise NotOfferedError(str(error)) from error
+        _require_offered(factory, args, options)
         return factory(*args, **options)
 
     try:
