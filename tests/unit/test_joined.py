@@ -849,6 +849,38 @@ def test_a_recurrent_net_is_not_run_to_see_what_losses_at_the_last_time_reach(la
     assert [masks[p] for p in net.parameters()] == [3] * (4 * layers)
 
 
+class TwoLayers(torch.autograd.Function):
+    """One node for two layers, as that of cuDNN: the first state comes from the first weight alone."""
+
+    @staticmethod
+    def forward(ctx, x, first, second):
+        ctx.save_for_backward(x, first, second)
+        return torch.stack([x @ first, x @ first @ second])
+
+    @staticmethod
+    def backward(ctx, g):
+        x, first, second = ctx.saved_tensors
+        below = g[0] + g[1] @ second.T
+        return below @ first.T, x.T @ below, (x @ first).T @ g[1]
+
+
+def test_layers_of_one_node_that_only_one_loss_reaches_keep_its_plain_gradient(monkeypatch):
+    name = footprints.name
+    monkeypatch.setattr(
+        footprints, "name", lambda kind: "CudnnRnn" if kind.__name__ == "TwoLayersBackward" else name(kind)
+    )
+    torch.manual_seed(0)
+    first, second, x = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3, 3)), torch.randn(4, 3)
+
+    def losses():
+        states = TwoLayers.apply(x, first, second)
+        return {"a": states[0].sum(), "b": -0.1 * states[1].sum() - states[0].sum()}
+
+    (plain,) = torch.autograd.grad(losses()["b"], second)
+    gradsurgery.PCGrad(torch.optim.SGD([first, second], lr=0.1)).backward(losses())
+    torch.testing.assert_close(second.grad, plain)
+
+
 def test_queries_of_an_attention_stay_apart():
     key = torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(1)).double()
     seen = []
