@@ -31,18 +31,19 @@ class Engine(NamedTuple):
     when: Callable[[Request], object]
 
 
+_ALWAYS: Callable[[Request], object] = attrgetter("m")
 #: The engines; the first that gives gradients is taken.
 ENGINES = (
     Engine(OnePass.gather, attrgetter("one_pass")),
     Engine(Streaming.gather, attrgetter("stream")),
     Engine(PerSample.gather, attrgetter("batch.per_sample")),
-    Engine(blocks.gather, attrgetter("m")),
-    Engine(ghosts.gather, attrgetter("m")),
+    Engine(blocks.gather, _ALWAYS),
+    Engine(ghosts.gather, _ALWAYS),
     Engine(Sharded.gather, attrgetter("batch.comm.is_sharded")),
     Engine(Sliced.gather, attrgetter("batch.comm.slices")),
     Engine(Offloaded.gather, attrgetter("puts_away")),
     Engine(Flat.gather, attrgetter("gram_only")),
-    Engine(Dense.gather, attrgetter("m")),
+    Engine(Dense.gather, _ALWAYS),
 )
 
 

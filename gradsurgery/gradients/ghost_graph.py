@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -309,6 +310,7 @@ class Reader:
             self._hooked[node] = is_hooked(node)
         return self._hooked[node]
 
+    @cached_property
     def has_convolutions(self) -> bool:
         """Look for convolutions among the nodes.
 
@@ -317,6 +319,7 @@ class Reader:
         """
         return any(_kind(node) == "ConvolutionBackward0" for node in self.nodes)
 
+    @cached_property
     def is_watched(self) -> bool:
         """Look for hooks on tensors and modules, as far as the graph tells of them.
 
@@ -335,6 +338,7 @@ class Reader:
                 return True
         return False
 
+    @cached_property
     def trunk(self) -> GradientEdge | None:
         """The first place that all ways from the losses to the shared parameters have in common.
 

@@ -300,7 +300,7 @@ class Plan:
         Returns:
             Its edge.
         """
-        return self._reader.trunk()
+        return self._reader.trunk
 
     @cached_property
     def is_batched(self) -> bool:
@@ -316,7 +316,7 @@ class Plan:
         total = sum(p.numel() for p in self.shared)
         if 20 * sum(self.shared[place].numel() for place in self.direct) > total:
             return False
-        return not self._reader.has_convolutions() and self.trunk is not None and not self.is_watched
+        return not self._reader.has_convolutions and self.trunk is not None and not self.is_watched
 
     def passing(self) -> Passing:
         """Count what one loss does below the trunk, weight gradients left out.
@@ -335,7 +335,7 @@ class Plan:
         Returns:
             True if hooks were seen.
         """
-        return any(map(has_tensor_hooks, self.shared)) or self._reader.is_watched()
+        return any(map(has_tensor_hooks, self.shared)) or self._reader.is_watched
 
     @property
     def ghosts(self) -> list[int]:

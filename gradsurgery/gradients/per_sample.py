@@ -363,7 +363,7 @@ class PerSample(Gradients):
         _require_single(params)
         reader = SampleReader(samples, params)
         plan = reader.plan()
-        is_watched = reader.is_watched()
+        is_watched = reader.is_watched
         if batch.per_sample == "auto" and is_watched:
             raise Refused("hooks look at gradients on the way, which would be those of weighted sums")
         found = cls(request, samples, plan)

@@ -16,18 +16,6 @@ import gradsurgery
 from gradsurgery.gradients import rows as rows_module
 from tests.support.two_heads import Counting, Halves, Net, grads, same, sgd, with_bad_row
 
-# ----------------------------------------------------------------------------------------------------------------- head
-
-
-@pytest.fixture
-def net():
-    return Net()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(8, 5, dtype=torch.float64)
-
 
 class PlainSum(gradsurgery.Surgery):
     def weights(self, gram, losses):

@@ -8,17 +8,6 @@ import torch
 import gradsurgery
 from tests.support.two_heads import Counting, Halves, Net, grads, memory_of, same, sgd, with_bad_row
 
-
-@pytest.fixture
-def net():
-    return Net()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(8, 5, dtype=torch.float64)
-
-
 # ----------------------------------------------------------------------------------------------------------- non-finite
 
 

@@ -13,17 +13,6 @@ import gradsurgery
 from gradsurgery.graph import torch_private
 from tests.support.two_heads import Counting, Halves, Net, memory_of, same, sgd
 
-
-@pytest.fixture
-def net():
-    return Net()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(8, 5, dtype=torch.float64)
-
-
 # -------------------------------------------------------------------------------------- propose, commit, discard, draws
 
 

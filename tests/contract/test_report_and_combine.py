@@ -9,18 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsurgery
 from gradsurgery.communication import alone
-from tests.support.two_heads import Counting, Halves, Net, memory_of, sgd
-
-
-@pytest.fixture
-def net():
-    return Net()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(8, 5, dtype=torch.float64)
-
+from tests.support.two_heads import Counting, Halves, memory_of, sgd
 
 # ----------------------------------------------------------------------------------------------------------- the report
 
