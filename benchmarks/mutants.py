@@ -170,12 +170,16 @@ def swap(path: Path, tree: ast.Module) -> None:
         code = todo.pop()
         todo += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
         codes[code.co_name, code.co_firstlineno] = code
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()  # what tests have frozen is not among the objects
     for function in gc.get_objects():
         # By type: some objects of torch warn where they are asked for their class.
         if type(function) is types.FunctionType and function.__code__.co_filename == str(path):
             place = function.__code__.co_name, function.__code__.co_firstlineno
             # Two lambdas of a line have one name, and those within functions are made anew.
             function.__code__ = function.__code__ if place[0] == "<lambda>" else codes[place]
+    if frozen:
+        gc.freeze()
 
 
 def import_as(path: Path, tree: ast.Module) -> None:

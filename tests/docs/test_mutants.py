@@ -75,6 +75,7 @@ def test_a_mutant_that_no_test_notices_is_named(tmp_path):
         "def test_numbers():\n    assert LEAST == MOST == 2\n\n\n"
         "def test_processes():\n    multiprocessing.Process(target=print).start()\n    assert False\n"
     )
+    (tmp_path / "conftest.py").write_text("import gc\n\n\ndef pytest_collection_finish():\n    gc.freeze()\n")
     # One never ends, and one is seen in an import alone.
     assert tried(tmp_path)[0] == [
         "3 tests are run once",
