@@ -85,6 +85,11 @@ class Mutant(NamedTuple):
         whole = ast.parse(self.source)
         old = next(itertools.islice(_places(whole), self.place, None))[0]
         new = next(itertools.islice(changes(old), self.choice, None))
+        # What is left out stays where nothing runs: a function takes new code only with the same names around it.
+        if isinstance(new, ast.Pass):
+            new = ast.If(ast.Constant(False), [old], [])
+        elif isinstance(old, ast.IfExp):
+            new = ast.IfExp(ast.Constant(True), new, old)
         return ast.fix_missing_locations(_Replace(old, new).visit(whole))
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 from benchmarks import mutants
@@ -48,6 +49,25 @@ def test_a_mutant_knows_its_statement_and_what_holds_it():
         "2 * 3  →  2 / 3": ("def f(x=2 * 3):", range(8, 9), False),
         "not x  →  x": ("return not x", range(9, 10), True),
     }
+
+
+def test_a_function_takes_the_code_of_each_of_its_mutants():
+    """Whatever is left out: its `super`, or the only mention of a name around it."""
+    source = (
+        "class A:\n    def __init__(self, x):\n        super().__init__()\n        self.f = lambda: x if x else 0\n"
+    )
+    for mutant in mutants.mutants(source):
+        namespace: dict = {}
+        exec(compile(ast.parse(source), "a.py", "exec"), namespace)
+        f = namespace["A"].__init__
+        f.__code__ = next(
+            code
+            for klass in compile(mutant.tree, "a.py", "exec").co_consts
+            if isinstance(klass, types.CodeType)
+            for code in klass.co_consts
+            if isinstance(code, types.CodeType)
+        )
+        assert namespace["A"](3).f() == (0 if mutant.change.endswith("  →  0") else 3)
 
 
 def tried(root: Path) -> tuple[list[str], str]:
