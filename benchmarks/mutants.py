@@ -1,12 +1,13 @@
 """Which lines of logic no test dies without: each mutant changes one operator, and some test should fail.
 
-python -m benchmarks.mutants [--files step transaction] [--count 40] [--seed 0] [--cases 10]
+python -m benchmarks.mutants [--files step transaction] [--count 40] [--seed 0] [--cases 10] [--spawned]
 
 The tests are collected once, and each is run once to see which lines it reaches; some cases of a test that has many,
 and none that starts processes. Every mutant is a fork of that process in which one function has another code: the
 tests that reach its line run, quick ones first, until one fails or they have taken long enough. What lies outside of
-functions is imported anew. A mutant on which no test fails has survived, and is printed at once. Those that change
-nothing a user can see are explained in `mutants.json`, and not tried.
+functions is imported anew. With `--spawned` a mutant that has lived so far is written into a copy of the library, for
+the tests that start processes, which take a minute for each mutant. A mutant on which no test fails has survived, and
+is printed at once. Those that change nothing a user can see are explained in `mutants.json`, and not tried.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from __future__ import annotations
 import argparse
 import ast
 import collections
+import contextlib
 import copy
 import gc
 import importlib.machinery
 import itertools
 import json
+import math
 import multiprocessing.process
 import os
 import pickle
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -56,6 +61,9 @@ TESTS = {
     "gradients/flat": ("test_engines", "test_gradients", "test_precision"),
     "gradients/blocks": ("test_blocks", "test_engines"),
 }
+#: The tests that start processes, and which of their cases notice the most.
+SPAWNED = ("test_ddp", "test_sharded")
+SPAWNED_CASES = "(2- or sharded) and not (replicas or process: or fully_shard:)"
 #: Why some mutants may live: a list for each file, of the line, the change and the reason.
 EXPLAINED = Path(__file__).with_name("mutants.json")
 COMPARISONS = {
@@ -278,6 +286,61 @@ def in_session(tests: list[Path], folder: Path, task: Callable[[pytest.Session],
     return loop.code
 
 
+class Copy:
+    """A copy of the library, for tests that start processes: these import what is written here.
+
+    Args:
+        root: The folder that holds `gradsurgery` and `tests`.
+        folder: Where to copy to.
+        tests: Names of test files.
+        cases: Which of their cases, as for ``pytest -k``.
+    """
+
+    def __init__(self, root: Path, folder: Path, tests: tuple[str, ...], cases: str) -> None:
+        self.folder, self.limit = folder, math.inf
+        for name in ("gradsurgery", "tests"):
+            shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in (*root.glob("*.toml"), *root.glob("*.ini"), *root.glob("conftest.py")):
+            shutil.copy(path, folder)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not browser and not cuda", "-k", cases]
+        self.command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            *(f"{p}" for n in tests for p in folder.rglob(n + ".py")),
+        ]
+        begin = time.monotonic()
+        if not self.passes():
+            raise SystemExit("The tests that start processes fail without any change.")
+        self.limit = 60 + 5 * (time.monotonic() - begin)
+
+    def passes(self) -> bool:
+        """Whether the tests pass, in time."""
+        environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        nowhere = subprocess.DEVNULL
+        process = subprocess.Popen(
+            self.command, cwd=self.folder, env=environment, stdout=nowhere, stderr=nowhere, start_new_session=True
+        )
+        try:
+            return process.wait(None if math.isinf(self.limit) else self.limit) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that wait for each other
+            process.wait()
+
+    def survives(self, file: str, mutant: Mutant) -> bool:
+        """Whether the tests pass with a mutant."""
+        path = self.folder / "gradsurgery" / f"{file}.py"
+        path.write_text(ast.unparse(mutant.tree), "utf-8")
+        try:
+            return self.passes()
+        finally:
+            path.write_text(mutant.source, "utf-8")
+
+
 class Run:
     """The mutants of some files, tried one after the other.
 
@@ -290,6 +353,7 @@ class Run:
         cases: How many cases of each test, drawn at random.
         spare: Seconds of processor time for a mutant beyond five times what its tests took.
         folder: Where to write for a while.
+        spawned: For the tests that start processes, or None.
     """
 
     def __init__(
@@ -302,7 +366,9 @@ class Run:
         cases: int,
         spare: int,
         folder: Path,
+        spawned: Copy | None = None,
     ) -> None:
+        self.spawned = spawned
         self.paths = {file: root / "gradsurgery" / f"{file}.py" for file in files}
         self.tests = {file: [next((root / "tests").rglob(f"{name}.py")) for name in files[file]] for file in files}
         self.seconds, self.cases, self.spare, self.folder = seconds, cases, spare, folder
@@ -425,7 +491,8 @@ class Run:
             raise SystemExit(f"gradsurgery/{file}.py:{mutant.line}: {mutant.change}: could not be tried")
         if code != SURVIVED:
             self.kills[killer.read_text("utf-8") if killer.exists() else ""] += 1
-        verdict = "killed" if code != SURVIVED else "alive"
+        alive = code == SURVIVED and (self.spawned is None or self.spawned.survives(file, mutant))
+        verdict = "alive" if alive else "killed"
         self.counts[file][verdict] += 1
         if verdict == "alive":
             done = f"{self.counts[file].total()}/{len(self.chosen[file])}"
@@ -441,6 +508,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="of processor time, for the tests of one mutant")
     parser.add_argument("--cases", type=int, default=10, help="of each test")
     parser.add_argument("--spare", type=int, default=10, help="seconds beyond five times what the tests took before")
+    told = "tries what has lived so far on tests that start processes, too; which, as for `pytest -k`"
+    parser.add_argument("--spawned", nargs="?", const=SPAWNED_CASES, default=None, help=told)
     parser.add_argument("--root", type=Path, default=ROOT, help="where `gradsurgery` and `tests` are")
     given = parser.parse_args(words)
     root = given.root.resolve()
@@ -450,8 +519,11 @@ def main(words: list[str] | None = None) -> int:
     for slow in ("torch", "scipy.optimize") if root == ROOT else ():  # once, and not in each process
         __import__(slow)
     files = {file: given.tests or TESTS[file] for file in given.files}
-    with tempfile.TemporaryDirectory() as folder:
-        return Run(root, files, given.count, given.seed, given.seconds, given.cases, given.spare, Path(folder)).all()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spawned = None if given.spawned is None else Copy(root, folder / "copy", SPAWNED, given.spawned)
+        run = Run(root, files, given.count, given.seed, given.seconds, given.cases, given.spare, folder, spawned)
+        return run.all()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from gradsurgery.communication import held, processes
 from gradsurgery.gradients import sliced
 from tests.support.catalogue import over_processes
 from tests.support.loops import same
-from tests.support.processes import run_cases, same_everywhere, start
+from tests.support.processes import run_cases, same_everywhere, start, wanted
 from tests.support.weighting_catalogue import CATALOGUE as WEIGHTERS
 
 NAMES = ("a", "b", "c")
@@ -791,12 +791,13 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def told(request, tmp_path_factory):
     known: dict[int, dict[str, str]] = {}
 
     def of(size):
         if size not in known:
-            known[size] = run_cases(cases, size, tmp_path_factory.mktemp("ranks"))
+            names = wanted(request.session, "test_ddp", size=size)
+            known[size] = run_cases(cases, size, tmp_path_factory.mktemp("ranks"), names)
         return known[size]
 
     return of

@@ -26,7 +26,7 @@ from tests.distributed.test_ddp import (
     shared_folder,
 )
 from tests.support.catalogue import any_optimizer, over_processes
-from tests.support.processes import run_cases
+from tests.support.processes import run_cases, wanted
 from tests.support.weighting_catalogue import CATALOGUE as WEIGHTERS
 
 # These differentiate down to a few parameters only, which autograd cannot do where parameters are gathered on the way.
@@ -303,8 +303,8 @@ def mesh_cases(rank, size):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    return run_cases(cases, 2, tmp_path_factory.mktemp("shards"))
+def told(request, tmp_path_factory):
+    return run_cases(cases, 2, tmp_path_factory.mktemp("shards"), wanted(request.session, "test_sharded"))
 
 
 @pytest.mark.parametrize("case", list(cases(0, 2)))
@@ -313,8 +313,8 @@ def test_sharded(told, case):
 
 
 @pytest.fixture(scope="module")
-def told_by_four(tmp_path_factory):
-    return run_cases(mesh_cases, 4, tmp_path_factory.mktemp("meshes"))
+def told_by_four(request, tmp_path_factory):
+    return run_cases(mesh_cases, 4, tmp_path_factory.mktemp("meshes"), wanted(request.session, "test_meshes"))
 
 
 @pytest.mark.parametrize("case", list(mesh_cases(0, 4)))

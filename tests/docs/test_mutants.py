@@ -70,12 +70,17 @@ def test_a_function_takes_the_code_of_each_of_its_mutants():
         assert namespace["A"](3).f() == (0 if mutant.change.endswith("  →  0") else 3)
 
 
-def tried(root: Path) -> tuple[list[str], str]:
+def tried(root: Path, *words: str) -> tuple[list[str], str]:
     """What the script prints of a small library, and the end of its errors."""
     command = [sys.executable, "-m", "benchmarks.mutants", "--root", str(root), "--files", "small", "--spare", "3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
-        [*command, "--tests", "test_small"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500
+        [*command, "--tests", "test_small", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
     )
     return done.stdout.splitlines(), done.stderr.strip().rpartition("\n")[2]
 
@@ -103,6 +108,18 @@ def test_a_mutant_that_no_test_notices_is_named(tmp_path):
         "4/6 gradsurgery/small.py:16: not a  →  a  (0 tests)",
         "6/6 gradsurgery/small.py:2: 2 * 1  →  2 / 1  (3 tests)",
         "small: 3 of 6 mutants killed, 0 explained, 3 survive, of 6 possible ones",
+    ]
+    (tmp_path / "tests" / "test_ddp.py").write_text(
+        "import subprocess\nimport sys\n\n\ndef test_processes():\n"
+        "    code = 'from gradsurgery.small import third; assert third(True) is False'\n"
+        "    subprocess.run([sys.executable, '-c', code], check=True)\n\n\n"
+        "def test_another():\n    assert False\n"
+    )
+    assert tried(tmp_path, "--spawned", "processes")[0] == [
+        "3 tests are run once",
+        "1/6 gradsurgery/small.py:6: a < b  →  a <= b  (1 tests)",
+        "6/6 gradsurgery/small.py:2: 2 * 1  →  2 / 1  (3 tests)",
+        "small: 4 of 6 mutants killed, 0 explained, 2 survive, of 6 possible ones",
     ]
     (tmp_path / "tests" / "test_small.py").write_text("def test():\n    assert False\n")
     assert tried(tmp_path) == (["1 tests are run once"], "The tests fail without any change.")

@@ -43,7 +43,9 @@ def start(function: Callable[..., None], args: tuple, size: int = 1) -> None:
     mp.start_processes(function, args=args, nprocs=size, start_method=METHOD)
 
 
-def run_cases(cases_of: Callable[[int, int], Cases], size: int, folder: Path) -> dict[str, str]:
+def run_cases(
+    cases_of: Callable[[int, int], Cases], size: int, folder: Path, names: set[str] | None = None
+) -> dict[str, str]:
     """Run cases in `size` processes that form a gloo group.
 
     Args:
@@ -51,11 +53,12 @@ def run_cases(cases_of: Callable[[int, int], Cases], size: int, folder: Path) ->
             give the same names in the same order.
         size: Number of processes.
         folder: Where to meet and to write.
+        names: Which cases; None: all.
 
     Returns:
         For every case what went wrong on any rank; an empty text if nothing did.
     """
-    start(_process, (cases_of, size, str(folder)), size)
+    start(_process, (cases_of, size, str(folder), names), size)
     told: dict[str, str] = {}
     for rank in range(size):
         for name, text in pickle.loads((folder / f"{rank}.pickle").read_bytes()).items():
@@ -63,7 +66,22 @@ def run_cases(cases_of: Callable[[int, int], Cases], size: int, folder: Path) ->
     return told
 
 
-def _process(rank: int, cases_of: Callable[[int, int], Cases], size: int, folder: str) -> None:
+def wanted(session: pytest.Session, function: str, **params: object) -> set[str]:
+    """The cases that this run of the tests is to take, all or those that somebody named.
+
+    Args:
+        session: The run.
+        function: Name of the test that has one parameter `case`.
+        **params: Others that it has, and their values.
+
+    Returns:
+        Names of cases.
+    """
+    calls = [item.callspec.params for item in session.items if getattr(item, "originalname", "") == function]
+    return {call["case"] for call in calls if params.items() <= call.items()}
+
+
+def _process(rank: int, cases_of: Callable[[int, int], Cases], size: int, folder: str, names: set[str] | None) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("error")
@@ -72,6 +90,8 @@ def _process(rank: int, cases_of: Callable[[int, int], Cases], size: int, folder
     )
     told: dict[str, str] = {}
     for name, case in cases_of(rank, size).items():
+        if names is not None and name not in names:
+            continue
         try:
             case()
             told[name] = ""
