@@ -43,13 +43,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKWARD = ("test_backward", "test_backward_values", "test_propose_and_commit", "test_report_and_combine")
+#: Of methods that keep rows between steps, or act on private parameters.
+OWN_ROWS = ("test_row_averages", "test_row_methods_alike", "test_per_loss_adam")
 #: The files that are changed, and the tests that are to notice.
 TESTS = {
-    "step": ("test_kinds_of_step", "test_switches", *BACKWARD, "test_cheap_modes"),
-    "batch": (*BACKWARD, "test_losses", "test_accumulation", "test_kinds_of_step"),
+    "step": ("test_kinds_of_step", "test_switches", *BACKWARD, "test_cheap_modes", "test_group_of_one"),
+    "batch": (*BACKWARD, "test_losses", "test_accumulation", "test_kinds_of_step", "test_group_of_one"),
     "transaction": ("test_state", "test_faults", "test_misuse", "test_accumulation"),
     "guard": ("test_faults", "test_range", "test_deferred"),
-    "sharing": ("test_kinds_of_step", *BACKWARD, "test_joined", "test_masks"),
+    "sharing": ("test_kinds_of_step", *BACKWARD, "test_joined", *OWN_ROWS, "test_group_of_one"),
     "solve": ("test_switches", "test_range", "test_priority_methods"),
     "settings": ("test_switches", "test_cheap_modes", "test_messages", "test_common_descent"),
     "gradients/exact": ("test_exact",),

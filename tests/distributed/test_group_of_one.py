@@ -1,0 +1,42 @@
+"""A group of one process takes the roads of several, with nobody to talk to: its steps are those of no group."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from tests.distributed import test_ddp, test_sharded
+
+REPLICATED = (
+    "one process: PCGrad", "one process: GradDrop", "one process: FAMOWeighter", "PCGrad(Uncertainty)",
+    "MGDA, by parameter", "MGDA of logarithms", "MoCo(DWA)", "every=2", "warmup=2", "joined", "GradNorm",
+    "accumulation: PCGrad", "accumulation: MoCo", "accumulation: FAMOWeighter", "accumulation: GradNorm",
+    "nan on one rank: raise", "nan on one rank: skip", "nan on one rank: drop",
+    "private after all: PCGrad, Silent", "private after all: every=2, Silent", "private after all: every=2, Opaque",
+    "private after all: PCGrad(NormalizedGradient), Silent", "private after all: NormalizedGradient, Silent",
+    "private after all: NormalizedGradient, Opaque", "absent in a micro-batch: NormalizedGradientWeighter",
+    "inactive hinge", "reentrant is refused", "others in one micro batch", "nothing in the last micro batch",
+    "nothing finite in the last micro batch", "residuals", "mixed dtypes", "half precision rows",
+    "weight out of range on one rank",
+)  # fmt: skip
+SHARDED = (
+    "fully_shard: PCGrad", "fully_shard: MoCo", "fully_shard: DWAWeighter", "fsdp accumulation",
+    "fsdp gradients there before", "fsdp checkpointing", "tensor parallel: GradDrop",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", REPLICATED)
+def test_replicated(case):
+    test_ddp.cases(0, 1)[case]()
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_parameters(case):
+    test_sharded.cases(0, 1)[case]()
