@@ -45,6 +45,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKWARD = ("test_backward", "test_backward_values", "test_propose_and_commit", "test_report_and_combine")
 #: Of methods that keep rows between steps, or act on private parameters.
 OWN_ROWS = ("test_row_averages", "test_row_methods_alike", "test_per_loss_adam")
+#: Of ways of holding gradients.
+ROADS = ("test_gradients", "test_engines", "test_group_of_one")
 #: The files that are changed, and the tests that are to notice.
 TESTS = {
     "step": ("test_kinds_of_step", "test_switches", *BACKWARD, "test_cheap_modes", "test_group_of_one"),
@@ -57,10 +59,10 @@ TESTS = {
     "gradients/exact": ("test_exact",),
     "gradients/gram": ("test_gram", "test_precision", "test_range", "test_exact"),
     "gradients/descent": ("test_common_descent",),
-    "gradients/dense": ("test_kinds_of_step", "test_cheap_modes", "test_engines"),
+    "gradients/dense": ("test_kinds_of_step", "test_cheap_modes", "test_common_descent", *ROADS),
     "gradients/rows": (*BACKWARD, "test_precision", "test_engines"),
-    "gradients/base": ("test_engines", "test_gradients", "test_kinds_of_step"),
-    "gradients/flat": ("test_engines", "test_gradients", "test_precision"),
+    "gradients/base": ("test_kinds_of_step", "test_joined", "test_common_descent", *ROADS),
+    "gradients/flat": ("test_kinds_of_step", "test_common_descent", *ROADS),
     "gradients/blocks": ("test_blocks", "test_engines"),
 }
 #: The tests that start processes, and which of their cases notice the most.

@@ -46,7 +46,7 @@ class Source(Protocol):
     def is_scaled(self) -> bool: ...
     def largest_weights(self) -> np.ndarray: ...
     def rows(self, params: Sequence[Tensor], order: Iterable[int] | None = None) -> Iterator[tuple[int, Row]]: ...
-    def rows_at(self, params: Sequence[Tensor], whole: bool = True) -> Iterator[list[Tensor | None]]: ...
+    def rows_at(self, params: Sequence[Tensor], whole: bool = ...) -> Iterator[list[Tensor | None]]: ...
     def one_pass(self, weights: np.ndarray, params: Sequence[Tensor], last: bool) -> list[Tensor | None]: ...
 
 
@@ -178,8 +178,7 @@ class Private:
         Returns:
             A scalar, float64.
         """
-        self._look()
-        norms = self._norms[i]
+        norms = self._looked()[i]
         if not norms:
             return torch.zeros((), dtype=torch.float64, device=self._device)
         return torch.stack([norm.double() for norm in norms]).max()
@@ -195,19 +194,16 @@ class Private:
         if self._joined is not None:
             self._unlooked = [[] for _ in self._unlooked]
             return torch.from_numpy(self._joined.peaks(len(self._norms)))
-        self._look()
-        count, norms = len(self._norms[0]), [norm for row in self._norms for norm in row]
-        alike = count and len({len(row) for row in self._norms}) == 1 and len({norm.dtype for norm in norms}) == 1
-        if alike:
+        found = self._looked()
+        count, norms = len(found[0]), [norm for row in found for norm in row]
+        if count and len({len(row) for row in found}) == 1:
             return torch.stack(norms).view(-1, count).amax(1).double()
-        return torch.stack([self.peak(i) for i in range(len(self._norms))])
+        return torch.stack([self.peak(i) for i in range(len(found))])
 
-    def _look(self) -> None:
-        """Look at the gradients that were not looked at when they came, in one call for all losses."""
+    def _looked(self) -> list[list[Tensor]]:
+        """What was found of each loss. Gradients that wait to be looked at are, in one call for all losses."""
         waiting, self._unlooked = self._unlooked, [[] for _ in self._unlooked]
         together = [g for row in waiting for g in row]
-        if not together:
-            return
         norms = rows_module.largest(together, self._device)
         if len(norms) == len(together):
             found = iter(norms)
@@ -216,9 +212,10 @@ class Private:
         else:  # of several kinds
             for i, row in enumerate(waiting):
                 self._norms[i] += rows_module.largest(row, self._device)
+        return self._norms
 
     def combine(self, factors: np.ndarray, comm: Communicator) -> dict[Tensor, Tensor | None]:
-        """Add up; nothing is left afterwards.
+        """Add up, after which nothing else can be asked.
 
         Args:
             factors: What multiplies each loss, (m,).
@@ -238,10 +235,8 @@ class Private:
             for j, (p, terms) in enumerate(zip(self.params, self._terms, strict=True)):
                 if found[j] is None:
                     found[j] = rows_module.plain([(by[i], g) for i, g in terms], shards.empty(p))
-        self._joined = None
-        for terms in self._terms:
-            terms.clear()
-        return dict(zip(self.params, found if comm.is_alone else comm.totals(found, self.params), strict=True))
+                terms.clear()  # there are never more than the gradients and one parameter
+        return dict(zip(self.params, comm.totals(found, self.params), strict=True))
 
 
 class Marks(NamedTuple):

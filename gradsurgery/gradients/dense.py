@@ -78,9 +78,8 @@ class Dense(Gradients):
             left = [j for j in range(len(self.shared)) if j not in gone]
             self.shared = [self.shared[j] for j in left]
             self.rows = [[row[j] for j in left] for row in self.rows]
-        if not self.comm.is_alone:
-            like = [self.request.stand_in(p) for p in self.shared]
-            self.rows = [self.comm.totals(row, like) for row in self.rows]
+        like = [self.request.stand_in(p) for p in self.shared]
+        self.rows = [self.comm.totals(row, like) for row in self.rows]
 
     def _entry(self, g: Tensor | None, p: Tensor) -> Tensor | None:
         return whole(g, p)
@@ -102,11 +101,9 @@ class Dense(Gradients):
 
     def products(self) -> list[Tensor]:
         # All processes have the rows whole, and one of them counts.
-        if self.comm.is_alone:
-            return [table.products() for table in self.tables]
-        if self.shared and not self.comm.counts(self.shared[0]):
-            return [torch.zeros(len(table), len(table), dtype=torch.float64) for table in self.tables]
-        return super().products()
+        if all(map(self.comm.counts, self.shared[:1])):
+            return super().products()
+        return [torch.zeros(len(table), len(table), dtype=torch.float64) for table in self.tables]
 
     def reaching(self, k: int) -> list[bool] | None:
         return [any(row[j] is not None for j in self.parts[k]) for row in self.rows[: self.request.m]]
@@ -218,7 +215,7 @@ def real(g: Tensor | None) -> Tensor | None:
     """
     if g is None or not g.is_complex():
         return g
-    return torch.view_as_real((g.to_dense() if g.is_sparse else g).resolve_conj())
+    return torch.view_as_real(g.to_dense().resolve_conj())
 
 
 def whole(g: Tensor | None, p: Tensor) -> Tensor | None:

@@ -121,6 +121,19 @@ def factor_of(build, name):
     return {"a": 0.5, "b": 3.0, "c": 1.7}[name] if build is EVERY["under a weighter"] else 1.0
 
 
+def test_losses_with_graphs_of_their_own_reuse_their_weights():
+    net = Net(heads=2)
+    optimizer = Skewed(sgd(net), every=2)
+
+    def losses():
+        return {name: net.losses()[name] for name in "ab"}  # a forward pass for each
+
+    committed(optimizer, losses())
+    assert optimizer.backward(losses()).flags == ("reused",)
+    found = losses()
+    torch.testing.assert_close(net.trunk.weight.grad, own_gradient(2 * found["a"] + 3 * found["b"], net.trunk.weight))
+
+
 @over_methods
 @pytest.mark.parametrize("kind", ["unfrozen", "added", "not called", "in parts"])
 def test_a_head_that_the_last_weights_do_not_know_gets_its_own_gradient(build, kind):
@@ -230,6 +243,38 @@ def test_features_with_old_weights(every):
 
 
 # ------------------------------------------------------------------------------ where the graph does not tell
+
+
+class OneOfTwo(torch.autograd.Function):
+    """Passes on what comes to its first output, and to its first input alone."""
+
+    @staticmethod
+    def forward(ctx, p, q):
+        ctx.set_materialize_grads(False)
+        return p * 1, q * 1
+
+    @staticmethod
+    def backward(ctx, g, h):
+        return g, None
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 3, 1), (3, 1, 2, 0)], ids=str)
+@pytest.mark.parametrize("build", [gradsurgery.MoCo, gradsurgery.PCGrad])
+def test_parameters_that_one_loss_or_none_reaches_after_all_leave_the_rest_as_it_is(build, order):
+    def run(passed):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(3)) for _ in range(4)]
+        p, q, s, t = params
+        a, b = passed(p, q)
+        losses = {"a": (s * t * a).sum(), "b": (s.square() * t * (b - 2)).sum()}
+        build(torch.optim.SGD([params[k] for k in order], lr=0.1)).backward(losses)
+        return [x.grad for x in params]
+
+    found, wanted = run(OneOfTwo.apply), run(lambda p, q: (p * 1, q.detach()))
+    assert found[1] is None
+    for k in (0, 2, 3):
+        torch.testing.assert_close(found[k], wanted[k])
+
 
 WAYS = {
     "rows": (Skewed, {}, False),

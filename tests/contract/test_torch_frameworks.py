@@ -16,6 +16,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer, lr_scheduler
 
 from gradsurgery.optimizer import MultiLossOptimizer
+from tests.support.processes import group_of_one
 from tests.support.torch_contract import (
     COPIES,
     METHOD_TABLE,
@@ -404,11 +405,8 @@ def reductions(wrapped: MultiLossOptimizer, model: Net) -> list[str]:
 
 @pytest.fixture
 def one_process_group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with group_of_one():
         yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}], ids=str)

@@ -23,7 +23,7 @@ from gradsurgery.communication import held, processes
 from gradsurgery.gradients import sliced
 from tests.support.catalogue import over_processes
 from tests.support.loops import same
-from tests.support.processes import run_cases, same_everywhere, start, wanted
+from tests.support.processes import group_of_one, run_cases, same_everywhere, start, wanted
 from tests.support.weighting_catalogue import CATALOGUE as WEIGHTERS
 
 NAMES = ("a", "b", "c")
@@ -840,14 +840,11 @@ def test_a_process_that_dies_is_an_error_for_the_others(tmp_path):
 
 def test_an_optimizer_holds_the_group_that_it_has_worked_with():
     """Torch may wait for ever where the reducer of a model is the last to let go of a group."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with group_of_one():
         net = DDP(Net())
         optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.01), distributed=True)
         optimizer.backward(losses_of(net, data(1)[0, 0]))
         assert held(optimizer) is dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
     assert held(pickle.loads(pickle.dumps(optimizer))) is None
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch.distributed as dist
+import torch
 
+import gradsurgery
 from tests.distributed import test_ddp, test_sharded
+from tests.support.processes import group_of_one
 
 REPLICATED = (
     "one process: PCGrad", "one process: GradDrop", "one process: FAMOWeighter", "PCGrad(Uncertainty)",
@@ -20,16 +22,16 @@ REPLICATED = (
     "weight out of range on one rank",
 )  # fmt: skip
 SHARDED = (
-    "fully_shard: PCGrad", "fully_shard: MoCo", "fully_shard: DWAWeighter", "fsdp accumulation",
+    "fully_shard: PCGrad", "fully_shard: MoCo", "fully_shard: DWAWeighter", "fully_shard: UPGrad",
+    "fully_shard: GradDrop", "fsdp accumulation",
     "fsdp gradients there before", "fsdp checkpointing", "tensor parallel: GradDrop",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with group_of_one():
+        yield
 
 
 @pytest.mark.parametrize("case", REPLICATED)
@@ -40,3 +42,17 @@ def test_replicated(case):
 @pytest.mark.parametrize("case", SHARDED)
 def test_sharded_parameters(case):
     test_sharded.cases(0, 1)[case]()
+
+
+def test_products_of_pieces_are_made_in_double_precision():
+    noise = []
+
+    class Noted(gradsurgery.PCGrad):
+        def weights(self, gram, losses):
+            noise.append(self.noise)
+            return super().weights(gram, losses)
+
+    for net in (test_sharded.Net().float(), test_sharded.sharded(test_sharded.Net().float())):
+        optimizer = Noted(torch.optim.SGD(net.parameters(), lr=0.01))
+        optimizer.backward(test_ddp.losses_of(net, test_ddp.data(1)[0, 0].float()))
+    assert noise[0] == noise[1]

@@ -13,7 +13,8 @@ import pickle
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -111,3 +112,13 @@ def same_everywhere(tensors: list[torch.Tensor]) -> None:
         dist.all_gather(everyone, t.detach().contiguous())
         for other in everyone:
             assert torch.equal(other, t.detach()), "replicas differ"
+
+
+@contextmanager
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone, for as long as the context lasts."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import weakref
 
 import numpy as np
 import pytest
@@ -220,6 +221,59 @@ def test_a_gradient_that_is_not_finite_is_found_where_all_are_small():
     with pytest.raises(RuntimeError, match=r"the gradient of 'b' is not finite"):
         optimizer.backward(losses)
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+@pytest.mark.parametrize("bad", ["a", "b"])
+def test_the_loss_whose_plain_gradient_is_not_finite_is_named(bad, kinds):
+    """Whether both reach one parameter, whose gradients are summed, and others that are of another dtype."""
+    net = Net()
+    common, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    losses = {name: loss + common.sum() for name, loss in net(X).items()}
+    if kinds == 2:
+        losses["a"] = losses["a"] + other.sum().float()
+    losses[bad] = losses[bad] + (common * 0).sqrt().sum()
+    params = [*net.parameters(), common, other]
+    optimizer = gradsurgery.PCGrad(torch.optim.SGD(params, lr=0.1), shared_params=net.trunk.parameters())
+    with pytest.raises(RuntimeError, match=f"the gradient of '{bad}' is not finite"):
+        optimizer.backward(losses)
+
+
+def test_plain_gradients_of_one_parameter_are_multiplied_loss_by_loss():
+    net = Net()
+    common = nn.Parameter(torch.zeros(2))
+    losses = {name: loss + (i + 1) * common.sum() for i, (name, loss) in enumerate(net(X).items())}
+    weighter = gradsurgery.FixedWeighter(torch.optim.SGD([*net.parameters(), common], lr=0.1), weights=[3.0, 5.0])
+    gradsurgery.PCGrad(weighter, shared_params=net.trunk.parameters()).backward(losses)
+    assert common.grad.tolist() == [13.0, 13.0]
+
+
+def alive_while_added(monkeypatch, name, params, losses):
+    """How many gradients of the first parameters are there, each time the rows of another one are added up."""
+    made, left, adds = [], [], getattr(rows, name)
+
+    def noted(*args):
+        left.append(sum(g() is not None for g in made))
+        return adds(*args)
+
+    monkeypatch.setattr(rows, name, noted)
+    for p in params[:-1]:
+        p.register_hook(lambda g: made.append(weakref.ref(g)))
+    gradsurgery.PCGrad(torch.optim.SGD(params, lr=0.1), engine="rows").backward(losses)
+    return left
+
+
+def test_small_rows_are_gone_before_large_ones_are_added_up(monkeypatch):
+    params = [*(nn.Parameter(torch.randn(5)) for _ in range(3)), nn.Parameter(torch.randn(2**18 + 1))]
+    total = sum(p.square().sum() for p in params)
+    assert alive_while_added(monkeypatch, "combine", params, [total, total.square()]) == [0]
+
+
+def test_large_plain_gradients_go_one_by_one(monkeypatch):
+    own = [nn.Parameter(torch.randn(2**14 + k)) for k in (1, 2, 3)]
+    shared = nn.Parameter(torch.randn(2))
+    losses = [shared.sum() * sum(p.square().sum() for p in own), shared.square().sum()]
+    assert alive_while_added(monkeypatch, "plain", [*own, shared], losses) == [3, 2, 1]
 
 
 def test_joined_gradients_are_those_of_each_loss():

@@ -980,6 +980,16 @@ def test_a_loss_that_was_always_zero_is_warned_about_once():
         optimizer.backward(list(Twice.apply(loss(ys[0], 0), 0 * loss(ys[1], 1), loss(ys[2], 2))))
 
 
+def test_a_loss_of_zeros_that_moves_a_parameter_of_its_own_is_in_no_doubt():
+    net, own = Net(), nn.Parameter(torch.ones(2))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([*net.parameters(), own], lr=1e-4))
+    ys = net(batch(0))
+    a, b, c = Twice.apply(loss(ys[0], 0), 0 * loss(ys[1], 1), loss(ys[2], 2))
+    optimizer.backward([a, b + own.square().sum(), c])  # a warning is an error
+    optimizer.step()
+    assert optimizer.state_dict()["gradsurgery"]["memory"]["nonzero"]["1"] == []
+
+
 def test_shared_params_decide_without_a_look_at_zeros():
     net = Net()
     optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=1e-4), shared_params=net.trunk.parameters())
