@@ -26,12 +26,14 @@ class Habits(NamedTuple):
         moves_unreached: It moves parameters that only absent losses have reached.
         undecided: It does not know yet which parameters are private.
         acts_on_private: It acts on these too.
+        streaming: It works while the rows arrive, and has to know before the first which parameters are shared.
     """
 
     keeps_rows: bool
     moves_unreached: bool
     undecided: bool
     acts_on_private: bool = False
+    streaming: bool = False
 
 
 class Sharing:
@@ -65,6 +67,25 @@ class Sharing:
         self._m = len(batch.names)
 
     # ------------------------------------------------------------------------------------ before the passes
+
+    def plan(self) -> tuple[list[Tensor], bool]:
+        """What the surgery acts on, as far as it is known before the first pass, and whether one pass over all will do.
+
+        Returns:
+            The shared parameters; True if the weights are known before, or come from the features.
+        """
+        shared, solves = self.candidates(), self._phase == "solve"
+        one_pass = (not solves or bool(self._batch.features)) and self._does_with_one_pass(shared)
+        if (one_pass and solves) or (self._habits.streaming and self._batch.masks is not None):
+            shared = self._settled(shared)
+        if one_pass and self._m > 1 and self._phase != "warmup" and not self._is_balanced(shared):
+            shared = []
+        return shared, one_pass
+
+    def _does_with_one_pass(self, shared: Sequence[Tensor]) -> bool:
+        if self._batch.accumulated is not None:
+            return False
+        return self._phase != "reuse" or not self._needs_rows(shared)
 
     def candidates(self) -> list[Tensor]:
         """The parameters that the surgery acts on: named by the user, or reached by two losses as far as is known.
@@ -101,7 +122,7 @@ class Sharing:
         suspects = self._batch.suspects
         return [j for j, p in enumerate(shared) if p in suspects] if suspects else []
 
-    def settled(self, shared: list[Tensor]) -> list[Tensor]:
+    def _settled(self, shared: list[Tensor]) -> list[Tensor]:
         """Take out what only one loss really reaches, before the first pass over all.
 
         Args:
@@ -135,7 +156,7 @@ class Sharing:
         undecided = set(self._batch.undecided(shared))
         return [p for p in shared if p in undecided or p in doubtful]
 
-    def is_balanced(self, shared: Sequence[Tensor]) -> bool:
+    def _is_balanced(self, shared: Sequence[Tensor]) -> bool:
         """Whether two losses reach the parameters that the surgery acts on, before the first pass over all.
 
         Args:
@@ -154,7 +175,7 @@ class Sharing:
                 return False
         return bool(shared) and int(self._short_passes(shared).any(dim=1).sum()) > 1
 
-    def needs_rows(self, shared: Sequence[Tensor]) -> bool:
+    def _needs_rows(self, shared: Sequence[Tensor]) -> bool:
         """Whether a step that reuses weights makes one backward pass per loss all the same.
 
         Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradsurgery.batch import Batch, Layout
 from gradsurgery.communication import shards
-from gradsurgery.gradients import Gradients, Refused, Request, Stream, gather
+from gradsurgery.gradients import Gradients, Request, Stream, gather
 from gradsurgery.gradients import rows as rows_module
 from gradsurgery.gradients.dense import Dense, whole
 from gradsurgery.gradients.descent import Direction
@@ -82,12 +82,12 @@ class Weighed(NamedTuple):
 
     Attributes:
         factors: The plain gradients, (m,).
-        early: The same, where the rows are multiplied already; None otherwise.
-        weights: The rows of each group of the shared parameters, `factors` aside.
+        left: The rows, `weights` aside, (m,). None: nothing, or the rows had it before the method saw them.
+        weights: The rows of each group of the shared parameters.
     """
 
     factors: np.ndarray
-    early: np.ndarray | None
+    left: np.ndarray | None
     weights: list[np.ndarray]
 
 
@@ -113,6 +113,7 @@ class SurgeryStep:
         self.m = len(batch.names)
         self.share = self.settings.share(self.m)
         self.observes = method.observes and self.phase == "solve"
+        self.multiplies = self.inner is not None or self.settings.log_losses
 
     def take(self) -> Report:
         """Take the step.
@@ -147,33 +148,24 @@ class SurgeryStep:
 
     def _differentiate(self) -> tuple[Request, Gradients]:
         """Make the backward passes, and find out which parameters are shared."""
-        method, transaction, memory = self.method, self.transaction, self.memory
-        habits = Habits(method.observes, method.moves_unreached, method.undecided, method.acts_on_private)
+        method, transaction = self.method, self.transaction
+        habits = Habits(
+            method.observes, method.moves_unreached, method.undecided, method.acts_on_private, method.streaming
+        )
         sharing = Sharing(self.batch, self.layout, self.settings, transaction, habits, self.phase)
-        failed = set(memory.get("failed", ()))
-        request = self._request(sharing, set(failed))
+        request = self._request(sharing)
         try:
             gradients = gather(request)
-        except Refused:
-            if transaction.writable:
-                memory["failed"] = sorted(request.failed)
-            raise
-        if request.checked != memory.get("checked", {}) and transaction.writable:
-            memory["checked"] = request.checked
+        finally:
+            transaction.keep("failed", sorted(request.failed))
+            transaction.keep("checked", request.checked)
         sharing.settle(gradients)
         transaction.flags += gradients.flags
-        if request.failed != failed and transaction.writable:
-            memory["failed"] = sorted(request.failed)
         return request, gradients
 
-    def _request(self, sharing: Sharing, failed: set[str]) -> Request:
-        method, batch, settings = self.method, self.batch, self.settings
-        shared = sharing.candidates()
-        one_pass = (self.phase != "solve" or bool(batch.features)) and self._does_with_one_pass(sharing, shared)
-        if (one_pass and self.phase == "solve") or (method.streaming and batch.masks is not None):
-            shared = sharing.settled(shared)
-        if one_pass and self.m > 1 and self.phase != "warmup" and not sharing.is_balanced(shared):
-            shared = []
+    def _request(self, sharing: Sharing) -> Request:
+        method, batch, settings, memory = self.method, self.batch, self.settings, self.memory
+        shared, one_pass = sharing.plan()
         is_shared = set(map(id, shared))
         return Request(
             batch=batch,
@@ -185,7 +177,7 @@ class SurgeryStep:
             engine=settings.engine,
             gram_only=method.needs_gram_only,
             named=settings.shared_params is not None,
-            apart=self.inner is not None or settings.log_losses,
+            apart=self.multiplies,
             doubtful=[] if one_pass else sharing.doubtful(shared),
             row_dtype=settings.row_dtype,
             row_device=settings.row_device,
@@ -193,15 +185,10 @@ class SurgeryStep:
             stand_in=self._stand_in,
             stream=self._stream() if method.streaming and not one_pass else None,
             share=self.share,
-            failed=failed,
-            step=self.memory["step"],
-            checked=dict(self.memory.get("checked", {})),
+            failed=set(memory.get("failed", ())),
+            step=memory["step"],
+            checked=dict(memory.get("checked", {})),
         )
-
-    def _does_with_one_pass(self, sharing: Sharing, shared: Sequence[Tensor]) -> bool:
-        if self.batch.accumulated is not None:
-            return False
-        return self.phase != "reuse" or not sharing.needs_rows(shared)
 
     def _stream(self) -> Stream:
         method, learns = self.method, self.transaction.writable
@@ -225,13 +212,12 @@ class SurgeryStep:
 
     def _early_factors(self, measured: Tensor | None) -> np.ndarray | None:
         """What multiplies each loss, if that has to be known before the method sees the rows: one more transfer."""
-        method = self.method
-        if self.inner is None and not self.settings.log_losses:
+        if not self.multiplies:
             return None
         (values, *more), _ = self.batch.comm.fetch([self.batch.values, *([] if measured is None else [measured])], [])
         if not np.isfinite(values).all():
             return np.where(np.isfinite(values), 1.0, np.nan)
-        return method.factors(values, *more)
+        return self.method.factors(values, *more)
 
     def _stopped_early(self, early: np.ndarray, gradients: Gradients) -> bool:
         return (
@@ -310,14 +296,15 @@ class SurgeryStep:
         self, gradients: Gradients, parts: dict[str, list[int]], seen: Seen, early: np.ndarray | None
     ) -> Weighed:
         """Find the weights. In a call that is rejected they are 1: a scaler has to see inf and nan to skip the step."""
-        method, weights = self.method, []
+        weights: list[np.ndarray] = []
         if not self.transaction.writable:
-            return Weighed(np.ones(self.m) if early is None else early, early, self._plain_sum(parts, seen))
-        factors = method.factors(seen.values, *seen.measured) if early is None else early
+            return Weighed(np.ones(self.m) if early is None else early, None, self._plain_sum(parts, seen))
+        factors = self.method.factors(seen.values, *seen.measured) if early is None else early
+        left = factors if self.multiplies and early is None else None
         if self.phase == "solve" and gradients.solved is not None:
             weights = [gradients.solved for _ in parts]
         elif self.phase == "solve":
-            weights = self._solve(gradients, parts, seen, factors, early is None)
+            weights = self._solve(gradients, parts, seen, factors, left)
         elif self.phase == "reuse" and (self.m == 1 or gradients.balances):
             last = self.memory["last_weights"]
             weights = [np.array([last[name] for name in self.batch.names]) for _ in parts]
@@ -326,34 +313,41 @@ class SurgeryStep:
             new = weights[0] if weights else np.ones(self.m)
             self.memory["last_weights"] = dict(zip(self.batch.names, map(float, new), strict=True))
         comm, device = self.batch.comm, self.batch.values.device
-        return Weighed(factors, early, weights if comm.is_alone else [comm.broadcast(w, device) for w in weights])
+        return Weighed(factors, left, weights if comm.is_alone else [comm.broadcast(w, device) for w in weights])
 
     def _plain_sum(self, parts: dict[str, list[int]], seen: Seen) -> list[np.ndarray]:
         return [np.ones(len(gram)) for gram in seen.grams] or [np.ones(self.m) for _ in parts]
 
     def _solve(
-        self, gradients: Gradients, parts: dict[str, list[int]], seen: Seen, factors: np.ndarray, late: bool
+        self,
+        gradients: Gradients,
+        parts: dict[str, list[int]],
+        seen: Seen,
+        factors: np.ndarray,
+        left: np.ndarray | None,
     ) -> list[np.ndarray]:
         """Ask the method, group by group."""
-        method = self.method
+        method, weights = self.method, []
         values = seen.values.copy()  # the method may change its own
-        if self.inner is not None or self.settings.log_losses:
+        if self.multiplies:
             values = method.seen(values, factors)
-        multiplied = factors if late and (self.inner is not None or self.settings.log_losses) else None
-        weights = []
         for k, (name, gram) in enumerate(zip(parts, seen.grams, strict=False)):
             measured = None if seen.columns is None else seen.columns[:, list(parts.values())[k]].sum(axis=1)
             problem = Problem(self.batch.names, gram, measured)
             with method.part(name):
-                weights.append(solve(method, problem, values, multiplied, gradients.reaching(k)))
+                weights.append(solve(method, problem, values, left, gradients.reaching(k)))
         return weights
 
     # -------------------------------------------------------------------------------- weights → ``.grad``
 
+    @property
+    def _is_solved(self) -> bool:
+        """Whether the weights are those that the method has found in this call."""
+        return self.phase == "solve" and self.transaction.writable
+
     def _write(self, gradients: Gradients, request: Request, seen: Seen, weighed: Weighed) -> Report:
-        share, factors = self.share, self.share * weighed.factors
-        late = np.ones(self.m) if weighed.early is not None else weighed.factors
-        applied = [share * (w * late if len(w) == self.m else w) for w in weighed.weights]
+        share, left, factors = self.share, weighed.left, self.share * weighed.factors
+        applied = [share * (w if left is None or len(w) != self.m else w * left) for w in weighed.weights]
         gram, unit, shared = seen.gram(), seen.unit, gradients.shared
         gradients, applied, held = self._hold(gradients, seen, weighed, applied)
         fitting = self._fitting(gradients, applied, factors, held)
@@ -376,7 +370,7 @@ class SurgeryStep:
         return Report(
             self.batch.names,
             seen.values,
-            self._shown_weights(fitting, factors, weighed.early),
+            self._shown_weights(fitting, factors, weighed),
             None if gram is None else gram[: self.m, : self.m],
             norms=None if seen.norms is None or not shared else seen.norms / seen.scale,
             flags=self.transaction.flags,
@@ -391,8 +385,7 @@ class SurgeryStep:
     ) -> tuple[Gradients, list[np.ndarray], list[Direction | None]]:
         """Keep the promise that no loss rises where rounding could break it."""
         # A loss that is multiplied by 0 or less takes no part in what the method promises.
-        promised = self.phase == "solve" and self.transaction.writable and all(f > 0 for f in weighed.factors.tolist())
-        if not promised:
+        if not (self._is_solved and all(f > 0 for f in weighed.factors.tolist())):
             return gradients, applied, [None for _ in applied]
         promises = [self.method.promises(len(gram.values)) for gram in seen.grams]
         if promises and promises[0]:
@@ -446,7 +439,7 @@ class SurgeryStep:
     def _adder(self, request: Request) -> rows_module.Add:
         """What adds up the rows of one parameter: the method, if it has its own way."""
         method = self.method
-        if self.phase != "solve" or not self.transaction.writable:
+        if not self._is_solved:
             return lambda column, weights, p: rows_module.combine(
                 [whole(g, p) for g in column], weights, shards.empty(p)
             )
@@ -459,16 +452,12 @@ class SurgeryStep:
 
         return add
 
-    def _shown_weights(
-        self, applied: Sequence[np.ndarray], factors: np.ndarray, early: np.ndarray | None
-    ) -> np.ndarray | None:
+    def _shown_weights(self, applied: Sequence[np.ndarray], factors: np.ndarray, weighed: Weighed) -> np.ndarray | None:
         """One weight per loss for the report, where the method works by them."""
+        if not self.method.has_weights:
+            return None
         if not applied:
-            found = factors
-        elif len(applied) == 1 or self.phase != "solve":  # the same in all groups
-            found = applied[0]
-        else:
+            return factors
+        if (len(applied) > 1 and self.phase == "solve") or len(applied[0]) != self.m:  # one for each group or row
             return None
-        if not self.method.has_weights or len(found) != self.m:
-            return None
-        return found if early is None or not applied else found * early
+        return applied[0] * weighed.factors if weighed.left is None else applied[0]

@@ -244,6 +244,16 @@ class Transaction:
         finally:
             self._part = None
 
+    def keep(self, key: str, value: Any) -> None:
+        """Put an entry into the memory if it has changed, and if this call may be learnt from.
+
+        Args:
+            key: Its name.
+            value: A collection. An empty one is as good as none.
+        """
+        if self.writable and value != self.memory.get(key, type(value)()):
+            self.memory[key] = value
+
     def reject(self) -> None:
         """Learn nothing from this call: what it computed should not lead to a step."""
         self.rejected, self.writable = True, False
