@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradsurgery.gradients import rows
 from gradsurgery.gradients.gram import Row
+from gradsurgery.graph import hooks
 from gradsurgery.graph.torch_private import optimizer_hooks
 from gradsurgery.text import warn
 
@@ -178,10 +179,10 @@ def watch(method: Wrapper) -> None:
         else:
             transaction.loop.see_base_step(alive)
 
-    hooks = optimizer_hooks(method.base, "step_post")
-    if hooks is not None:
-        handle = method.base.register_step_post_hook(stepped)
-        hooks.move_to_end(handle.id, last=False)
+    table = optimizer_hooks(method.base, "step_post")
+    if table is not None:
+        handle = hooks.ours(method.base.register_step_post_hook, stepped)
+        table.move_to_end(handle.id, last=False)
         weakref.finalize(method, handle.remove).atexit = False
 
 

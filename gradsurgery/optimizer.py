@@ -30,6 +30,7 @@ from gradsurgery import misuse
 from gradsurgery.batch import FEWEST, Arguments, Batch, Reading, arguments, parameters, shown_mode
 from gradsurgery.communication import ALONE, Communicator, Processes, hold, shards
 from gradsurgery.gradients import Refused
+from gradsurgery.graph import hooks
 from gradsurgery.graph.torch_private import hooks_of_base, is_flat, optimizer_hooks
 from gradsurgery.losses import Losses, Tasks
 from gradsurgery.report import Report
@@ -238,6 +239,7 @@ class MultiLossOptimizer(Optimizer):
         if isinstance(optimizer, MultiLossOptimizer):
             optimizer.transaction.loop.plain_steps = None  # nobody calls `backward` of the one inside
         misuse.watch(self)
+        hooks.look()
 
     def _require_deferrable(self) -> None:
         if self.nonfinite != "defer":
@@ -380,6 +382,7 @@ class MultiLossOptimizer(Optimizer):
         """
         self.base.zero_grad(set_to_none)
         self.transaction.discard()
+        hooks.look()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer.
@@ -576,6 +579,7 @@ class MultiLossOptimizer(Optimizer):
             if not accumulate:
                 transaction.flags += transaction.repeated
             transaction.report = self._report_on(tasks, comm, given)
+        hooks.look()
         return transaction.report
 
     def _renamed(
@@ -967,11 +971,11 @@ class RandomStream:
 
 
 @contextmanager
-def _ahead_of(hooks: OrderedDict[int, Any] | None, act: Callable[[], None]) -> Iterator[None]:
+def _ahead_of(table: OrderedDict[int, Any] | None, act: Callable[[], None]) -> Iterator[None]:
     """Do something once the optimizer inside has done its work, before a hook of somebody else can raise.
 
     Args:
-        hooks: Torch's table of the hooks that follow; None for an optimizer that runs none.
+        table: Torch's table of the hooks that follow; None for an optimizer that runs none.
         act: What to do. Without hooks it is done at the end.
 
     Yields:
@@ -984,12 +988,12 @@ def _ahead_of(hooks: OrderedDict[int, Any] | None, act: Callable[[], None]) -> I
             done.append(True)
             act()
 
-    if hooks is None:
+    if table is None:
         yield
     else:
-        handle = RemovableHandle(hooks)
-        hooks[handle.id] = first
-        hooks.move_to_end(handle.id, last=False)
+        handle = hooks.ours(RemovableHandle, table)
+        table[handle.id] = first
+        table.move_to_end(handle.id, last=False)
         try:
             yield
         finally:

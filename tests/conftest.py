@@ -17,6 +17,8 @@ import hypothesis
 import pytest
 import torch
 
+from gradsurgery.graph import hooks
+
 # What is imported and collected stays to the end: a million objects, which each search for garbage would go through.
 gc.disable()
 
@@ -74,5 +76,6 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Seed torch before each test, so that no test depends on those before it."""
+    """Seed torch before each test, and forget hooks of others, so that no test depends on those before it."""
     torch.manual_seed(0)
+    hooks.look()

@@ -65,7 +65,7 @@ def gather(request: Request) -> Gradients:
             continue
         found = engine.gather(request)
         if not isinstance(found, str):
-            found.reason = found.reason or reason
+            found.reason = "; ".join(filter(None, (found.reason, reason)))
             return found
         reason = reason or found
     raise AssertionError("rows can always be formed")

@@ -4,6 +4,10 @@ Where all ways from the losses to the parameters below go through one place of t
 are all that the part below needs of the part above. So the rows are formed from one such place to the next, multiplied,
 and freed. A weighted backward pass through the whole graph at the end gives the direction. It costs one pass more than
 keeping the rows, and the memory of the largest block.
+
+That pass gives the sum of the rows if all that it meets is linear. Hooks of the user may not be, and would see one pass
+more than there are losses, so that rows are formed where there may be some. The users' functions are compared
+(linear.py).
 """
 
 from __future__ import annotations
@@ -18,19 +22,18 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery.gradients import gram as gram_module
 from gradsurgery.gradients import rows as rows_module
-from gradsurgery.gradients.base import Request
+from gradsurgery.gradients.base import Add, Request
+from gradsurgery.gradients.descent import Direction
 from gradsurgery.gradients.formed import Formed, refusal
+from gradsurgery.gradients.ghost_graph import has_tensor_hooks
 from gradsurgery.gradients.gram import Row, Table
-from gradsurgery.graph import Front, Nodes, Root, origins
-from gradsurgery.graph.torch_private import version
+from gradsurgery.gradients.linear import Functions
+from gradsurgery.graph import Front, Nodes, Root, hooks, is_users, origins
+from gradsurgery.graph.torch_private import metadata
 
 # Blocks are put together as long as they stay below this share of all parameters, or below the largest of them: each
 # one costs m more calls of autograd.
 _SHARE = 1 / 5
-
-
-class HookedError(RuntimeError):
-    """The gradient at the border of two blocks is changed by a hook, which would act twice."""
 
 
 class Block(NamedTuple):
@@ -60,6 +63,7 @@ class Found(Table):
         rows: For each loss and shared parameter something if there is a gradient, else None.
         others: Gradients of parameters that are not shared, m lists.
         gram: The inner products, (m, m), float64; zeros before the sweep that finds them.
+        functions: The users' functions that passes meet.
     """
 
     engine = "blocks"
@@ -85,6 +89,7 @@ class Found(Table):
         self._dropped: set[int] = set()
         self._keep = list(range(m))
         self.gram: Tensor = torch.zeros(m, m, dtype=torch.float64)
+        self.functions = Functions(plan.functions, m, plan.eps)
         # The largest entry of each loss in the first block: where it is zero, all below is.
         self._alive: list[Tensor] = []
 
@@ -106,10 +111,11 @@ class Found(Table):
 
         Returns:
             J Jᵀ, (m, m), float64.
-
-        Raises:
-            HookedError: A hook at a border changes gradients.
         """
+        with self.functions:
+            return self._sweep(others, least)
+
+    def _sweep(self, others: Sequence[Tensor] | None, least: torch.dtype) -> Tensor:
         m, blocks = len(self._roots), self._plan.blocks
         gram: Tensor | None = None
         tops: list[Tensor | None] = [None] * m
@@ -121,6 +127,7 @@ class Found(Table):
             extra = [] if others is None or b else list(others)
             rows: list[Row] = []
             for i in range(m):
+                self.functions.begin(i)
                 found = self._through(block, i, tops[i], [*inner, *extra])
                 if others is not None and b == 0:
                     self.others.append(found[len(inner) :])
@@ -141,20 +148,7 @@ class Found(Table):
             return rows_module.gradient(self._roots[i], inner, self._seeds[i], True) if inner else []
         if top is None:
             return [None] * len(inner)
-        before, untouched = version(top), True
-
-        def compare(gradients: Sequence[Tensor | None]) -> None:
-            nonlocal untouched
-            untouched = gradients[0] is top and version(top) == before
-
-        handle = block.edge.node.register_prehook(compare)
-        try:
-            found = rows_module.gradient(block.edge, inner, top, True)
-        finally:
-            handle.remove()
-        if not untouched:
-            raise HookedError
-        return found
+        return rows_module.gradient(block.edge, inner, top, True)
 
     def _products(self, rows: list[Row], least: torch.dtype) -> Tensor | None:
         if not self._single:
@@ -289,9 +283,11 @@ class Found(Table):
         there = {place for row in self.rows for place, g in enumerate(row) if g is not None} - self._dropped
         places = sorted(there)
         starts = [seed * w for seed, w in zip(self._seeds, weights, strict=True)]
-        found = rows_module.one_pass(
-            self._roots, starts, [self.shared[place] for place in places], self._retain, engine="grad"
-        )
+        self.functions.begin(len(starts))
+        with self.functions:
+            found = rows_module.one_pass(
+                self._roots, starts, [self.shared[place] for place in places], self._retain, engine="grad"
+            )
         gradients: list[Tensor | None] = [None] * len(self.shared)
         for place, g in zip(places, found, strict=True):
             p = self.shared[place]
@@ -300,17 +296,42 @@ class Found(Table):
         return gradients
 
 
+class Blocked(Formed):
+    """Gradients of blocks."""
+
+    def combine(
+        self, weights: Sequence[np.ndarray], factors: np.ndarray, held: Sequence[Direction | None], add: Add
+    ) -> dict[Tensor, Tensor | None]:
+        found = super().combine(weights, factors, held, add)
+        assert isinstance(self._table, Found)
+        if weights and (name := self._table.functions.unlike(weights[0].tolist())):
+            raise RuntimeError(
+                f'{self.request.batch.owner}.backward: engine="blocks" ends with one backward pass of the weighted sum '
+                f"of all losses, and {name} in the model makes another gradient of it than of the losses one by one: "
+                "its backward is not linear in the gradient that it is given, as where it clips, takes signs or draws "
+                'random numbers. Nothing was written. Pass engine="rows", where it gets the gradient of one loss at a '
+                "time."
+            )
+        return found
+
+
 class Plan:
     """The blocks of a graph.
 
     Args:
         shared: The shared parameters.
         blocks: From the losses down.
+        functions: Nodes of functions that the user has written.
+        eps: The coarsest precision of any gradient, where there are such functions.
     """
 
-    def __init__(self, shared: Sequence[Tensor], blocks: Sequence[Block]) -> None:
+    def __init__(
+        self, shared: Sequence[Tensor], blocks: Sequence[Block], functions: Sequence[Node], eps: float
+    ) -> None:
         self.shared = tuple(shared)
         self.blocks = tuple(blocks)
+        self.functions = tuple(functions)
+        self.eps = eps
 
     def differentiate(
         self,
@@ -366,7 +387,15 @@ def plan(roots: Sequence[Root], shared: Sequence[Tensor], nodes: Nodes, share: f
     merged = _merged(parts, [p.numel() for p in shared], share)
     if len(merged) < 2:
         return None
-    return Plan(shared, [Block(part.edge, tuple(sorted(part.places))) for part in merged])
+    blocks = [Block(part.edge, tuple(sorted(part.places))) for part in merged]
+    functions = [node for node in nodes if node in leading and is_users(node)]
+    return Plan(shared, blocks, functions, _coarsest(nodes) if functions else 0.0)
+
+
+def _coarsest(nodes: Nodes) -> float:
+    """The coarsest precision of gradients that pass through a graph, which under autocast is not the parameters'."""
+    dtypes = {entry.dtype for node in nodes for entry in metadata(node)}
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
 
 
 class _Part(NamedTuple):
@@ -433,7 +462,7 @@ def _merged(parts: Sequence[_Part], size: Sequence[int], share: float) -> list[_
     return merged
 
 
-def gather(request: Request) -> Formed | str:
+def gather(request: Request) -> Blocked | str:
     """Differentiate the losses with the rows of one block at a time, if the user asks for it.
 
     Args:
@@ -444,15 +473,13 @@ def gather(request: Request) -> Formed | str:
     """
     if request.engine != "blocks":
         return ""
-    if reason := refusal(request, "blocks"):
+    if reason := refusal(request):
         return reason
     batch = request.batch
+    if any(map(has_tensor_hooks, request.shared)) or hooks.may_look(batch.graph.nodes):
+        return "hooks may look at gradients on the way, which would be those of a sum once more"
     cut = plan(batch.roots, request.shared, batch.graph.nodes)
     if cut is None:
         return "the model cannot be cut"
-    try:
-        found = cut.differentiate(batch.roots, batch.seeds, batch.retain[-1], request.plain, request.named)
-    except HookedError:
-        request.failed.add("hooked")
-        return "a hook at a border would act twice"
-    return Formed(request, found, "blocks", f"asked for; {len(cut.blocks)} blocks")
+    found = cut.differentiate(batch.roots, batch.seeds, batch.retain[-1], request.plain, request.named)
+    return Blocked(request, found, "blocks", f"asked for; {len(cut.blocks)} blocks")

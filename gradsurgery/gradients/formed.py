@@ -44,12 +44,11 @@ class Unformed(Protocol):
     def combine(self, weights: Sequence[float]) -> list[Tensor | None]: ...
 
 
-def refusal(request: Request, engine: str) -> str:
+def refusal(request: Request) -> str:
     """Why rows are needed, whatever the model.
 
     Args:
         request: What is wanted.
-        engine: The engine that would do without.
 
     Returns:
         The reason, in words; empty if there is none.
@@ -63,7 +62,6 @@ def refusal(request: Request, engine: str) -> str:
         (not batch.comm.is_alone, "several processes share the work"),
         (batch.masks is None or request.doubtful, "the graph cannot be read"),
         (request.engine == "auto" and are_few(request.shared, request.m), _TOO_FEW),
-        (engine == "blocks" and "hooked" in request.failed, "a hook at a border would act twice"),
     )
     for so, why in refused:
         if so:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery.gradients.ghost_layers import TRAFFIC, Convolution, Embedding, Layer, Linear, calling
-from gradsurgery.graph import Front, Nodes, Root, is_hooked, origins
+from gradsurgery.graph import Front, Nodes, Root, hooks, is_hooked, is_users, origins
 from gradsurgery.graph.torch_private import base_of, hooks_after, hooks_of, metadata, raw_saved, saved, version
 
 # Nodes that layers leave in the graph.
@@ -26,7 +26,7 @@ _LAYERS = frozenset({"AddmmBackward0", "MmBackward0", "ConvolutionBackward0", "E
 # Those of them that multiply two matrices.
 _PRODUCTS = frozenset({"AddmmBackward0", "MmBackward0"})
 
-# Where nodes keep the tensor that was their input. If it has hooks, somebody looks at its gradient.
+# Where nodes keep the tensor that was their input, which may have been asked to keep its gradient.
 _INPUTS = {
     "AddmmBackward0": "mat1",
     "BmmBackward0": "self",
@@ -321,20 +321,22 @@ class Reader:
 
     @cached_property
     def is_watched(self) -> bool:
-        """Look for hooks on tensors and modules, as far as the graph tells of them.
+        """Look for code of the user that sees gradients: hooks on tensors and modules, and functions.
 
         Returns:
-            True if there are some.
+            True if there may be some.
         """
+        if hooks.may_look(self.nodes):
+            return True
         for node in self.nodes:
             kind = _kind(node)
-            if kind == "BackwardHookFunctionBackward":
+            if is_users(node):
                 return True
             try:
                 inputs = _saved_tensor(node, _INPUTS[kind])
             except (KeyError, AttributeError, RuntimeError):
                 continue
-            if isinstance(inputs, Tensor) and (has_tensor_hooks(inputs) or _retains(inputs)):
+            if isinstance(inputs, Tensor) and _retains(inputs):
                 return True
         return False
 

@@ -28,6 +28,7 @@ from gradsurgery.gradients.formed import Formed, refusal
 from gradsurgery.gradients.ghost_graph import Passing, Reader, has_tensor_hooks
 from gradsurgery.gradients.ghost_layers import Embedding, Layer, Linear
 from gradsurgery.gradients.gram import Row, Table, Workspace
+from gradsurgery.graph import hooks
 from gradsurgery.graph.torch_private import version
 
 # Rounding of ⟨D, K D⟩ in float32 relative to Σₙ ‖aₙ‖² ‖dₙ‖², and what is allowed of it relative to the squared norm.
@@ -306,9 +307,6 @@ class Plan:
     def is_batched(self) -> bool:
         """Whether several losses should pass side by side.
 
-        Hooks of tensors that no operation has saved cannot be seen, and would get one tensor for several losses. So
-        this is left to models of which hardly anything is formed per loss.
-
         Returns:
             True if one entry in twenty at most belongs to a direct parameter, the losses have a trunk, no hook was
             seen, and there are no convolutions, ghosts or not, which are faster one by one.
@@ -328,12 +326,12 @@ class Plan:
 
     @cached_property
     def is_watched(self) -> bool:
-        """Whether hooks look at gradients on the way, as far as the graph tells.
+        """Whether code of the user may look at gradients on the way.
 
-        With several losses side by side they would get one tensor for all, and nothing is left of it after the pass.
+        With several losses side by side it would get one tensor for all, and nothing is left of it after the pass.
 
         Returns:
-            True if hooks were seen.
+            True if there may be hooks, or if there are functions of the user.
         """
         return any(map(has_tensor_hooks, self.shared)) or self._reader.is_watched
 
@@ -363,7 +361,7 @@ class Plan:
             others: Parameters that need the gradient of each loss too. None of them may be below the trunk if `batched`
                 is to be faster.
             batched: Go through the trunk with all losses side by side, where its backward functions know how. The last
-                loss goes alone, to free the graph.
+                loss goes alone: it frees the graph, and tensors that keep their gradients show.
 
         Returns:
             The rows.
@@ -379,10 +377,10 @@ class Plan:
         seen: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for k, edge in enumerate(self.edges):
-                handle = edge.node.register_prehook(partial(_see, seen, k))
+                handle = hooks.before(edge.node, partial(_see, seen, k))
                 stack.callback(handle.remove)
             if batched and self.trunk is not None:
-                start = m if retain_graph else m - 1
+                start = m - 1
                 if not self._side_by_side(roots[:start], seeds[:start], inner, others, found, seen):
                     found, start = Found(self), 0
             for i in range(start, m):
@@ -431,7 +429,7 @@ class Plan:
                 untouched = gradients[0] is top and version(top) == before
 
             seen.clear()
-            handle = trunk.node.register_prehook(compare)
+            handle = hooks.before(trunk.node, compare)
             try:
                 grads = torch.autograd.grad(trunk, inner, top, retain_graph=True, allow_unused=True)
             finally:
@@ -539,7 +537,7 @@ def gather(request: Request) -> Formed | str:
     """
     if request.engine == "blocks":
         return ""
-    if reason := refusal(request, "ghosts"):
+    if reason := refusal(request):
         return reason
     batch = request.batch
     together = "unbatched" not in request.failed

@@ -241,8 +241,8 @@ class Gram:
 
     Attributes:
         table: The rows, as they are held.
-        values: The inner products of the rows that the method works on, (k, k), float64, divided by the square of the
-            table's unit.
+        values: The inner products of the rows that the method works on, (k, k), float64, divided by the square of
+            :attr:`unit`.
         scale: What the rows of the table still have to be divided by: the loss scale.
         by: What they are then multiplied by, (k,); None: 1.
     """
@@ -271,8 +271,11 @@ class Gram:
 
     @property
     def unit(self) -> float:
-        """What the rows were divided by: a power of two, where float64 does not hold their squares."""
-        return self.table.unit
+        """What the rows were divided by: a power of two, where float64 does not hold their squares.
+
+        Rows that were multiplied have it inside, since that is what brings their products into range.
+        """
+        return self.table.unit if self.by is None else 1.0
 
     @property
     def noise(self) -> float:
@@ -306,7 +309,7 @@ class Gram:
         return Gram(self.table, values, self.scale, by if self.by is None else self.by * by)
 
     def lengths(self) -> Scaled:
-        """Lengths of the rows as they are held.
+        """Lengths of the rows: as they are held, times what they are multiplied by.
 
         Returns:
             (k,).

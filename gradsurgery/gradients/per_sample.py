@@ -28,6 +28,7 @@ from gradsurgery.gradients.exact import exactly
 from gradsurgery.gradients.gram import SAFE_SQUARES, Gram, Table
 from gradsurgery.gradients.sample_graph import Key, Plan, Refused, SampleReader, Site, Value, mixing_node, named_first
 from gradsurgery.gradients.sample_layers import Column, Known, Slots, Use, wide
+from gradsurgery.graph import hooks
 from gradsurgery.graph.samples import Along, Samples, candidates
 from gradsurgery.graph.torch_private import foreach_norm, metadata
 
@@ -122,7 +123,7 @@ class Pass:
         with ExitStack() as stack:
             for k, site in enumerate(self.plan.sites):
                 if not site.is_lowest:
-                    stack.callback(site.node.register_prehook(_handing(k, site.node, consume)).remove)
+                    stack.callback(hooks.before(site.node, _handing(k, site.node, consume)).remove)
             found = rows_module.gradient(self.samples.edge, edges, self.seeds * factors, retain)
         for k, g in zip(lowest, found, strict=True):
             consume(k, _zeros(self.plan.sites[k].node) if g is None else g)
@@ -234,7 +235,7 @@ class Check:
             at: dict[Node, Tensor] = {}
             with ExitStack() as stack:
                 for node in nodes:
-                    stack.callback(node.register_prehook(_noting(at, node)).remove)
+                    stack.callback(hooks.before(node, _noting(at, node)).remove)
                 rows_module.gradient(samples.edge, list(plan.params), self.passes.seeds * factors, True)
             seen.append(at)
         clean = {node: self._is_clean(a, seen[1][node]) for node, a in seen[0].items() if node in seen[1]}
@@ -365,7 +366,7 @@ class PerSample(Gradients):
         plan = reader.plan()
         is_watched = reader.is_watched
         if batch.per_sample == "auto" and is_watched:
-            raise Refused("hooks look at gradients on the way, which would be those of weighted sums")
+            raise Refused("functions or hooks look at gradients on the way, which would be those of weighted sums")
         found = cls(request, samples, plan)
         found._is_watched = is_watched
         signature = plan.signature(samples)
@@ -405,7 +406,7 @@ class PerSample(Gradients):
                     for _, use in site.uses:
                         use.axis = site.along.axis
             self._passes.run(self._signs, not last, collector.consume)
-        self._signed, self._derived = _led_on(self._derived, self._all), []
+        self._signed, self._derived = _led_on(self._derived, self._all, not self._is_watched), []
         self._differentiate_direct()
         how = "held from it" if self._keeps else "found by a second one"
         self.reason = f"one pass for {self._samples.size} samples; the direction is {how}"
@@ -620,7 +621,7 @@ class PerSample(Gradients):
             raise Refused(_coupled(named))
 
 
-def _led_on(derived: Sequence[tuple[Value, Tensor]], params: Sequence[Tensor]) -> dict[int, Tensor]:
+def _led_on(derived: Sequence[tuple[Value, Tensor]], params: Sequence[Tensor], together: bool) -> dict[int, Tensor]:
     """Rows of what is made of parameters, carried down to these, and of what else uses these."""
     found: dict[int, Tensor] = {}
     for value, rows in derived:
@@ -628,7 +629,7 @@ def _led_on(derived: Sequence[tuple[Value, Tensor]], params: Sequence[Tensor]) -
         if value.edge is not None:
             entry = metadata(value.edge.node)[value.edge.output_nr]
             shaped = rows.view(len(rows), *entry.shape).to(entry.dtype)
-            below = _carried(value.edge, [params[place] for place in value.places], shaped)
+            below = _carried(value.edge, [params[place] for place in value.places], shaped, together)
         for place, g in zip(value.places, below, strict=True):
             if g is not None:
                 g = g.reshape(len(rows), -1)
@@ -652,7 +653,8 @@ def analysed(samples: Samples, params: Sequence[Tensor], seeds: Tensor, products
         Refused: Samples cannot be told apart.
     """
     _require_single(params)
-    plan = SampleReader(samples, params).plan()
+    reader = SampleReader(samples, params)
+    plan = reader.plan()
     rng = np.random.default_rng(samples.size)
     signs = torch.from_numpy(rng.choice([-1.0, 1.0], samples.size)).to(seeds)
     check = Check(Pass(plan, samples, seeds), signs, rng)
@@ -673,7 +675,7 @@ def analysed(samples: Samples, params: Sequence[Tensor], seeds: Tensor, products
     collector = Collector(plan, size, take)
     for k, d in enumerate(check.found):
         collector.consume(k, d)
-    rows = [*_led_on(derived, params).values(), *_rows_one_by_one(samples, plan, seeds, signs)]
+    rows = [*_led_on(derived, params, not reader.is_watched).values(), *_rows_one_by_one(samples, plan, seeds, signs)]
     for r in rows:
         total += gram_module.gram_in([[row] for row in r], torch.float64) if products else r.double().square().sum(1)
     return total * signs.double()[:, None] * signs.double() if products else total
@@ -692,17 +694,19 @@ def _rows_one_by_one(samples: Samples, plan: Plan, seeds: Tensor, signs: Tensor)
             yield torch.stack(dense).reshape(samples.size, -1)
 
 
-def _carried(edge: Any, params: Sequence[Tensor], gradients: Tensor) -> Sequence[Tensor | None]:
-    """Many gradients at one place, carried down to parameters: side by side, where the operations know how."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of an operation that goes through a batch one by one
-            return torch.autograd.grad(
-                [edge], params, [gradients], retain_graph=True, is_grads_batched=True, allow_unused=True
-            )
-    except (RuntimeError, Warning):
-        rows = [rows_module.gradient(edge, params, g, True) for g in gradients]
-        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+def _carried(edge: Any, params: Sequence[Tensor], gradients: Tensor, together: bool) -> Sequence[Tensor | None]:
+    """Many gradients at one place, carried down to parameters: side by side, if they may and operations know how."""
+    if together:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of an operation that goes through a batch one by one
+                return torch.autograd.grad(
+                    [edge], params, [gradients], retain_graph=True, is_grads_batched=True, allow_unused=True
+                )
+        except (RuntimeError, Warning):
+            pass
+    rows = [rows_module.gradient(edge, params, g, True) for g in gradients]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _products(column: Column) -> Tensor:

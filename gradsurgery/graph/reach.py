@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradsurgery.graph import footprints
 from gradsurgery.graph.footprints import Footprint, Moves
+from gradsurgery.graph.hooks import is_hooked
 from gradsurgery.graph.torch_private import metadata
 
 # Freeing a graph that Python has walked recurses, and takes about 210 bytes of the C stack per node of depth.
@@ -604,24 +605,6 @@ def _reachable(order: Nodes, roots: Sequence[Root | None]) -> Nodes:
     return {node: below for node, below in order.items() if node in reached}
 
 
-def is_hooked(node: Node) -> bool:
-    """Whether functions were registered at a node. They are kept in one place, to which one more gives access.
-
-    Args:
-        node: The node.
-
-    Returns:
-        False for hooks of tensors, of which a node does not tell.
-    """
-    for register in (node.register_hook, node.register_prehook):
-        handle = register(lambda *_: None)
-        hooks = handle.hooks_dict_ref()
-        handle.remove()
-        if hooks is None or len(hooks) > 0:
-            return True
-    return False
-
-
 def deepest() -> int:
     """How deep a graph may be walked in this thread.
 
@@ -802,11 +785,18 @@ def _passed(node: Node, outputs: Sequence[_Entry]) -> _Entry:
         mask |= entry.mask
         certain |= entry.certain
     settled = all(entry.settled for entry in outputs)
-    if not _may_keep(node):
+    if not is_users(node):
         return _Entry(mask, certain, settled or bool(certain & (certain - 1)))
     return _Entry(mask, 0, settled)  # to each input go the losses of some of the outputs, all or none of each
 
 
-def _may_keep(node: Node) -> bool:
-    """Whether a node may hand None to an input that wants a gradient."""
+def is_users(node: Node) -> bool:
+    """Whether a node is a function written in Python or C++, which may do what it likes.
+
+    Args:
+        node: The node.
+
+    Returns:
+        True for those that torch writes in Python too, such as a compiled region.
+    """
     return isinstance(node, BackwardCFunction) or type(node).__name__ == "CppFunction"

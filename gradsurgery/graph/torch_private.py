@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
+from torch.utils.hooks import RemovableHandle
 
 # ------------------------------------------------------------------------------------------- nodes of a graph
 
@@ -91,6 +92,38 @@ def saved_tensors(kind: type) -> tuple[str, ...]:
     """
     prefix = "_raw_saved_"
     return tuple(attribute.removeprefix(prefix) for attribute in dir(kind) if attribute.startswith(prefix))
+
+
+def number_of(node: Any) -> int:
+    """The number of a node. Each thread counts the nodes that it makes; leaves come after all others.
+
+    Args:
+        node: The node.
+
+    Returns:
+        Its number.
+    """
+    return int(node._sequence_nr())
+
+
+def nodes_made() -> int | None:
+    """The number that the next node gets in this thread.
+
+    Returns:
+        The number; None where this version of torch does not tell.
+    """
+    read = getattr(torch._C._autograd, "_get_sequence_nr", None)
+    return None if read is None else int(read())
+
+
+def registrations() -> int | None:
+    """How many functions were registered so far in Python, at tensors, nodes, modules and optimizers together.
+
+    Returns:
+        A count; None where this version of torch does not tell.
+    """
+    count: int | None = getattr(RemovableHandle, "next_id", None)
+    return count
 
 
 # ----------------------------------------------------------------------------------------------------- tensors

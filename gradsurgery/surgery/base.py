@@ -121,7 +121,8 @@ class Surgery(MultiLossOptimizer):
             "ghosts": without forming gradients of linear layers, convolutions and embeddings, wherever that is exact.
             "auto": likewise, where the shapes say that it is faster. "blocks": from the rows of one block of the model
             at a time, and one more backward pass at the end: the least memory for deep models whose layers are wide and
-            batches large, such as transformers. The result is the same up to rounding. Where a 1-d tensor of 16 losses
+            batches large, such as transformers. The result is the same up to rounding; a function of yours whose
+            backward is not linear in its gradient is an error under "blocks". Where a 1-d tensor of 16 losses
             or more is handed over, or all that its ``unbind()`` returns, "auto" first looks whether each loss depends
             on a sample of its own: then one or two backward passes do, as with ``backward(losses, per_sample=True)``.
             An error, or the report's `reason` under "auto", names the operation that brings samples together, such as

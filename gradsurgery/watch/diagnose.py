@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from gradsurgery import losses as losses_module
 from gradsurgery.batch import parameters
 from gradsurgery.gradients import rows as rows_module
+from gradsurgery.graph import hooks
 from gradsurgery.graph.torch_private import buffers, hooks_after, profiler_is_on
 from gradsurgery.losses import Losses
 from gradsurgery.report import Report
@@ -362,7 +363,7 @@ def _untouched(params: Sequence[Tensor], model: nn.Module | None) -> Iterator[No
     if model is not None:
         keep(model)
     # The model may be known to `loss_fn` alone, and losses may be modules with buffers of their own.
-    hook = nn.modules.module.register_module_forward_pre_hook(keep)
+    hook = hooks.ours(nn.modules.module.register_module_forward_pre_hook, keep)
     streams = _random_state()
     try:
         with rows_module.emptied(params):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradsurgery.graph import hooks
 from gradsurgery.optimizer import MultiLossOptimizer
 from gradsurgery.report import Report
 from gradsurgery.text import number, warn
@@ -145,7 +146,7 @@ class Monitor:
         self._last_report: Report | None = optimizer.report
         self._watch = _Watch(optimizer, self.advice)
         # Torch drops hooks when an optimizer is pickled or copied, so the copy is not watched and this monitor stays.
-        self._handle: Any = optimizer.register_step_post_hook(self._after_step)
+        self._handle: Any = hooks.ours(optimizer.register_step_post_hook, self._after_step)
 
     def _after_step(self, *_: object) -> None:
         # The method commits behind this hook, and has noted what.

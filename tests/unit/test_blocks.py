@@ -174,21 +174,20 @@ def hooked(net, x, hook):
 
 
 @pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_between_blocks(x, kind):
-    """A hook of a tensor would act on the gradient at a border twice, so that rows are formed."""
-    engine = "blocks" if kind in ("retain_grad", "after a node") else "rows"
-    same(Net, lambda net: hooked(net, x, HOOKS[kind]), engine)
+def test_where_hooks_may_look_rows_are_formed(x, kind):
+    """Those of tensors at a border would act twice, and all would see one pass more than there are losses."""
+    report = same(Net, lambda net: hooked(net, x, HOOKS[kind]), "blocks" if kind == "retain_grad" else "rows")
+    if kind != "retain_grad":
+        assert report.reason.startswith("hooks may look at gradients")
 
 
-def test_after_a_hook_rows_are_formed_at_once(x, monkeypatch):
-    net = Net()
-    optimizer = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1), engine="blocks")
-    swept = []
-    sweep = blocks.Found.sweep
-    monkeypatch.setattr(blocks.Found, "sweep", lambda *args: swept.append(1) or sweep(*args))
-    for _ in range(2):
-        assert optimizer.backward(hooked(net, x, HOOKS["new"])).engine == "rows"
-    assert len(swept) == 1
+def test_a_hook_on_a_parameter_sees_each_row(x):
+    net, seen = Net(), []
+    net.layers[0].mix.weight.register_hook(seen.append)
+    assert step(net, net(x), "blocks")[1].engine == "rows"
+    found = list(seen)
+    rows = [torch.autograd.grad(loss, net.layers[0].mix.weight)[0] for loss in net(x)]
+    torch.testing.assert_close(found, rows)
 
 
 def test_given_shared_parameters(x):
@@ -258,3 +257,107 @@ def test_peak_memory_is_that_of_a_block():
             peaks[engine] = peak_bytes(lambda o=optimizer, v=losses: o.backward(v), torch.device("cpu")) / size
     assert peaks["rows"] > 8
     assert peaks["blocks"] < 3.5
+
+
+class Bends(torch.autograd.Function):
+    """A backward that does what it is told to the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, bend):
+        ctx.bend = bend
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.bend(g), None
+
+
+def drawn(g):
+    return g * torch.randn_like(g)
+
+
+BENDS = {
+    "clips": lambda g: g.clamp(-1e-3, 1e-3),
+    "takes signs": torch.sign,
+    "normalizes": lambda g: g / g.norm(),
+    "rectifies": torch.relu,
+    "draws": drawn,
+}
+
+
+def bent(net, x, bend, at=(1, 3)):
+    z = x
+    for i, layer in enumerate(net.layers):
+        z = layer(z)
+        if i in at:
+            z = Bends.apply(z, bend)
+    return [(head(z) - i).square().mean() for i, head in enumerate(net.heads)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-160, 1e160])
+@pytest.mark.parametrize("at", [(1,), (DEPTH - 1,), (0, 2, 4)])
+@pytest.mark.parametrize("bend", BENDS)
+def test_a_function_that_is_not_linear_is_refused_since_the_last_pass_is_one_of_a_sum(x, bend, at, scale):
+    net = Net()
+    optimizer = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1), engine="blocks")
+
+    def turned(g):
+        return BENDS[bend](g / scale) * scale
+
+    losses = [loss * scale for loss in bent(net, x, turned, at)]
+    with pytest.raises(RuntimeError, match=r'UPGrad\.backward: engine="blocks".*Bends.*not linear.*Pass engine="rows"'):
+        optimizer.backward(losses)
+    assert all(p.grad is None for p in net.parameters())
+    optimizer.engine = "rows"
+    assert optimizer.backward(net(x)).engine == "rows"
+
+
+LINEAR = {
+    "multiplies": lambda g: -0.5 * g,
+    "is zero": torch.zeros_like,
+    "loses all but rounding": lambda g: g - (g + g.abs().max() * 2) + g.abs().max() * 2,
+    "passes nothing on": lambda g: None,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bend", LINEAR)
+def test_a_function_that_is_linear_up_to_rounding_may_stay(x, bend, dtype):
+    def losses(net):
+        return bent(net.to(dtype), x.to(dtype), LINEAR[bend], (2,))
+
+    _, report = step(net := Net(), losses(net), "blocks")
+    assert report.engine == "blocks"
+
+
+def test_a_function_that_only_some_losses_reach(x):
+    def losses(net, bend):
+        z = net.trunk(x)
+        return [head(Bends.apply(z, bend) if i else z).square().mean() for i, head in enumerate(net.heads)]
+
+    same(Net, lambda net: losses(net, lambda g: 2 * g))
+    with pytest.raises(RuntimeError, match="Bends"):
+        step(net := Net(), losses(net, torch.sign), "blocks", gradsurgery.MGDA)
+
+
+@pytest.mark.parametrize("bend", sorted(BENDS.keys() - {"draws"}))
+def test_ghosts_and_rows_give_it_the_gradient_of_one_loss_at_a_time(x, bend):
+    found = []
+    for engine in ("ghosts", "rows"):
+        net = Net(tasks=4)
+        found.append(step(net, bent(net, x.flatten(0, 1), BENDS[bend]), engine))
+        assert found[-1][1].engine == engine
+    net = Net(tasks=4)
+    losses, params = bent(net, x.flatten(0, 1), BENDS[bend]), list(net.layers.parameters())
+    rows = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
+    for grads, report in found:
+        for j, g in enumerate(grads[: len(params)]):
+            wanted = sum(w * row[j] for w, row in zip(report.weights.values(), rows, strict=True))
+            torch.testing.assert_close(g, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_linear_function_in_reduced_precision_may_stay(x):
+    net = Net().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = bent(net, x.float(), lambda g: 3 * g)
+    assert step(net, [loss.float() for loss in losses], "blocks", gradsurgery.PCGrad)[1].engine == "blocks"

@@ -13,11 +13,10 @@ from torch import nn
 
 import gradsurgery
 from gradsurgery import gradients
-from gradsurgery.gradients import blocks, rows
+from gradsurgery.gradients import ghosts, rows
 from gradsurgery.gradients.dense import Dense
 from gradsurgery.gradients.flat import Flat
 from gradsurgery.graph import torch_private
-from tests.unit import test_blocks
 
 
 class Net(nn.Module):
@@ -126,18 +125,32 @@ def test_what_has_moved_says_where(old):
 
 
 def test_a_resumed_run_knows_what_an_engine_could_not_do(monkeypatch):
-    net = test_blocks.Net()
-    x = torch.randn(2, 3, test_blocks.WIDTH, dtype=torch.float64)
-    losses = test_blocks.hooked(net, x, test_blocks.HOOKS["new"])
-    optimizer = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1), engine="blocks")
-    assert optimizer.backward(losses).reason == "a hook at a border would act twice"
+    def made():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+        return net, gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1), engine="ghosts")
+
+    x, tried = torch.randn(4, 8), []
+    monkeypatch.setattr(ghosts.Plan, "_side_by_side", lambda *_: tried.append(1))
+    net, optimizer = made()
+    assert optimizer.backward(list(net(x).square().mean(0))).engine == "ghosts"
     optimizer.step()
     state = copy.deepcopy(optimizer.state_dict())
-    assert state["gradsurgery"]["memory"]["failed"] == ["hooked"]
-    again = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1), engine="blocks")
+    assert state["gradsurgery"]["memory"]["failed"] == ["unbatched"]
+    net, again = made()
     again.load_state_dict(state)
-    monkeypatch.setattr(blocks.Found, "sweep", lambda *_: pytest.fail("tried again"))
-    assert again.backward(test_blocks.hooked(net, x, test_blocks.HOOKS["new"])).engine == "rows"
+    assert again.backward(list(net(x).square().mean(0))).engine == "ghosts"
+    assert tried == [1]
+
+
+def test_why_an_engine_was_refused_is_told_beside_why_another_one_was_taken():
+    """Samples that batch norm brings together, in layers that pay as ghosts."""
+    net = nn.Sequential(nn.Linear(32, 512), nn.BatchNorm1d(512), nn.Tanh(), nn.Linear(512, 512), nn.Linear(512, 1))
+    optimizer = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1))
+    report = optimizer.backward(net(torch.randn(16, 32)).square()[:, 0])
+    assert report.engine == "ghosts"
+    assert "layers with" in report.reason
+    assert "NativeBatchNormBackward0 brings samples together" in report.reason
 
 
 # ------------------------------------------------------------------------------------------- autograd's engine

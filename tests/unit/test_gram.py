@@ -173,3 +173,24 @@ def test_reciprocals_and_products_of_numbers_out_of_range():
     assert (numbers * numbers.inverse()).values().tolist() == pytest.approx([1.0, 0.0, 1.0])
     assert numbers.at([2, 1]).values().tolist() == [2.0, 0.0]
     assert numbers.first(2).values().tolist() == [math.inf, 0.0]
+
+
+@pytest.mark.parametrize("power", [0, 700])
+def test_rows_of_any_length_may_be_multiplied_twice(power):
+    """Where float64 does not hold their squares they were divided by a unit, which counts once."""
+    rows = torch.tensor([[1.0, 2.0, 0.5], [-1.0, 0.25, 4.0]], dtype=torch.float64)
+    scale = 2.0**power
+    table = Table([[row * scale] for row in rows])
+    gram = Gram.of(table, table.repaired(table.products().numpy()))
+    assert (gram.unit == 1.0) == (power == 0)
+    first, second = np.array([3.0, 0.5]), np.array([0.25, 8.0])
+    once = gram.scaled(Scaled(first, -power))
+    twice = once.scaled(Scaled(second))
+    by = torch.from_numpy(first * second)[:, None]
+    wanted = ((by * rows) @ (by * rows).T).numpy()
+    np.testing.assert_allclose(twice.values, wanted, rtol=1e-14)
+    np.testing.assert_allclose(twice.lengths().values(), np.sqrt(wanted.diagonal()), rtol=1e-14)
+    np.testing.assert_allclose(twice.root() @ twice.root().T, wanted, rtol=1e-12)
+    kept = twice.only([1]).scaled(Scaled(np.array([2.0])))
+    np.testing.assert_allclose(kept.values, 4 * wanted[1:, 1:], rtol=1e-14)
+    np.testing.assert_allclose(gram.lengths().values(), np.sqrt((rows**2).sum(1).numpy()) * scale, rtol=1e-14)
