@@ -38,6 +38,8 @@ from gradsurgery.settings import Checks, InOrder, Phase, Settings, Switch, shown
 from gradsurgery.text import calling_frame, warn
 from gradsurgery.transaction import Transaction, listed, wrong_entry, wrong_memory
 
+# How near what is set on a method has to be to the name of a switch to be taken for it.
+_NEAR = 0.8
 _ZEROS = np.zeros(4, dtype=np.uint64)
 _KEY = "gradsurgery"  # the one key that state_dict has beyond torch's own
 
@@ -207,31 +209,22 @@ class MultiLossOptimizer(Optimizer):
             raise TypeError(f"{self._name}: {unknown_options(type(self), unknown, optimizer)}")
         self.base = optimizer
         self.check = Checks(self._name)
-        check = self.check
-        self.settings = Settings(
-            reduction=check.choice("reduction", reduction, ("sum", "mean")),
-            nonfinite=check.choice("nonfinite", nonfinite, ("raise", "skip", "drop", "defer")),
-            every=check.count("every", every, least=1),
-            warmup=check.count("warmup", warmup, least=0),
-            preference=None if preference is None else check.numbers("preference", preference, above=0.0),
-            weight_momentum=check.number("weight_momentum", weight_momentum, least=0.0, below=1.0),
-            min_weight=-math.inf if min_weight is None else check.number("min_weight", min_weight),
-            max_weight=math.inf if max_weight is None else check.number("max_weight", max_weight),
-            seed=check.count("seed", seed, least=0, below=2**64),
-            distributed=bool(distributed) or process_group is not None,
+        self.settings = Settings()
+        self._take(
+            reduction=reduction,
+            nonfinite=nonfinite,
+            every=every,
+            warmup=warmup,
+            preference=preference,
+            weight_momentum=weight_momentum,
+            min_weight=min_weight,
+            max_weight=max_weight,
+            seed=seed,
             process_group=process_group,
-            debug=bool(debug),
+            distributed=bool(distributed) or process_group is not None,
+            debug=debug,
         )
-        self._require_deferrable()
-        if self.min_weight > self.max_weight:
-            raise ValueError(f"{self._name}: `min_weight` {min_weight!r} exceeds `max_weight` {max_weight!r}.")
-        if preference is not None and self.preference_refused:
-            raise ValueError(f"{self._name}: `preference` has no effect here: {self.preference_refused}.")
-        if not self.has_weights and (every, weight_momentum, min_weight, max_weight) != (1, 0.0, None, None):
-            raise ValueError(
-                f"{self._name}: `every`, `weight_momentum`, `min_weight` and `max_weight` need a method that "
-                "works by one weight per loss, and this one does not."
-            )
+        self._require_together()
         # All else that changes after construction is in there and is changed in place: a framework may run these
         # methods on an object of its own that shares these attributes (Lightning does).
         self.transaction = Transaction()
@@ -240,6 +233,85 @@ class MultiLossOptimizer(Optimizer):
             optimizer.transaction.loop.plain_steps = None  # nobody calls `backward` of the one inside
         misuse.watch(self)
         hooks.look()
+
+    def _checks(self) -> dict[str, Callable[[Any], Any]]:
+        """What a value of each switch has to pass, and what makes of it what the settings hold."""
+        check = self.check
+        return {
+            "reduction": lambda value: check.choice("reduction", value, ("sum", "mean")),
+            "nonfinite": lambda value: check.choice("nonfinite", value, ("raise", "skip", "drop", "defer")),
+            "every": lambda value: check.count("every", value, least=1),
+            "warmup": lambda value: check.count("warmup", value, least=0),
+            "preference": lambda value: None if value is None else check.numbers("preference", value, above=0.0),
+            "weight_momentum": lambda value: check.number("weight_momentum", value, least=0.0, below=1.0),
+            "min_weight": lambda value: check.bound("min_weight", value, -math.inf),
+            "max_weight": lambda value: check.bound("max_weight", value, math.inf),
+            "seed": lambda value: check.count("seed", value, least=0, below=2**64),
+            "process_group": lambda value: value,
+            "distributed": bool,
+            "debug": bool,
+        }
+
+    def _take(self, **given: Any) -> None:
+        checks = self._checks()
+        self.change_settings(**{name: checks[name](value) for name, value in given.items()})
+
+    def assign(self, switch: str, value: Any) -> None:
+        """Set a switch, as ``optimizer.every = 4`` does: checked as the constructor checks it.
+
+        Args:
+            switch: Its name.
+            value: The new value. If an error is raised the old one stays.
+        """
+        before = self.settings
+        try:
+            self._take(**{switch: value})
+            if switch == "process_group" and value is not None:
+                self.change_settings(distributed=True)
+            self._require_together()
+        except Exception:
+            self.settings = before
+            raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dict__ and not hasattr(type(self), name):
+            self._require_no_switch(name)
+        super().__setattr__(name, value)
+
+    def _require_no_switch(self, name: str) -> None:
+        """Refuse what is nearly the name of a switch, unless a function of this class sets it."""
+        kinds = [vars(kind) for kind in type(self).__mro__]
+        switches = sorted({key for entries in kinds for key, entry in entries.items() if isinstance(entry, Switch)})
+        near = difflib.get_close_matches(name.lower(), switches, n=1, cutoff=_NEAR)
+        if not near:
+            return
+        caller = inspect.stack(0)[2].frame.f_code
+        own = [inspect.unwrap(entry) for entries in kinds for entry in entries.values() if inspect.isfunction(entry)]
+        if not any(caller is getattr(function, "__code__", None) for function in own):
+            raise AttributeError(
+                f"{type(self).__name__}: there is no switch `{name}` (did you mean `{near[0]}`?), and setting it would "
+                f"do nothing. The switches are {', '.join(switches)}."
+            )
+
+    def _require_together(self) -> None:
+        """Refuse switches that have no meaning together, or with this method."""
+        self._require_deferrable()
+        if self.process_group is not None and not self.distributed:
+            raise ValueError(
+                f"{self._name}: `distributed` must be true with a `process_group`, got {self.distributed!r}. Set "
+                "`process_group` to None first."
+            )
+        if self.min_weight > self.max_weight:
+            raise ValueError(
+                f"{self._name}: `min_weight` {self.min_weight!r} exceeds `max_weight` {self.max_weight!r}."
+            )
+        if self.preference is not None and self.preference_refused:
+            raise ValueError(f"{self._name}: `preference` has no effect here: {self.preference_refused}.")
+        if not self.has_weights and (self.every > 1 or self.settings.changes_weights):
+            raise ValueError(
+                f"{self._name}: `every`, `weight_momentum`, `min_weight` and `max_weight` need a method that "
+                "works by one weight per loss, and this one does not."
+            )
 
     def _require_deferrable(self) -> None:
         if self.nonfinite != "defer":

@@ -150,7 +150,7 @@ class Switch:
         return self if method is None else getattr(method.settings, self.name)
 
     def __set__(self, method: Any, value: Any) -> None:
-        method.change_settings(**{self.name: value})
+        method.assign(self.name, value)
 
 
 class InOrder(dict[str, Any]):
@@ -248,6 +248,19 @@ class Checks:
                 raise ValueError(f"{self.owner}: `{name}` must be {bound}, got {value!r}.")
         return float(value)
 
+    def bound(self, name: str, value: Any, none: float) -> float:
+        """Take a finite number, or none.
+
+        Args:
+            name: Name of the argument.
+            value: What was given; None or `none` for none.
+            none: What stands for none.
+
+        Returns:
+            The value.
+        """
+        return none if value is None or value == none else self.number(name, value)
+
     def entries(self, name: str, given: Any, what: str = "numbers") -> dict[str, Any]:
         """Take something for each loss, by name or in order.
 
@@ -264,6 +277,8 @@ class Checks:
         """
         if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
             raise ValueError(f"{self.owner}: `{name}` must be {what} by name or in order, got {given!r}.")
+        if isinstance(given, InOrder):  # what an attribute gave back
+            return InOrder(given)
         if isinstance(given, Mapping):
             return {str(key): value for key, value in given.items()}
         self.by_order = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -201,30 +201,56 @@ class Surgery(MultiLossOptimizer):
                 "Wrap the torch optimizer, or a weighter around it."
             )
         self._require_nothing_unused()
-        self.change_settings(
-            shared_params=None if shared_params is None else self._owned(shared_params),
-            normalize=self.check.choice("normalize", normalize, ("none", "l2", "loss", "loss+")),
-            log_losses=bool(log_losses),
-            granularity=self.check.choice("granularity", granularity, ("all", "group", "parameter")),
-            engine=self.check.choice("engine", engine, ("auto", "rows", "ghosts", "blocks")),
-            row_dtype=self._dtype_of_rows(row_dtype),
-            row_device=None if row_device is None else self._home_of_rows(row_device),
+        self._take(
+            shared_params=shared_params,
+            normalize=normalize,
+            log_losses=log_losses,
+            granularity=granularity,
+            engine=engine,
+            row_dtype=row_dtype,
+            row_device=row_device,
         )
-        if self.log_losses and isinstance(optimizer, Weighter):
+        self._require_together()
+        self._follow()
+        self._now = Now()
+
+    def _checks(self) -> dict[str, Callable[[Any], Any]]:
+        check = self.check
+        return {
+            **super()._checks(),
+            "shared_params": lambda value: None if value is None else self._owned(value),
+            "normalize": lambda value: check.choice("normalize", value, ("none", "l2", "loss", "loss+")),
+            "log_losses": bool,
+            "granularity": lambda value: check.choice("granularity", value, ("all", "group", "parameter")),
+            "engine": lambda value: check.choice("engine", value, ("auto", "rows", "ghosts", "blocks")),
+            "row_dtype": self._dtype_of_rows,
+            "row_device": lambda value: None if value is None else self._home_of_rows(value),
+        }
+
+    def assign(self, switch: str, value: Any) -> None:
+        super().assign(switch, value)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Draw what follows from the switches."""
+        if self.settings.puts_rows_away:
+            self.change_settings(engine="rows")
+        self.needs_losses = self.needs_losses or self.log_losses or self.normalize in ("loss", "loss+")
+
+    def _require_together(self) -> None:
+        super()._require_together()
+        if self.log_losses and isinstance(self.base, Weighter):
             raise ValueError(
-                f"{self._name}: log_losses=True excludes a weighter inside ({type(optimizer).__name__}): what "
+                f"{self._name}: log_losses=True excludes a weighter inside ({type(self.base).__name__}): what "
                 "multiplies a loss drops out of the gradient of its logarithm. Leave out one of the two."
             )
         if self.settings.puts_rows_away:
             self._require_rows_of_one_batch()
-            self.engine = "rows"
-        self.needs_losses = self.needs_losses or self.log_losses or self.normalize in ("loss", "loss+")
         if self.granularity != "all" and self.every > 1:
             raise ValueError(
                 f'{self._name}: `every` > 1 needs granularity="all": weights of several parts cannot be '
                 "reused in one backward pass."
             )
-        self._now = Now()
 
     def _owned(self, given: Any) -> frozenset[Tensor]:
         """The argument `shared_params`, whose parameters this optimizer must have."""

@@ -60,6 +60,9 @@ class DBMTL(Surgery):
         super().__init__(optimizer, **switches)
         self.beta = self.check.number("beta", beta, least=0.0, below=1.0)
         self.sigma = self.check.number("sigma", sigma, least=0.0)
+
+    def _require_together(self) -> None:
+        super()._require_together()
         if self.normalize != "none":
             raise ValueError(f"{self._name}: `normalize` has no effect here, since the method does it itself.")
 

@@ -83,6 +83,9 @@ class MConFIG(ConFIG):
         self.beta_1 = self.check.number("beta_1", beta_1, least=0.0, below=1.0)
         self.beta_2 = self.check.number("beta_2", beta_2, least=0.0, below=1.0)
         self.eps = self.check.number("eps", eps, least=0.0)
+
+    def _require_together(self) -> None:
+        super()._require_together()
         if self.normalize != "none":
             raise ValueError(f"{self._name}: `normalize` has no effect here: the method works on directions.")
 

@@ -69,6 +69,10 @@ class PCGrad(Surgery):
         super().__init__(optimizer, reduction=reduction, **switches)
         self.shuffle = bool(shuffle)
         self.streaming = bool(streaming)
+        self._require_together()
+
+    def _require_together(self) -> None:
+        super()._require_together()
         if self.streaming:
             self._refuse_what_needs_rows()
 

@@ -135,7 +135,6 @@ class PerLossAdam(Surgery):
         super().__init__(Descent(params, options), **switches)
         for group in (self.defaults, *self.param_groups):
             self._require_options(group)
-        self._require_whole_steps()
 
     @classmethod
     def around(cls, optimizer: Optimizer, **options: Any) -> PerLossAdam:
@@ -169,8 +168,9 @@ class PerLossAdam(Surgery):
         for k, beta in enumerate(betas):
             self.check.number(f"betas[{k}]", beta, least=0.0, below=1.0)
 
-    def _require_whole_steps(self) -> None:
-        """Refuse switches that put something else in the place of the moments, or of a part of them."""
+    def _require_together(self) -> None:
+        super()._require_together()
+        # These put something else in the place of the moments, or of a part of them.
         excluded = {
             "warmup": (self.warmup, 0, "a plain sum is no direction of Adam's, and its learning rate is another one"),
             "shared_params": (self.shared_params, None, "all parameters have moments, heads too"),
