@@ -186,7 +186,7 @@ def test_a_hook_on_a_parameter_sees_each_row(x):
     net.layers[0].mix.weight.register_hook(seen.append)
     assert step(net, net(x), "blocks")[1].engine == "rows"
     found = list(seen)
-    rows = [torch.autograd.grad(loss, net.layers[0].mix.weight)[0] for loss in net(x)]
+    rows = [torch.autograd.grad(loss, net.layers[0].mix.weight, retain_graph=True)[0] for loss in net(x)]
     torch.testing.assert_close(found, rows)
 
 
