@@ -261,7 +261,10 @@ class MultiLossOptimizer(Optimizer):
 
         Args:
             switch: Its name.
-            value: The new value. If an error is raised the old one stays.
+            value: The new value.
+
+        Raises:
+            Exception: What the constructor raises, mostly a ValueError. The old value stays.
         """
         before = self.settings
         try:
