@@ -66,9 +66,6 @@ class Found(Table):
         functions: The users' functions that passes meet.
     """
 
-    engine = "blocks"
-    batched = False
-
     def __init__(
         self,
         plan: Plan,
@@ -265,7 +262,7 @@ class Found(Table):
         Returns:
             The same rows, not copied.
         """
-        part = Found(self._plan, self._roots, self._seeds, True, self._single)
+        part = Found(self._plan, self._roots, self._seeds, self._retain, self._single)
         part.unit, part.far_apart = self.unit, self.far_apart
         part.rows = [self.rows[i] for i in keep]
         part._keep = [self._keep[i] for i in keep]
@@ -290,9 +287,8 @@ class Found(Table):
             )
         gradients: list[Tensor | None] = [None] * len(self.shared)
         for place, g in zip(places, found, strict=True):
-            p = self.shared[place]
             # Autograd may have returned a tensor that shares its memory with another.
-            gradients[place] = None if g is None else rows_module.combine([g], [1.0], p)
+            gradients[place] = rows_module.combine([g], [1.0], self.shared[place])
         return gradients
 
 

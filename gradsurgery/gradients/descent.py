@@ -113,8 +113,8 @@ class Direction:
 
     weights: np.ndarray
     flat: Tensor
-    descends = False
-    is_finite = True
+    descends: bool
+    is_finite: bool
 
     def __init__(
         self,

@@ -558,7 +558,7 @@ def buckets(rows: Sequence[Row], least: torch.dtype) -> Iterator[Tensor]:
         like = next((g for g in column if g is not None), None)
         if like is None:
             continue
-        dtype = torch.promote_types(torch.float64 if like.dtype == torch.complex128 else _real(like.dtype), least)
+        dtype = torch.promote_types(_real(like.dtype), least)
         flats = [torch.zeros(like.numel() << like.is_complex(), dtype=_real(like.dtype), device=like.device)
                  if g is None else _flat(g) for g in column]  # fmt: skip
         if pieces and kind != (like.device, dtype):

@@ -554,7 +554,7 @@ def wide(g: Tensor) -> Tensor:
     Returns:
         The gradient itself if it is so already.
     """
-    g = g.to_dense() if g.is_sparse else g
+    g = g.to_dense()
     return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
 
 
@@ -690,7 +690,7 @@ def _added(old: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> list[T
     """
     sums: dict[int, Tensor] = {}
     for i, (a, b) in enumerate(zip(old, new, strict=True)):
-        if a is not None and b is not None and not (_plain_dense(a) and (b.is_sparse or _plain_dense(b))):
+        if a is not None and b is not None and not (_plain_dense(a) and (b.is_sparse or b.layout == torch.strided)):
             sums[i] = b + a if a.is_sparse and not b.is_sparse else a + b
     result: list[Tensor | None] = []
     for i, (a, b) in enumerate(zip(old, new, strict=True)):

@@ -274,6 +274,42 @@ def test_complex_sparse_and_mixed_parameters_are_written_as_they_are():
     assert all(p.grad.shape == p.shape for p in params)
 
 
+@pytest.mark.parametrize("method", [gradsurgery.UPGrad, gradsurgery.DualProj])
+def test_a_corrected_sum_out_of_range_is_skipped_like_any_other(method):
+    p = nn.Parameter(torch.zeros(3))
+    opposed = [[1e38, 0.7e38, 0.0], [-1.7e38, -1.19e38 * (1 + 2e-7), 0.0]]
+    losses = [(torch.tensor(row) * p).sum() for row in (*opposed, [0.0, 0.0, 3e38], [0.0, 0.0, 3e38])]
+    report = method(torch.optim.SGD([p], lr=0.1), nonfinite="skip").backward(losses)
+    assert report.flags == ("nonfinite", "skipped")
+    assert p.grad is None
+
+
+class Stopped(torch.autograd.Function):
+    """Passes nothing on, which the graph does not tell."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+def test_parameters_that_no_loss_reaches_get_no_part_of_what_is_corrected():
+    torch.manual_seed(0)
+    wave, silent, empty = (nn.Parameter(torch.randn(n)) for n in (4, 3, 0))
+    z = wave + Stopped.apply(silent).sum() + empty.sum()
+    first = (z * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum()
+    losses = [first, -first * 1.7 + 1e-6 * z.square().sum()]
+    rows = torch.stack([torch.autograd.grad(loss, wave, retain_graph=True)[0] for loss in losses])
+    params = [wave, silent, empty]
+    gradsurgery.DualProj(torch.optim.SGD(params, lr=0.1), shared_params=params).backward(losses)
+    assert rise(rows, wave.grad) <= 4
+    assert silent.grad is None
+    assert empty.grad.shape == (0,)
+
+
 def descends_over_processes(rank, size):
     """Every process has the same batch, so that sums over them are exact multiples."""
 
@@ -365,6 +401,15 @@ def test_a_sum_without_doubt_is_taken_as_ever(monkeypatch):
                 method(any_optimizer()).combine(rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_rows_in_single_precision_are_looked_at_sooner(dtype):
+    gram, weights = np.array([[1.0, 4e-6 - 1], [4e-6 - 1, 1.0]]), np.ones(2)
+    certain = {
+        n: descent.is_certain(gram_module.Table(torch.zeros(2, n, dtype=dtype)), gram, weights) for n in (2, 2**17)
+    }
+    assert certain == {2: True, 2**17: dtype == torch.float64}
+
+
 def test_products_of_many_entries_of_one_sign_are_not_trusted():
     # A float32 product over equal entries is off by much more than its roundoff.
     rng = np.random.default_rng(0)
@@ -393,6 +438,33 @@ def test_sums_of_rows_and_of_their_sizes_have_the_signs_of_the_weights(dtype):
     assert sums.sum(weights, sizes=True).tolist() == [7.0, 10.0]
 
 
+def test_columns_that_another_process_counts_are_left_out_of_products_alone():
+    rows = [[torch.tensor([1.0, -2.0]), torch.tensor([5.0])], [torch.tensor([3.0, 4.0]), torch.tensor([7.0])]]
+    table = gram_module.Table([[row[0], None] for row in rows])
+    found = descent.Direction(table, [torch.float32] * 2, rows, [True, False])
+    assert found.sum(np.array([-1.0, 2.0])).tolist() == [5.0, 10.0, 9.0]
+    products, limits = found.products(torch.tensor([5.0, 10.0, 9.0], dtype=torch.float64))
+    assert products.tolist() == [-15.0, 55.0]
+    assert (limits * 2.0**24).tolist() == [25.0, 55.0]
+
+
+def test_a_sum_that_descends_at_once_takes_no_round(monkeypatch):
+    monkeypatch.setattr(descent, "_ROUNDS", 0)
+    found = descent.Direction(
+        gram_module.Table([[torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 1.0])]]), [torch.float32]
+    )
+    found.find(np.ones(2))
+    assert found.descends
+
+
+def test_opposed_rows_are_corrected_beside_one_of_zeros():
+    rows = torch.cat([torch.tensor(opposed(np.random.default_rng(0), 4, 9)).float(), torch.zeros(1, 9)])
+    for name in ("DualProj", "UPGrad"):
+        d, flags = direction(PROMISING[name], rows)
+        assert rise(rows[:4], d) <= 4
+        assert FLAG not in flags
+
+
 def test_inner_products_in_twice_the_precision():
     rng = np.random.default_rng(0)
     rows, d = rng.normal(size=(3, 1001)), rng.normal(size=1001)
@@ -401,6 +473,8 @@ def test_inner_products_in_twice_the_precision():
     wanted = [exact_dot(row, d) for row in rows]
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
     assert abs((rows @ d - wanted)[1]) > 1e-6 * abs(wanted[1])
+    table = gram_module.Table([[torch.from_numpy(row)] for row in rows])
+    np.testing.assert_array_equal(descent.Direction(table, [torch.float64]).products(torch.from_numpy(d))[0], found)
 
 
 def test_a_factor_tells_rows_apart_that_differ_in_the_last_digit():

@@ -93,6 +93,16 @@ def test_a_weight_used_in_a_head_and_in_a_checkpointed_region_keeps_both_parts()
 
 
 @pytest.mark.parametrize("build", [ByName, PlainSum])
+def test_one_pass_begins_in_the_dtype_of_each_loss(build):
+    net = Net()
+    losses = net.losses()
+    losses["b"] = losses["b"].float()
+    report = build(sgd(net)).backward(losses)
+    plain = sum((1.0 if report.weights is None else report.weights[n]) * loss for n, loss in net.losses().items())
+    torch.testing.assert_close(net.trunk.weight.grad, own_gradient(plain, net.trunk.weight), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("build", [ByName, PlainSum])
 def test_a_loss_that_leaves_the_model_is_named(build):
     net = Net()
     optimizer = build(sgd(net))
@@ -259,15 +269,24 @@ class OneOfTwo(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 3, 1), (3, 1, 2, 0)], ids=str)
-@pytest.mark.parametrize("build", [gradsurgery.MoCo, gradsurgery.PCGrad])
-def test_parameters_that_one_loss_or_none_reaches_after_all_leave_the_rest_as_it_is(build, order):
+@pytest.mark.parametrize(
+    ("build", "options", "dtype"),
+    [
+        (gradsurgery.MoCo, {}, torch.float32),
+        (gradsurgery.PCGrad, {}, torch.float32),
+        (gradsurgery.PCGrad, {}, torch.complex64),
+        (gradsurgery.PCGrad, {"row_device": "cpu"}, torch.complex64),
+    ],
+    ids=["MoCo", "PCGrad", "complex", "complex, put away"],
+)
+def test_parameters_that_one_loss_or_none_reaches_after_all_leave_the_rest_as_it_is(build, options, dtype, order):
     def run(passed):
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(3)) for _ in range(4)]
+        params = [nn.Parameter(torch.randn(3, dtype=dtype)) for _ in range(4)]
         p, q, s, t = params
         a, b = passed(p, q)
-        losses = {"a": (s * t * a).sum(), "b": (s.square() * t * (b - 2)).sum()}
-        build(torch.optim.SGD([params[k] for k in order], lr=0.1)).backward(losses)
+        losses = {"a": (s * t * a).abs().sum(), "b": (s.square() * t * (b - 2)).abs().sum()}
+        build(torch.optim.SGD([params[k] for k in order], lr=0.1), **options).backward(losses)
         return [x.grad for x in params]
 
     found, wanted = run(OneOfTwo.apply), run(lambda p, q: (p * 1, q.detach()))

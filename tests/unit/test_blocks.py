@@ -2,13 +2,15 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery
-from gradsurgery.gradients import blocks
+from gradsurgery.gradients import blocks, descent
+from gradsurgery.gradients.gram import Table
 from gradsurgery.graph import walk
 
 DEPTH, WIDTH = 5, 6
@@ -127,6 +129,61 @@ def test_a_loss_that_reaches_only_some_blocks(x):
     same(Net, losses)
 
 
+def test_a_loss_that_is_a_parameter(x):
+    def scaled():
+        net = Net()
+        net.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        return net
+
+    same(scaled, lambda net: [*(loss for loss in net(x * net.scale)), net.scale])
+
+
+class FirstOnly(torch.autograd.Function):
+    """Passes on what comes to its first output alone."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.set_materialize_grads(False)
+        return z * 1, z * 1
+
+    @staticmethod
+    def backward(ctx, g, h):
+        return g
+
+
+def seen_by_the_first(net, x, shared):
+    """Two losses of which one alone reaches all but the first layers, which the graph does not tell."""
+    early = x
+    for layer in net.layers[:shared]:
+        early = layer(early)
+    z = early
+    for layer in net.layers[shared:]:
+        z = layer(z)
+    a, b = FirstOnly.apply(z)
+    return [net.heads[0](a).square().mean(), (net.heads[1](b) + net.heads[2](early)).square().mean()]
+
+
+@pytest.mark.parametrize("shared", [0, 1, 3])
+def test_layers_that_one_loss_alone_reaches_after_all(x, shared):
+    found = same(Net, lambda net: seen_by_the_first(net, x, shared))
+    assert ("nothing-shared" in found.flags) == (not shared)
+
+
+def test_rows_that_are_formed_in_the_end_are_those_of_what_is_shared(x):
+    def losses(net):
+        first, second = seen_by_the_first(net, x, 3)
+        return [first, second, 1e-3 * first - second, second - first]
+
+    found = same(Net, losses, engine="rows")
+    assert found.reason == "rounding could make a loss rise"
+    net = Net()
+    given = losses(net)
+    optimizer = gradsurgery.UPGrad(torch.optim.SGD(net.parameters(), lr=0.1), engine="blocks")
+    optimizer.backward(given)
+    with pytest.raises(RuntimeError, match="already freed"):
+        optimizer.backward(given)
+
+
 def test_checkpointed_layers(x):
     def losses(net):
         z = x.clone().requires_grad_()
@@ -220,6 +277,15 @@ def test_an_inactive_loss_needs_no_second_look(x, monkeypatch):
     _, report = step(net, losses, "blocks", gradsurgery.PCGrad)
     assert report.norms["1"] == 0
     assert len(swept) == 1
+
+
+def test_products_of_blocks_are_trusted_as_far_as_single_precision_goes(x):
+    net = Net(tasks=2).float()
+    losses = net(x.float())
+    found = plan_of(net, losses).differentiate(losses, [torch.ones(())] * 2, False, [], single=False)
+    gram, weights = np.array([[1.0, 4e-6 - 1], [4e-6 - 1, 1.0]]), np.ones(2)
+    assert not descent.is_certain(found, gram, weights)
+    assert descent.is_certain(Table([[torch.ones(2)], [torch.ones(2)]]), gram, weights)
 
 
 def test_shallow_models_form_rows(x):

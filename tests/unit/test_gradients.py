@@ -252,13 +252,16 @@ def test_the_loss_whose_plain_gradient_is_not_finite_is_named(bad, kinds):
         optimizer.backward(losses)
 
 
-def test_plain_gradients_of_one_parameter_are_multiplied_loss_by_loss():
-    net = Net()
-    common = nn.Parameter(torch.zeros(2))
-    losses = {name: loss + (i + 1) * common.sum() for i, (name, loss) in enumerate(net(X).items())}
-    weighter = gradsurgery.FixedWeighter(torch.optim.SGD([*net.parameters(), common], lr=0.1), weights=[3.0, 5.0])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_plain_gradients_of_one_parameter_are_multiplied_loss_by_loss(sparse):
+    net, table = Net(), nn.Embedding(3, 2, sparse=sparse)
+    places = torch.tensor([1])
+    losses = {name: loss + (i + 1) * table(places).sum() for i, (name, loss) in enumerate(net(X).items())}
+    base = torch.optim.SGD([*net.parameters(), table.weight], lr=0.1)
+    weighter = gradsurgery.FixedWeighter(base, weights=[3.0, 5.0])
     gradsurgery.PCGrad(weighter, shared_params=net.trunk.parameters()).backward(losses)
-    assert common.grad.tolist() == [13.0, 13.0]
+    assert table.weight.grad.is_sparse == sparse
+    assert table.weight.grad.to_dense().tolist() == [[0, 0], [13, 13], [0, 0]]
 
 
 def alive_while_added(monkeypatch, name, params, losses):
@@ -327,3 +330,50 @@ def test_what_has_another_form_is_not_joined(p, g):
     assert rows.Joined.of([usual, p], [[(0, torch.ones(2))], [(0, g)]]) is None
     assert rows.Joined.of([usual], [[(0, torch.ones(2)), (1, torch.ones(2))]]) is None
     assert rows.Joined.of([usual], [[]]) is None
+
+
+@pytest.mark.parametrize(
+    ("p", "g"),
+    [
+        (torch.zeros(2), torch.ones(2, dtype=torch.float64)),
+        (torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)),
+        (torch.zeros(3, 2), torch.ones(2, 3).T),
+        (torch.zeros(2), torch.ones(2).to_sparse()),
+        (torch.zeros(2**14 + 1), torch.ones(2**14 + 1)),
+    ],
+    ids=["other dtype", "half", "transposed gradient", "sparse", "large"],
+)
+def test_what_has_another_form_is_not_multiplied_with_the_rest(p, g):
+    usual, ones = torch.zeros(2), torch.ones(2)
+    found, other = rows.scaled_alone([usual, p], [[(0, ones)], [(1, g)]], [3.0, 5.0])
+    assert found.tolist() == [3, 3]
+    assert other is None
+    assert rows.scaled_alone([usual], [[(0, ones), (1, ones)]], [3.0, 5.0]) == [None]
+
+
+KINDS_OF_GRADIENT = {
+    "dense": lambda: torch.tensor([[1.0, 2.0]]),
+    "sparse": lambda: torch.tensor([[0.0, 4.0]]).to_sparse(),
+    "expanded": lambda: torch.tensor([[8.0]]).expand(1, 2),
+    "a row": lambda: torch.tensor([16.0, 32.0]).as_strided((1, 2), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("new", KINDS_OF_GRADIENT)
+@pytest.mark.parametrize("old", KINDS_OF_GRADIENT)
+def test_gradients_of_all_kinds_are_added(old, new):
+    p = nn.Parameter(torch.zeros(1, 2))
+    a, b = KINDS_OF_GRADIENT[old](), KINDS_OF_GRADIENT[new]()
+    wanted = (a.to_dense() + b.to_dense()).tolist()
+    both = rows.total(a, b)
+    assert both.to_dense().tolist() == wanted
+    assert both.is_sparse == (old == new == "sparse")
+    p.grad = a
+    rows.write([p], [b])
+    assert p.grad.to_dense().tolist() == wanted
+    # In place, as torch does, where every entry has its own memory.
+    assert (p.grad is a) == (old in ("dense", "a row"))
+
+
+def test_a_pass_without_losses_finds_nothing():
+    assert rows.one_pass([], [], [nn.Parameter(torch.ones(2))], retain_graph=False) == [None]

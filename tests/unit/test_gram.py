@@ -54,6 +54,12 @@ def test_products_over_parameters_of_all_kinds_and_sizes(dtype):
         assert gram_module.length(row, torch.device("cpu")).item() == pytest.approx(expected_length, rel=1e-6)
 
 
+def test_parameters_in_double_precision_keep_it_beside_others():
+    double, single = torch.tensor([1 / 3, 1e-9], dtype=torch.float64), torch.tensor([2.0])
+    for row in ([double, single], [single, double]):
+        assert gram_module.gram([row]).item() == pytest.approx(float(double @ double) + 4, rel=1e-15)
+
+
 def test_no_rows_at_all_have_products_of_zero():
     rows = [[None, torch.zeros(0)], [None, None]]
     assert gram_module.gram(rows).tolist() == [[0.0, 0.0], [0.0, 0.0]]
