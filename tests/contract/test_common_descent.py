@@ -127,6 +127,18 @@ def test_no_loss_rises_or_the_report_says_so(name, dtype, kind, seed):
     assert FLAG not in flags or (dtype == torch.float64 and kind in ("opposed", "dependent", "duplicated"))
 
 
+@pytest.mark.parametrize("name", ["DualProj", "UPGrad"])
+def test_what_rounding_leaves_of_rows_on_one_line_is_zero(name):
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(1, 6))
+        g, h = rng.normal(size=(2, n))
+        rows = [g, -g * rng.choice([1, 3, 0.1, 1 / 3]), g * rng.choice([0.7, 1e-3]), h][: int(rng.integers(2, 5))]
+        d, flags = direction(PROMISING[name], torch.tensor(np.array(rows)))
+        assert rise(torch.tensor(np.array(rows)), d) <= 4, seed
+        assert FLAG not in flags, seed
+
+
 def test_what_is_declared_is_what_is_held():
     for name, row in PROMISING.items():
         optimizer = row.build(any_optimizer())
