@@ -50,7 +50,10 @@ ROADS = ("test_gradients", "test_engines", "test_group_of_one")
 #: The files that are changed, and the tests that are to notice.
 TESTS = {
     "step": ("test_kinds_of_step", "test_switches", *BACKWARD, "test_cheap_modes", "test_group_of_one"),
-    "batch": (*BACKWARD, "test_losses", "test_accumulation", "test_kinds_of_step", "test_group_of_one"),
+    "batch": (
+        *BACKWARD, "test_losses", "test_accumulation", "test_kinds_of_step", "test_switches", "test_joined",
+        "test_per_sample", "test_group_of_one",
+    ),
     "transaction": ("test_state", "test_faults", "test_misuse", "test_accumulation"),
     "guard": ("test_faults", "test_range", "test_deferred"),
     "sharing": ("test_kinds_of_step", *BACKWARD, "test_joined", *OWN_ROWS, "test_group_of_one"),
@@ -64,7 +67,7 @@ TESTS = {
     "gradients/base": ("test_kinds_of_step", "test_joined", "test_common_descent", *ROADS),
     "gradients/flat": ("test_kinds_of_step", "test_common_descent", *ROADS),
     "gradients/blocks": ("test_blocks", "test_engines"),
-}
+}  # fmt: skip
 #: The tests that start processes, and which of their cases notice the most.
 SPAWNED = ("test_ddp", "test_sharded")
 SPAWNED_CASES = "(2- or sharded) and not (replicas or process: or fully_shard:)"

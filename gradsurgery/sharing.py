@@ -120,7 +120,7 @@ class Sharing:
         if self._named is not None or self._m < 2:
             return []
         suspects = self._batch.suspects
-        return [j for j, p in enumerate(shared) if p in suspects] if suspects else []
+        return [j for j, p in enumerate(shared) if p in suspects]
 
     def _settled(self, shared: list[Tensor]) -> list[Tensor]:
         """Take out what only one loss really reaches, before the first pass over all.
@@ -213,14 +213,15 @@ class Sharing:
         """
         marks = gradients.marks
         reached = gradients.reached if marks is None else marks.reached
+        comm = self._batch.comm
         if self._batch.masks is None and reached is not None:
-            require_reached(self._batch.owner, self._params, dict(zip(self._batch.names, reached, strict=True)))
+            anywhere = comm.any_of(torch.tensor(reached, dtype=torch.uint8, device="cpu")).tolist()
+            require_reached(self._batch.owner, self._params, dict(zip(self._batch.names, anywhere, strict=True)))
         if marks is None:
             return
         shared = gradients.shared
         there: Sequence[Sequence[int]] = marks.there
-        comm = self._batch.comm
-        if not (comm.is_alone or comm.is_sharded):
+        if not comm.is_alone:
             there = comm.any_of(torch.tensor(there, dtype=torch.uint8).reshape(self._m, len(shared))).tolist()
         unreached: list[tuple[int, int]] = []
         if marks.signs is not None:

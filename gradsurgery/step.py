@@ -72,8 +72,7 @@ class Seen(NamedTuple):
             return None
         if len(self.grams) == 1:
             return self.grams[0].values
-        unit = self.unit
-        parts = (g.values if g.unit == unit else g.values * (g.unit / unit) ** 2 for g in self.grams)
+        parts = (g.values * (g.unit / self.unit) ** 2 for g in self.grams)
         return np.asarray(sum(parts, np.zeros_like(self.grams[0].values)))
 
 
@@ -178,7 +177,7 @@ class SurgeryStep:
             gram_only=method.needs_gram_only,
             named=settings.shared_params is not None,
             apart=self.multiplies,
-            doubtful=[] if one_pass else sharing.doubtful(shared),
+            doubtful=sharing.doubtful(shared),
             row_dtype=settings.row_dtype,
             row_device=settings.row_device,
             puts_away=settings.puts_rows_away,
@@ -191,12 +190,12 @@ class SurgeryStep:
         )
 
     def _stream(self) -> Stream:
-        method, learns = self.method, self.transaction.writable
+        method = self.method
         return Stream(
             order=method.visiting_order(),
-            priorities=method.preferences() if learns else np.ones(self.m),
+            priorities=method.preferences(),
             promises=method.promises(2),
-            learns=learns,
+            learns=self.transaction.writable,
         )
 
     def _stand_in(self, p: Tensor) -> Tensor:

@@ -330,6 +330,20 @@ def test_graphs_that_nothing_shares_are_freed_at_once(net, batches):
             _ = ctx.saved_tensors
 
 
+def test_the_scale_of_what_waits_holds_where_the_last_micro_batch_has_no_loss(net, batches):
+    reports = []
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=1024.0), None):
+        model = copy.deepcopy(net)
+        optimizer = gradsurgery.MGDA(torch.optim.SGD(model.parameters(), lr=0.01))
+        optimizer.backward(model(batches[0, 0]), accumulate=True, scaler=scaler)
+        reports.append(optimizer.backward(dict.fromkeys("abc")))
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        reports.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(reports[0].gram, reports[2].gram)
+    torch.testing.assert_close(reports[1], reports[3])
+
+
 @pytest.mark.parametrize("method", [gradsurgery.PCGrad, gradsurgery.MoCo, gradsurgery.UncertaintyWeighter])
 @pytest.mark.parametrize("absent", [(), ("a",)])
 def test_a_scale_that_changes_between_micro_batches(net, batches, method, absent):

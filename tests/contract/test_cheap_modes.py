@@ -479,6 +479,14 @@ def test_the_rest_of_a_sum_that_cancels_is_no_gradient(dtype):
         torch.testing.assert_close(optimizer.combine(rows), third)
 
 
+def test_streaming_looks_at_every_gradient():
+    """The value of the second loss is finite, its slope at zero is not."""
+    p = nn.Parameter(torch.zeros(2))
+    with pytest.raises(RuntimeError, match="the gradient of '1' is not finite"):
+        PCGrad(torch.optim.SGD([p], lr=0.1), streaming=True).backward([(p - 1).square().sum(), p[0].sqrt() + p[1]])
+    assert p.grad is None
+
+
 def test_the_rest_of_a_sum_that_cancels_in_inner_products():
     gram = np.array([[1, -1, 0.5], [-1, 1 + 1e-12, -0.5 - 1e-9], [0.5, -0.5 - 1e-9, 1]])
     np.testing.assert_allclose(geometry.streaming_pcgrad(gram, range(3), noise=1e-12), [2, 2, 1], rtol=1e-6)

@@ -347,6 +347,44 @@ def test_an_input_that_a_function_gives_nothing(build, switches, features):
         optimizer.step()
 
 
+@over_ways
+def test_an_input_that_a_function_gives_two_losses_of_three(build, switches, features):
+    """It is shared by these two, as if the third one had not gone through the function."""
+    ends = []
+    for through in ("bc", "abc"):
+        net, book = Net(), nn.Parameter(torch.full((3,), 0.3, dtype=torch.float64))
+        optimizer = build(torch.optim.SGD([*net.parameters(), book], lr=0.0), **switches)
+        for _ in range(2):
+            optimizer.zero_grad()
+            z = torch.tanh(net.trunk(X))
+            losses = net.losses(z)
+            for name in through:
+                losses[name] = net.losses(KeepsSome.apply(z - book.detach() * (name == "a"), book, name != "a"))[name]
+            optimizer.backward(losses, **({"features": z} if features else {}))
+            ends.append(book.grad)
+            optimizer.step()
+    torch.testing.assert_close(ends[2:], ends[:2])
+
+
+@over_ways
+def test_a_loss_that_a_function_gives_nothing_is_no_fault(build, switches, features):
+    """The graph leads to a parameter, and no gradient comes in this step: one may in the next."""
+    ends = []
+    for names in ("ab", "abc"):
+        net, book = Net(2), nn.Parameter(torch.full((3,), 0.3, dtype=torch.float64))
+        optimizer = build(torch.optim.SGD([*net.parameters(), book], lr=0.0), **switches)
+        for _ in range(2):
+            optimizer.zero_grad()
+            z = torch.tanh(net.trunk(X))
+            nothing = KeepsSome.apply(z.detach() + (0 * z if features else 0), book, False).square().mean()
+            losses = {**net.losses(z), "c": nothing if "c" in names else None}
+            optimizer.backward(losses, **({"features": z} if features else {}))
+            ends.append(net.trunk.weight.grad)
+            assert book.grad is None
+            optimizer.step()
+    torch.testing.assert_close(ends[2:], ends[:2])
+
+
 def passes_of(monkeypatch):
     seen = []
     gradient = rows_module.gradient
@@ -365,6 +403,33 @@ def test_a_function_that_all_losses_pass_in_the_same_way_costs_no_more(monkeypat
         optimizer.backward(net.losses(Same.apply(torch.tanh(net.trunk(X)))))
         optimizer.step()
     assert not seen, "it passes on the gradients of all losses or of none"
+
+
+def test_what_two_losses_have_reached_is_open_no_more_where_rows_are_kept():
+    """The method goes on with its averages there, whatever one function passes on: old weights cost one pass."""
+    net = Net(2)
+    optimizer = gradsurgery.ExcessMTL(sgd(net), every=2)
+    for engine in ("rows", "one pass"):
+        optimizer.zero_grad()
+        z = torch.tanh(net.trunk(X))
+        assert optimizer.backward({**net.losses(z), "b": net.losses(Same.apply(z))["b"]}).engine == engine
+        optimizer.step()
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_losses_with_graphs_of_their_own_pass_together_only_where_all_is_shared(foreign):
+    """Otherwise there would be two passes over all of these graphs."""
+    net = Net(1)
+    optimizer = Skewed(torch.optim.SGD([*net.trunk.parameters(), *net.heads.parameters()], lr=0.0), every=2)
+    others = {"other_optimizers": torch.optim.SGD(net.own.parameters(), lr=0.0)} if foreign else {}
+    for _ in range(2):
+        optimizer.zero_grad()
+        losses = {"a": net.losses()["a"], "b": (net.losses()["a"] - 1).square()}
+        if foreign:
+            losses["a"] = losses["a"] + net.own(X).square().mean()
+        report = optimizer.backward(losses, **others)
+        optimizer.step()
+    assert report.engine == ("rows" if foreign else "one pass")
 
 
 def test_a_function_in_one_head_leaves_the_trunk_open(monkeypatch):
@@ -492,6 +557,18 @@ def test_weights_of_logarithms_in_the_report(build):
     losses = net.losses()
     weighted = sum(report.weights[n] * losses[n] for n in losses)
     torch.testing.assert_close(net.trunk.weight.grad, own_gradient(weighted, net.trunk.weight))
+
+
+@pytest.mark.parametrize("kind", ["a weighter inside", "logarithms"])
+@pytest.mark.parametrize("switches", [{}, {"warmup": 1}])
+def test_what_is_shared_and_not_named_gets_each_loss_times_its_coefficient(kind, switches):
+    net = Net()
+    losses = net.losses()
+    by = COEFFICIENTS if kind == "a weighter inside" else {n: 1 / loss.item() for n, loss in losses.items()}
+    base, logs = (ByName(sgd(net)), {}) if kind == "a weighter inside" else (sgd(net), {"log_losses": True})
+    Skewed(base, shared_params=net.trunk.bias, **logs, **switches).backward(losses)
+    plain = sum(by[n] * loss for n, loss in net.losses().items())
+    torch.testing.assert_close(net.trunk.weight.grad, own_gradient(plain, net.trunk.weight))
 
 
 # ------------------------------------------------------------------- one loss alone on what the surgery acts on

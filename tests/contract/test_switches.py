@@ -399,6 +399,20 @@ def test_granularity_acts_on_each_part(net, x):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-560])
+def test_the_report_adds_up_the_products_of_all_parts(scale):
+    """Those of each part may have a unit of their own, where squares are too small for float64."""
+    p = [nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+    rows = ROWS, 1024 * ROWS.flip(1) + 1
+    losses = [sum(scale * row[i] @ q for row, q in zip(rows, p, strict=True)) for i in range(3)]
+    report = gradsurgery.MGDA(torch.optim.SGD(p, lr=0.1), granularity="parameter").backward(losses)
+    flat = torch.cat(rows, dim=1)
+    torch.testing.assert_close(report.gram, scale**2 * flat @ flat.T, rtol=1e-12, atol=0)
+    lengths = flat.norm(dim=1)
+    torch.testing.assert_close(report.cosines, flat @ flat.T / lengths / lengths[:, None], rtol=1e-12, atol=1e-15)
+    assert list(report.norms.values()) == pytest.approx((scale * lengths).tolist(), rel=1e-12)
+
+
 def test_each_part_has_a_memory_of_its_own(net, x):
     optimizer = wrapped(gradsurgery.GradVac, net, granularity="parameter")
     optimizer.backward(net(x))

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import gradsurgery
 from gradsurgery.communication import held, processes
 from gradsurgery.gradients import sliced
+from gradsurgery.graph import reach
 from tests.support.catalogue import over_processes
 from tests.support.loops import same
 from tests.support.processes import group_of_one, run_cases, same_everywhere, start, wanted
@@ -155,6 +157,18 @@ def absent_on_one_rank(build, rank, size):
             single.backward(losses)
         single.step()
     assert_same(net, wanted)
+
+
+def absent_where_the_graph_is_too_deep(rank, size):
+    """No process can tell from its graph what a loss reaches; that one lacks a loss is no fault all the same."""
+    with mock.patch.object(reach, "_DEEPEST", 2):
+        absent_on_one_rank(gradsurgery.PCGrad, rank, size)
+        net = Net()
+        optimizer = gradsurgery.PCGrad(torch.optim.SGD(net.parameters(), lr=0.01), distributed=True)
+        losses = losses_of(net, data(size)[0, rank])
+        losses["b"] = nn.Parameter(torch.ones(1)).square().sum() if rank else None
+        with pytest.raises(RuntimeError, match="loss 'b' reaches no parameter"):
+            optimizer.backward(losses)
 
 
 def nothing_on_one_rank(rank, size):
@@ -608,8 +622,6 @@ def nothing_in_the_last_micro_batch(rank, size):
 
 def words(rank, size):
     """A row is sent as soon as it is found, and the direction is collected: (m + 1) n numbers, not 2 m n."""
-    from unittest import mock
-
     sent = {"scatter": 0, "gather": 0, "reduce": 0}
     scatter, gather, reduce = processes.reduce_scatter, processes.all_gather, dist.all_reduce
 
@@ -772,7 +784,7 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
         found[f"absent in a micro-batch: {build.__name__}"] = lambda build=build: absent_in_a_micro_batch(build, *here)
     found["independent batches of logarithms"] = lambda: independent_logarithms(*here)
     for case in (
-        absent_in_a_reuse_step, inactive_hinge, reentrant_is_refused, frozen_on_one_rank, others_in_one_micro_batch,
+        absent_in_a_reuse_step, absent_where_the_graph_is_too_deep, inactive_hinge, reentrant_is_refused, frozen_on_one_rank, others_in_one_micro_batch,
         nothing_in_the_last_micro_batch,
     ):  # fmt: skip
         found[case.__name__.replace("_", " ")] = lambda case=case: case(*here)

@@ -1024,6 +1024,40 @@ def test_what_cannot_be_read_is_settled_in_every_kind_of_step(name, options):
         assert_equal(found, wanted)
 
 
+class Rising(gradsurgery.Surgery):
+    """Weights 2, 3, 4, …"""
+
+    def weights(self, gram, losses):
+        return np.arange(2.0, 2.0 + len(losses))
+
+
+def test_heads_below_what_cannot_be_read_stay_apart_where_no_trunk_is_left():
+    """Every loss may reach every head, and what was not zero tells that each reaches its own."""
+    net = Net()
+    optimizer = Rising(torch.optim.SGD(net.parameters(), lr=0.0), every=9)
+    optimizer.backward(FORMS[UNREAD[1]](net(batch(0))))
+    optimizer.step()
+    net.trunk.requires_grad_(False)
+    optimizer.zero_grad()
+    assert "reused" in optimizer.backward(FORMS[UNREAD[1]](net(batch(1)))).flags
+    wanted = torch.autograd.grad(sum(separate(net(batch(1)))), list(net.heads.parameters()))
+    assert_equal([p.grad for p in net.heads.parameters()], list(wanted))
+
+
+def test_what_two_losses_were_seen_to_reach_is_shared_where_one_of_them_is_zero():
+    net = Net(m=2)
+    optimizer = Rising(torch.optim.SGD(net.parameters(), lr=0.0))
+    optimizer.backward(FORMS[UNREAD[1]](net(batch(0))))
+    optimizer.step()
+    optimizer.zero_grad()
+    z = net.trunk(batch(1)).tanh()
+    ys = [head(z) for head in net.heads]
+    optimizer.backward(FORMS[UNREAD[1]]([ys[0], 0 * ys[1] + 1]), features=z)  # a loss of zero
+    weight = net.trunk[0].weight
+    (plain,) = torch.autograd.grad(separate(net(batch(1)))[0], weight)
+    torch.testing.assert_close(weight.grad, 2 * plain)
+
+
 # ------------------------------------------------------------------------------ deep graphs
 
 
