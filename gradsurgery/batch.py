@@ -237,14 +237,10 @@ class Batch:
             Which loss, and its gradients on this process, one entry per parameter.
         """
         # Without joins autograd tells what a loss does not reach.
-        masks = self.graph.masks if self.graph.joins and self.accumulated is None and not self.graph.hidden else None
+        masks = self.graph.masks if self.graph.joins else None
         bits = None if masks is None else [masks.get(p, 0) for p in params]
-        roots, is_usual = self.tasks.roots, masks is None and self.accumulated is None and not self.graph.hidden
-        for i in range(len(roots)) if order is None else order:
-            if is_usual and (root := roots[i]) is not None:
-                yield i, rows_module.gradient(root, params, self.seeds[i], self.retain[i])
-            else:
-                yield i, self._row(i, params, bits)
+        for i in range(len(self.tasks.roots)) if order is None else order:
+            yield i, self._row(i, params, bits)
 
     def _row(self, i: int, params: Sequence[Tensor], bits: Sequence[int] | None) -> Row:
         root = self.tasks.roots[i]

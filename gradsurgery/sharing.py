@@ -32,8 +32,8 @@ class Habits(NamedTuple):
     keeps_rows: bool
     moves_unreached: bool
     undecided: bool
-    acts_on_private: bool = False
-    streaming: bool = False
+    acts_on_private: bool
+    streaming: bool
 
 
 class Sharing:

@@ -297,7 +297,7 @@ class SurgeryStep:
         """Find the weights. In a call that is rejected they are 1: a scaler has to see inf and nan to skip the step."""
         weights: list[np.ndarray] = []
         if not self.transaction.writable:
-            return Weighed(np.ones(self.m) if early is None else early, None, self._plain_sum(parts, seen))
+            return Weighed(np.ones(self.m) if early is None else early, None, self._plain_sum(seen))
         factors = self.method.factors(seen.values, *seen.measured) if early is None else early
         left = factors if self.multiplies and early is None else None
         if self.phase == "solve" and gradients.solved is not None:
@@ -307,15 +307,15 @@ class SurgeryStep:
         elif self.phase == "reuse" and (self.m == 1 or gradients.balances):
             last = self.memory["last_weights"]
             weights = [np.array([last[name] for name in self.batch.names]) for _ in parts]
-        weights = weights or self._plain_sum(parts, seen)
+        weights = weights or self._plain_sum(seen)
         if self.settings.every > 1 and self.phase == "solve":
             new = weights[0] if weights else np.ones(self.m)
             self.memory["last_weights"] = dict(zip(self.batch.names, map(float, new), strict=True))
         comm, device = self.batch.comm, self.batch.values.device
         return Weighed(factors, left, weights if comm.is_alone else [comm.broadcast(w, device) for w in weights])
 
-    def _plain_sum(self, parts: dict[str, list[int]], seen: Seen) -> list[np.ndarray]:
-        return [np.ones(len(gram)) for gram in seen.grams] or [np.ones(self.m) for _ in parts]
+    def _plain_sum(self, seen: Seen) -> list[np.ndarray]:
+        return [np.ones(len(gram)) for gram in seen.grams]
 
     def _solve(
         self,

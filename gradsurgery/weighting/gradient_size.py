@@ -65,7 +65,9 @@ class GradientSizeWeighter(RecordingWeighter):
         if batch.features or self.shared_params is not None or len(batch.names) < 2:
             return rows
         layout = Layout([group["params"] for group in self.param_groups])
-        habits = Habits(keeps_rows=False, moves_unreached=False, undecided=False)
+        habits = Habits(
+            keeps_rows=False, moves_unreached=False, undecided=False, acts_on_private=False, streaming=False
+        )
         sharing = Sharing(batch, layout, self.settings, self.transaction, habits, self.phase)
         is_open = sharing.doubtful(where) or (batch.accumulated is None and batch.undecided(where))
         return sharing.really_shared(where, list(rows)) if is_open else rows

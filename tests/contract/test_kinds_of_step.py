@@ -470,6 +470,42 @@ def test_where_old_weights_follow_every_pass_keeps_the_graph(monkeypatch):
     assert seen == [True, False]
 
 
+# --------------------------------------------------------------------------- methods that keep rows between steps
+
+
+def test_what_one_loss_reaches_at_a_time_is_private_and_what_two_have_reached_is_remembered():
+    """One loss comes in the place of another at `turned`; `both` stays shared, and `trunk` is so for two of three."""
+    trunk, both, turned = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(3))
+    optimizer = gradsurgery.MoCo(torch.optim.SGD([trunk, both, turned], lr=0.0))
+    for user in "abc":
+        optimizer.zero_grad()
+        losses = {"a": (trunk * both).sum(), "b": (trunk - 2 * both).square().sum(), "c": both.square().sum()}
+        losses[user] = losses[user] + (turned - 5).square().sum()
+        optimizer.backward(losses)
+        torch.testing.assert_close(turned.grad, torch.full_like(turned, -8.0))
+        optimizer.step()
+    memory = optimizer.state_dict()["gradsurgery"]["memory"]
+    assert memory["reached"] == {"a": [0, 1], "b": [0, 1], "c": [1]}
+    optimizer = Skewed(torch.optim.SGD([trunk, both, turned], lr=0.0))
+    optimizer.backward({"a": (trunk * both).sum(), "b": (trunk - 2 * both).square().sum()})
+    optimizer.step()
+    assert "reached" not in optimizer.state_dict()["gradsurgery"]["memory"]
+
+
+def test_averages_stay_where_no_loss_gives_a_gradient():
+    net, book = Net(2), nn.Parameter(torch.full((3,), 0.3, dtype=torch.float64))
+    optimizer = gradsurgery.MoCo(torch.optim.SGD([*net.parameters(), book], lr=0.1))
+    kept = []
+    for wanted in (True, False):
+        optimizer.zero_grad()
+        optimizer.backward(net.losses(KeepsSome.apply(torch.tanh(net.trunk(X)), book, wanted)))
+        optimizer.step()
+        place = len(list(net.parameters()))
+        kept.append({n: row[place] for n, row in optimizer.state_dict()["gradsurgery"]["memory"]["tracked"].items()})
+    assert book.grad is None
+    torch.testing.assert_close(kept[1], kept[0], rtol=0, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------ micro-batches
 
 PARTED = {

@@ -474,3 +474,45 @@ def test_projection_oracle():
     for _ in range(20):
         v = np.random.default_rng(_).normal(size=4)
         np.testing.assert_allclose(simplex(v), geometry.project_simplex(v), atol=1e-12)
+
+
+class Counting(Weighter):
+    """Counts how often it is asked, as one that remembers would notice."""
+
+    asked = 0
+
+    def weights(self, losses):
+        self.asked += 1
+        return np.full(len(losses), 2.0)
+
+
+@pytest.mark.parametrize("build", [MoCo, AndMask])
+def test_a_weighter_inside_is_asked_once_a_step(build):
+    p = nn.Parameter(torch.ones(2))
+    inner = Counting(torch.optim.SGD([p], lr=0.1))
+    build(inner).backward([(p - 3).square().sum(), p.sum() + 9])
+    assert inner.asked == 1
+
+
+def test_a_gradient_that_is_not_finite_is_named_beside_rows_of_absent_losses():
+    """There are more rows than losses, and the others are fine."""
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = MConFIG(torch.optim.SGD([p], lr=0.0))
+    optimizer.backward({"a": (p - 1).square().sum(), "b": None})
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="the gradient of 'b' is not finite"):
+        optimizer.backward({"a": None, "b": p[0].sqrt() + p[1]})
+    assert p.grad is None
+
+
+def test_a_scaler_sees_a_value_that_is_not_finite_where_nothing_is_shared():
+    """Gradients are finite, and so is what the method has averaged: the step is skipped all the same."""
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = MoCo(torch.optim.SGD([p, q], lr=0.1), log_losses=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer.backward([p.square().sum(), q.square().sum() + torch.tensor(torch.nan)], scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert torch.equal(p, torch.ones(2))

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -549,6 +550,33 @@ def absent_in_a_reuse_step(rank, size):
     same_everywhere(list(net.heads.parameters()))
 
 
+class ByRank(gradsurgery.Surgery):
+    """What rounding could do on another processor, written large."""
+
+    def weights(self, gram, losses):
+        return np.full(len(gram), 1.0 + dist.get_rank())
+
+
+def weights_that_differ(rank, size):
+    """Those of the first process hold for all."""
+    x = data(size)[0]
+    net = Net()
+    report = ByRank(torch.optim.SGD(net.parameters(), lr=0.01), distributed=True).backward(losses_of(net, x[rank]))
+    assert list(report.weights.values()) == [1.0, 1.0, 1.0]
+    wanted = Net()
+    sum(losses_of(wanted, x.flatten(0, 1)).values()).backward()
+    torch.testing.assert_close(net.trunk[0].weight.grad, wanted.trunk[0].weight.grad)
+
+
+def named_and_not_reached(rank, size):
+    net = Net()
+    optimizer = gradsurgery.PCGrad(
+        torch.optim.SGD(net.parameters(), lr=0.01), distributed=True, shared_params=net.parameters()
+    )
+    optimizer.backward(losses_of(net, data(size)[0, rank]))
+    assert {name for name, p in net.named_parameters() if p.grad is None} == {"unused.weight", "unused.bias"}
+
+
 def inactive_hinge(rank, size):
     """A row of zeros is a row, here as in one process."""
     x = data(size)[0]
@@ -784,8 +812,9 @@ def cases(rank: int, size: int) -> dict[str, Callable[[], None]]:
         found[f"absent in a micro-batch: {build.__name__}"] = lambda build=build: absent_in_a_micro_batch(build, *here)
     found["independent batches of logarithms"] = lambda: independent_logarithms(*here)
     for case in (
-        absent_in_a_reuse_step, absent_where_the_graph_is_too_deep, inactive_hinge, reentrant_is_refused, frozen_on_one_rank, others_in_one_micro_batch,
-        nothing_in_the_last_micro_batch,
+        absent_in_a_reuse_step, absent_where_the_graph_is_too_deep, inactive_hinge, reentrant_is_refused,
+        frozen_on_one_rank, others_in_one_micro_batch, nothing_in_the_last_micro_batch, weights_that_differ,
+        named_and_not_reached,
     ):  # fmt: skip
         found[case.__name__.replace("_", " ")] = lambda case=case: case(*here)
     found["GradNorm"] = lambda: measured(gradsurgery.GradNormWeighter, *here)

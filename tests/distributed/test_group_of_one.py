@@ -19,7 +19,7 @@ REPLICATED = (
     "private after all: NormalizedGradient, Opaque", "absent in a micro-batch: NormalizedGradientWeighter",
     "inactive hinge", "reentrant is refused", "others in one micro batch", "nothing in the last micro batch",
     "nothing finite in the last micro batch", "residuals", "mixed dtypes", "half precision rows",
-    "weight out of range on one rank",
+    "weight out of range on one rank", "named and not reached",
 )  # fmt: skip
 SHARDED = (
     "fully_shard: PCGrad", "fully_shard: MoCo", "fully_shard: DWAWeighter", "fully_shard: UPGrad",
