@@ -49,12 +49,18 @@ OWN_ROWS = ("test_row_averages", "test_row_methods_alike", "test_per_loss_adam")
 ROADS = ("test_gradients", "test_engines", "test_group_of_one")
 #: The files that are changed, and the tests that are to notice.
 TESTS = {
-    "step": ("test_kinds_of_step", "test_switches", *BACKWARD, "test_cheap_modes", "test_group_of_one"),
+    "step": (
+        "test_kinds_of_step", "test_switches", *BACKWARD, "test_cheap_modes", "test_common_descent", *OWN_ROWS,
+        "test_group_of_one",
+    ),
     "batch": (
         *BACKWARD, "test_losses", "test_accumulation", "test_kinds_of_step", "test_switches", "test_joined",
-        "test_per_sample", "test_group_of_one",
+        "test_per_sample", "test_deferred", "test_group_of_one",
     ),
-    "transaction": ("test_state", "test_faults", "test_misuse", "test_accumulation"),
+    "transaction": (
+        "test_state", "test_faults", "test_misuse", "test_accumulation", "test_propose_and_commit",
+        "test_weighting_by_history",
+    ),
     "guard": ("test_faults", "test_range", "test_deferred"),
     "sharing": ("test_kinds_of_step", *BACKWARD, "test_joined", *OWN_ROWS, "test_group_of_one"),
     "solve": ("test_switches", "test_range", "test_priority_methods"),

@@ -447,7 +447,7 @@ class SurgeryStep:
             if request.puts_away and not method.adds_rows:  # it sees one parameter in full precision at a time
                 column = [rows_module.restored(g, p) for g in column]
             g = method.direct(column, weights, request.stand_in(p), self.share)
-            return whole(g, p) if not request.gram_only else g
+            return whole(g, p)
 
         return add
 

@@ -330,6 +330,30 @@ def test_graphs_that_nothing_shares_are_freed_at_once(net, batches):
             _ = ctx.saved_tensors
 
 
+@pytest.mark.parametrize("bad", [None, 0, 1, 2])
+def test_a_micro_batch_of_which_no_loss_is_finite_is_left_out(net, batches, bad):
+    """Under "drop", first, in between or last; a whole batch is skipped."""
+    found, wanted = copy.deepcopy(net), copy.deepcopy(net)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(found.parameters(), lr=0.01), nonfinite="drop")
+    if bad is None:
+        report = optimizer.backward({n: loss * torch.nan for n, loss in found(batches[0, 0]).items()})
+        assert report.names == ()
+        assert report.flags == ("dropped", "skipped")
+        assert all(p.grad is None for p in found.parameters())
+        return
+    for k in range(3):
+        losses = found(batches[0, k])
+        by = torch.nan if k == bad else 1.0
+        report = optimizer.backward({n: by * loss for n, loss in losses.items()}, accumulate=k < 2)
+    assert "dropped" in report.flags
+    plain = gradsurgery.MGDA(torch.optim.SGD(wanted.parameters(), lr=0.01))
+    first, last = (k for k in range(3) if k != bad)
+    plain.backward(wanted(batches[0, first]), accumulate=True)
+    plain.backward(wanted(batches[0, last]))
+    for p, q in zip(found.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 def test_the_scale_of_what_waits_holds_where_the_last_micro_batch_has_no_loss(net, batches):
     reports = []
     for scaler in (torch.amp.GradScaler("cpu", init_scale=1024.0), None):

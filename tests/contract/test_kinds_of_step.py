@@ -252,6 +252,20 @@ def test_features_with_old_weights(every):
         optimizer.step()
 
 
+def test_features_where_the_graph_is_too_deep_to_be_walked(monkeypatch):
+    """Short passes tell which parameters are shared."""
+    monkeypatch.setattr(reach, "_DEEPEST", 2)
+    net = Net()
+    z = torch.tanh(net.trunk(X))
+    Skewed(sgd(net)).backward(net.losses(z), features=z)
+    losses = net.losses()
+    for n, head in zip("abc", net.heads, strict=True):
+        torch.testing.assert_close(head.weight.grad, own_gradient(losses[n], head.weight))
+    weighted = 2 * losses["a"] + 3 * losses["b"] + 4 * losses["c"]
+    torch.testing.assert_close(net.trunk.weight.grad, own_gradient(weighted, net.trunk.weight))
+    assert net.own.weight.grad is None
+
+
 # ------------------------------------------------------------------------------ where the graph does not tell
 
 

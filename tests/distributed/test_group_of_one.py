@@ -23,7 +23,7 @@ REPLICATED = (
 )  # fmt: skip
 SHARDED = (
     "fully_shard: PCGrad", "fully_shard: MoCo", "fully_shard: DWAWeighter", "fully_shard: UPGrad",
-    "fully_shard: GradDrop", "fsdp accumulation",
+    "fully_shard: GradDrop", "fully_shard: GradNormWeighter", "fsdp accumulation",
     "fsdp gradients there before", "fsdp checkpointing", "tensor parallel: GradDrop",
 )  # fmt: skip
 
