@@ -642,7 +642,8 @@ def weighted(tensors: Sequence[Tensor], weights: np.ndarray) -> list[Tensor]:
     """
     kinds = {(t.dtype, t.device.type) for t in tensors}
     if len(kinds) == 1 and kinds <= _IN_NUMPY.keys():  # on the host
-        return list(torch.from_numpy(weights.astype(_IN_NUMPY[kinds.pop()])).unbind())
+        (kind,) = kinds
+        return list(torch.from_numpy(weights.astype(_IN_NUMPY[kind])).unbind())
     return multiplied(seeds(tensors, None), weights.tolist())
 
 

@@ -498,3 +498,14 @@ def test_gcond_remembers_gradients_in_memory_of_its_own():
 def test_gcond_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         GCond(any_optimizer(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_averages_of_half_precision_gradients_are_kept_in_single_precision(dtype):
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = MoCo(torch.optim.SGD([p], lr=0.1))
+    optimizer.backward([p.sum(), p.square().sum()])
+    optimizer.step()
+    tracked = torch.utils._pytree.tree_leaves(optimizer.state_dict()["gradsurgery"]["memory"]["tracked"])
+    assert {x.dtype for x in tracked if isinstance(x, torch.Tensor)} == {torch.float32}
+    assert p.grad.dtype == dtype
