@@ -59,7 +59,7 @@ TESTS = {
     ),
     "transaction": (
         "test_state", "test_faults", "test_misuse", "test_accumulation", "test_propose_and_commit",
-        "test_weighting_by_history",
+        "test_weighting_by_history", "test_switches",
     ),
     "guard": ("test_faults", "test_range", "test_deferred"),
     "sharing": ("test_kinds_of_step", *BACKWARD, "test_joined", *OWN_ROWS, "test_group_of_one"),

@@ -260,3 +260,15 @@ def test_a_call_inside_a_call_of_the_same_optimizer_is_refused_and_nothing_is_lo
     optimizer.backward(net(x))
     optimizer.step()
     assert memory_of(optimizer)["step"] == 1
+
+
+def test_a_step_after_a_call_that_must_not_be_learnt_from_commits_nothing():
+    """A scaler would skip it. Who makes it all the same finds weights of 1, and the memory where it was."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = gradsurgery.MGDA(torch.optim.SGD([p], lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    report = optimizer.backward({"a": p.square().sum(), "b": p[0] * torch.inf}, scaler=scaler)
+    assert report.weights == {"a": 1.0, "b": 1.0}
+    assert not torch.isfinite(p.grad).all()
+    optimizer.step()
+    assert optimizer.state_dict()["gradsurgery"]["memory"]["step"] == 0

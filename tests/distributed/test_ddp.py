@@ -162,6 +162,8 @@ def absent_on_one_rank(build, rank, size):
 
 def absent_where_the_graph_is_too_deep(rank, size):
     """No process can tell from its graph what a loss reaches; that one lacks a loss is no fault all the same."""
+    with mock.patch.object(reach, "_DEEPEST", 2 if rank else reach._DEEPEST):
+        absent_on_one_rank(gradsurgery.PCGrad, rank, size)
     with mock.patch.object(reach, "_DEEPEST", 2):
         absent_on_one_rank(gradsurgery.PCGrad, rank, size)
         net = Net()
