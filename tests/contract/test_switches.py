@@ -399,11 +399,11 @@ def test_granularity_acts_on_each_part(net, x):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**-560])
-def test_the_report_adds_up_the_products_of_all_parts(scale):
+@pytest.mark.parametrize(("scale", "ratio"), [(1.0, 1.0), (2.0**-560, 1.0), (1.0, 2.0**-560)])
+def test_the_report_adds_up_the_products_of_all_parts(scale, ratio):
     """Those of each part may have a unit of their own, where squares are too small for float64."""
     p = [nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
-    rows = ROWS, 1024 * ROWS.flip(1) + 1
+    rows = ROWS, ratio * (1024 * ROWS.flip(1) + 1)
     losses = [sum(scale * row[i] @ q for row, q in zip(rows, p, strict=True)) for i in range(3)]
     report = gradsurgery.MGDA(torch.optim.SGD(p, lr=0.1), granularity="parameter").backward(losses)
     flat = torch.cat(rows, dim=1)
