@@ -520,6 +520,7 @@ class MultiLossOptimizer(Optimizer):
 
         with _ahead_of(optimizer_hooks(self, "load_state_dict_post"), loaded):
             self.base.load_state_dict(bare)
+        hooks.look()
 
     def _require_state(self, state: object) -> None:
         where = f"{self._name}.load_state_dict: `state_dict` must be what state_dict() of an optimizer returned"
@@ -565,6 +566,7 @@ class MultiLossOptimizer(Optimizer):
         self.__dict__.update(state)
         self.transaction.commit()  # a copy made by a hook is in no step
         misuse.watch(self)
+        hooks.look()
 
     # ------------------------------------------------------------------------------- what users call
 

@@ -1,5 +1,6 @@
 """Functions of the user that look at gradients on the way: they get the gradient of one loss at a time."""
 
+import copy
 import threading
 
 import pytest
@@ -121,6 +122,20 @@ def test_without_hooks_losses_pass_side_by_side_in_every_step(passed):
         gradsurgery.Monitor(optimizer)
         optimizer.register_step_post_hook(lambda *_: None)
     assert passed == [True] * 3
+
+
+@pytest.mark.parametrize("resumed", ["loaded", "copied"])
+def test_a_run_that_goes_on_passes_side_by_side_from_its_first_step(resumed, passed):
+    body = trunk()
+    optimizer = gradsurgery.UPGrad(torch.optim.SGD(body.parameters(), lr=0.1), engine="ghosts")
+    saved = optimizer.state_dict()
+    body[0].register_forward_hook(lambda *_: None)
+    if resumed == "loaded":
+        optimizer.load_state_dict(saved)
+    else:
+        body, optimizer = copy.deepcopy((body, optimizer))
+    optimizer.backward(through(body))
+    assert passed == [True]
 
 
 def test_a_hook_of_one_step_is_forgotten_in_the_next(passed):
