@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradsurgery
+from gradsurgery.graph import reach
 from tests.support.catalogue import CATALOGUE
 from tests.support.weighting_catalogue import CATALOGUE as WEIGHTERS
 
@@ -328,6 +329,16 @@ def test_graphs_that_nothing_shares_are_freed_at_once(net, batches):
     for ctx in told:
         with pytest.raises(RuntimeError, match="freed"):
             _ = ctx.saved_tensors
+
+
+def test_a_loss_that_reaches_nothing_is_named_where_the_graph_is_too_deep(net, batches, monkeypatch):
+    monkeypatch.setattr(reach, "_DEEPEST", 2)
+    optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.01))
+    optimizer.backward(net(batches[0, 0]), accumulate=True)
+    with pytest.raises(RuntimeError, match="loss 'b' reaches no parameter") as told:
+        optimizer.backward({**net(batches[0, 1]), "b": nn.Parameter(torch.ones(1)).sum()}, accumulate=True)
+    assert "of the same shapes" not in str(told.value)
+    optimizer.backward(net(batches[0, 1]))
 
 
 @pytest.mark.parametrize("bad", [None, 0, 1, 2])

@@ -645,7 +645,8 @@ def test_methods_that_look_at_gradients_say_so() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"accumulate": True}, "excludes `accumulate`"),
+        ({"accumulate": True}, "per_sample=True excludes `accumulate`"),
+        ({"accumulate": True, "per_sample": "keep"}, "per_sample='keep' excludes `accumulate`"),
         ({"per_sample": "yes"}, 'must be True, False, "keep" or "rerun"'),
     ],
 )
