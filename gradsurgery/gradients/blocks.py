@@ -86,7 +86,7 @@ class Found(Table):
         self._dropped: set[int] = set()
         self._keep = list(range(m))
         self.gram: Tensor = torch.zeros(m, m, dtype=torch.float64)
-        self.functions = Functions(plan.functions, m, plan.eps)
+        self.functions = Functions(plan.functions, m, *plan.coarsest)
         # The largest entry of each loss in the first block: where it is zero, all below is.
         self._alive: list[Tensor] = []
 
@@ -318,16 +318,21 @@ class Plan:
         shared: The shared parameters.
         blocks: From the losses down.
         functions: Nodes of functions that the user has written.
-        eps: The coarsest precision of any gradient, where there are such functions.
+        coarsest: The coarsest precision of any gradient, and the largest of the smallest normal numbers, where there
+            are such functions.
     """
 
     def __init__(
-        self, shared: Sequence[Tensor], blocks: Sequence[Block], functions: Sequence[Node], eps: float
+        self,
+        shared: Sequence[Tensor],
+        blocks: Sequence[Block],
+        functions: Sequence[Node],
+        coarsest: tuple[float, float],
     ) -> None:
         self.shared = tuple(shared)
         self.blocks = tuple(blocks)
         self.functions = tuple(functions)
-        self.eps = eps
+        self.coarsest = coarsest
 
     def differentiate(
         self,
@@ -385,13 +390,21 @@ def plan(roots: Sequence[Root], shared: Sequence[Tensor], nodes: Nodes, share: f
         return None
     blocks = [Block(part.edge, tuple(sorted(part.places))) for part in merged]
     functions = [node for node in nodes if node in leading and is_users(node)]
-    return Plan(shared, blocks, functions, _coarsest(nodes) if functions else 0.0)
+    return Plan(shared, blocks, functions, _coarsest(nodes) if functions else (0.0, 0.0))
 
 
-def _coarsest(nodes: Nodes) -> float:
-    """The coarsest precision of gradients that pass through a graph, which under autocast is not the parameters'."""
+def _coarsest(nodes: Nodes) -> tuple[float, float]:
+    """The coarsest of the gradients that pass through a graph, which under autocast are not the parameters'.
+
+    Args:
+        nodes: The graph.
+
+    Returns:
+        The largest unit of precision, and the largest of the smallest normal numbers.
+    """
     dtypes = {entry.dtype for node in nodes for entry in metadata(node)}
-    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
+    known = [torch.finfo(dtype) for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
+    return max(info.eps for info in known), max(info.tiny for info in known)
 
 
 class _Part(NamedTuple):

@@ -16,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradsurgery.graph.torch_private import nodes_made, number_of, registrations
 
+# The number of all leaves.
+_LEAF = 2**64 - 1
 # How many registrations were this library's own.
 _own = 0
 
@@ -55,10 +57,11 @@ def may_look(nodes: Iterable[Node]) -> bool:
         False if there surely are none. Functions registered at leaves long ago, and what a module's own hooks put into
         the graph in each forward pass, are another question.
     """
-    since = _seen.since
-    if since is None or _seen.count is None or _seen.count != _others():
+    since, end = _seen.since, nodes_made()
+    if since is None or end is None or _seen.count is None or _seen.count != _others():
         return True
-    return any(number_of(node) < since for node in nodes)
+    # A node of another thread has one of its numbers, and what was registered there in the meantime is not known.
+    return any(not since <= (number := number_of(node)) < end and number != _LEAF for node in nodes)
 
 
 def ours(register: Callable[..., RemovableHandle], what: Any) -> RemovableHandle:
@@ -72,8 +75,9 @@ def ours(register: Callable[..., RemovableHandle], what: Any) -> RemovableHandle
         What removes it.
     """
     global _own
-    _own += 1
-    return register(what)
+    handle = register(what)
+    _own += 1  # afterwards: what is interrupted counts as a registration of somebody else
+    return handle
 
 
 def before(node: Node, function: Callable[..., Any]) -> RemovableHandle:

@@ -427,3 +427,38 @@ def test_a_linear_function_in_reduced_precision_may_stay(x):
     with torch.autocast("cpu", torch.bfloat16):
         losses = bent(net, x.float(), lambda g: 3 * g)
     assert step(net, [loss.float() for loss in losses], "blocks", gradsurgery.PCGrad)[1].engine == "blocks"
+
+
+class Subtracts(torch.autograd.Function):
+    """Takes signs, and hands them to two inputs of one shape."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        return a - b
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.sign(), -g.sign()
+
+
+def test_what_a_function_hands_to_two_inputs_does_not_cancel(x):
+    net = Net()
+    z = net.layers[1](net.layers[0](x))
+    z = Subtracts.apply(z, -z.roll(1, 0))
+    for layer in net.layers[2:]:
+        z = layer(z)
+    with pytest.raises(RuntimeError, match=r"Subtracts.*not linear"):
+        step(net, [(head(z) - i).square().mean() for i, head in enumerate(net.heads)], "blocks")
+
+
+def test_what_a_function_hands_to_the_two_sides_of_a_square_does_not_cancel():
+    net, x = Net(), torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"Bends.*not linear"):
+        step(net, bent(net, x, lambda g: g + g.sign() - g.sign().T, (2,)), "blocks")
+
+
+def test_what_is_rounded_to_a_fixed_step_may_stay(x):
+    """Numbers below the smallest normal one, on which the sum of three rows is a few steps off."""
+    net = Net().float()
+    losses = [loss * 1e-39 for loss in bent(net, x.float(), lambda g: -0.3 * g)]
+    assert step(net, losses, "blocks", gradsurgery.MGDA)[1].engine == "blocks"

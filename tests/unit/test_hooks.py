@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -232,3 +233,33 @@ def test_what_is_made_of_parameters_goes_one_by_one_where_hooks_may_look():
         found.append((g.grad, v.grad))
         assert bool(seen) == watched
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("engine", ["ghosts", "blocks"])
+def test_what_another_thread_has_made_may_have_hooks(engine, passed):
+    body, seen = trunk(), []
+
+    def train():  # in a thread that has made no nodes yet, so that its numbers begin where those of the other do
+        optimizer = gradsurgery.UPGrad(torch.optim.SGD(body.parameters(), lr=0.1), engine=engine)
+        with ThreadPoolExecutor(1) as others:
+            for _ in range(3):
+                losses = others.submit(through, body, lambda h: h.register_hook(seen.append) and h).result()
+                optimizer.zero_grad()
+                optimizer.backward(losses)
+
+    with ThreadPoolExecutor(1) as fresh:
+        fresh.submit(train).result()
+    assert True not in passed
+    assert len(seen) == 3 * M
+
+
+def test_a_registration_that_is_interrupted_is_not_taken_for_one_of_the_library():
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    hooks.look()
+    with pytest.raises(KeyboardInterrupt):
+        hooks.ours(interrupted, None)
+    y = 2 * torch.ones(3, requires_grad=True)
+    y.register_hook(print)
+    assert hooks.may_look(graph.walk([y.sum()]).nodes)
