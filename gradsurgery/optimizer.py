@@ -277,7 +277,7 @@ class MultiLossOptimizer(Optimizer):
             raise
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.__dict__ and not hasattr(type(self), name):
+        if name not in self.__dict__ and not name.startswith("_") and not hasattr(type(self), name):
             self._require_no_switch(name)
         super().__setattr__(name, value)
 

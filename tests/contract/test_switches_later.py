@@ -206,6 +206,7 @@ def test_a_subclass_may_have_attributes_with_names_like_those_of_switches():
     optimizer.seeds = 4
     assert (optimizer.seeds, optimizer.preferences_seen) == (4, 2)
     optimizer.initial_lr = optimizer.tag = "anything else"
+    optimizer._engine = optimizer._seed = "what a framework keeps"
     assert pickle.loads(pickle.dumps(optimizer)).seeds == 4
     assert copy.deepcopy(optimizer).tag == "anything else"
     with warnings.catch_warnings():
