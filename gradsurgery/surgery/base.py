@@ -211,6 +211,7 @@ class Surgery(MultiLossOptimizer):
             row_device=row_device,
         )
         self._require_together()
+        self._wanted_engine = self.engine
         self._follow()
         self._now = Now()
 
@@ -229,13 +230,13 @@ class Surgery(MultiLossOptimizer):
 
     def assign(self, switch: str, value: Any) -> None:
         super().assign(switch, value)
+        if switch == "engine":
+            self._wanted_engine = self.engine
         self._follow()
 
     def _follow(self) -> None:
-        """Draw what follows from the switches."""
-        if self.settings.puts_rows_away:
-            self.change_settings(engine="rows")
-        self.needs_losses = self.needs_losses or self.log_losses or self.normalize in ("loss", "loss+")
+        """Take the engine that was asked for, but form rows that are put away."""
+        self.change_settings(engine="rows" if self.settings.puts_rows_away else self._wanted_engine)
 
     def _require_together(self) -> None:
         super()._require_together()
@@ -658,7 +659,7 @@ class Surgery(MultiLossOptimizer):
         m = rows.shape[0]
         if m == 0:
             raise ValueError(f"{where}: `rows` must have at least one row, got shape {tuple(rows.shape)}.")
-        if losses is None and self.needs_losses:
+        if losses is None and (self.needs_losses or self.log_losses or self.normalize in ("loss", "loss+")):
             raise ValueError(f"{where}: `losses` must be given; this method reads them.")
         given = losses.detach().cpu() if isinstance(losses, Tensor) else losses
         values = np.array([math.nan] * m) if given is None else np.asarray(given, dtype=np.float64)
