@@ -365,6 +365,16 @@ def test_the_flag_says_where_a_loss_may_rise(monkeypatch):
     rows = torch.tensor(per_sample(np.random.default_rng(0))).float()
     monkeypatch.setattr(descent.Direction, "rounded", lambda self, flat: flat - rows[0].double())
     assert FLAG in direction(PROMISING["UPGrad"], rows)[1]
+    w = nn.Parameter(torch.zeros(rows.shape[1]))
+    assert FLAG in gradsurgery.UPGrad(torch.optim.SGD([w], lr=0.1)).backward(list(rows @ w)).flags
+
+
+def test_a_loss_of_weight_zero_is_promised_nothing():
+    w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    inner = gradsurgery.FixedWeighter(torch.optim.SGD([w], lr=0.1), weights={"a": 1.0, "b": 0.0})
+    report = gradsurgery.UPGrad(inner).backward({"a": w[0], "b": w[1] - w[0]})
+    assert w.grad.tolist() == [1.0, 0.0]
+    assert not report.flags
 
 
 @pytest.mark.parametrize("exponent", [-900, 900])

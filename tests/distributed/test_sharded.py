@@ -155,6 +155,22 @@ def fsdp_half(rank, size):
     assert_same(whole(net).float(), plain, rtol=0.1, atol=0.02)
 
 
+def fsdp_squares_outside_float32(rank, size):
+    """A process has pieces of the rows only, and cannot make products anew on its own."""
+    x = data(size)[0].float()
+
+    def weighed(net, batch):
+        optimizer = gradsurgery.MGDA(torch.optim.SGD(net.parameters(), lr=0.01))
+        losses = {name: 2.0**-80 * loss for name, loss in losses_of(net, batch).items()}
+        return optimizer.backward(losses)
+
+    report = weighed(sharded(Net().float()), x[rank])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*processes run, and nothing is exchanged")
+        wanted = weighed(Net().float(), x.flatten(0, 1))
+    assert report.weights == pytest.approx(wanted.weights, rel=1e-4, abs=1e-6)
+
+
 def fsdp_gradients_there_before(rank, size):
     x = data(size)[0]
     net = sharded(Net())
@@ -262,8 +278,9 @@ def cases(rank, size):
     for row in (*over_processes(), *SHARDED_WEIGHTERS):
         found[f"fully_shard: {row.name}"] = lambda build=row.build: fsdp(build, *here)
     for case in (
-        fsdp_unequal, fsdp_accumulation, fsdp_scaler, fsdp_half, fsdp_gradients_there_before, fsdp_checkpointing,
-        fsdp_refuses, debug_compares_what_is_whole_everywhere, a_parameter_that_nobody_exchanges,
+        fsdp_unequal, fsdp_accumulation, fsdp_scaler, fsdp_half, fsdp_squares_outside_float32,
+        fsdp_gradients_there_before, fsdp_checkpointing, fsdp_refuses, debug_compares_what_is_whole_everywhere,
+        a_parameter_that_nobody_exchanges,
     ):  # fmt: skip
         found[case.__name__.replace("_", " ")] = lambda case=case: case(*here)
     for name in ("PCGrad", "MGDA", "GradDrop", "MoCo", "ExcessMTL", "MTAdam", "DWAWeighter"):

@@ -592,6 +592,34 @@ def test_an_output_that_no_loss_reads_leaves_its_head_alone():
     assert all(p.grad is not None for p in net.heads[1].parameters())
 
 
+class Nothing(torch.autograd.Function):
+    """Passes a tensor on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+@pytest.mark.parametrize("joins", [1, 2])
+def test_a_loss_that_is_given_nothing_above_other_joins(joins):
+    joined, apart = Net(), Net()
+    ys = joined(batch(0))
+    first = torch.cat(ys[:2], 1)
+    for _ in range(joins - 1):
+        first = torch.cat([first[:, :1], first[:, 1:]], 1)
+    losses = by_columns(torch.cat([Nothing.apply(first[:, :1]), first[:, 1:], ys[2]], 1))
+    found = gradsurgery.PCGrad(torch.optim.SGD(joined.parameters(), lr=0.1)).backward(losses)
+    ys = apart(batch(0))
+    losses = separate([Nothing.apply(ys[0]), *ys[1:]])
+    wanted = gradsurgery.PCGrad(torch.optim.SGD(apart.parameters(), lr=0.1)).backward(losses)
+    assert found.weights == pytest.approx(wanted.weights)
+    assert_equal(gradients(joined), gradients(apart))
+
+
 def test_large_outputs_are_told_apart_by_their_channels():
     """Images of two tasks in one tensor, more entries than any operation is tried on."""
     torch.manual_seed(0)
