@@ -55,7 +55,7 @@ TESTS = {
     ),
     "batch": (
         *BACKWARD, "test_losses", "test_accumulation", "test_kinds_of_step", "test_switches", "test_joined",
-        "test_per_sample", "test_deferred", "test_group_of_one",
+        "test_per_sample", "test_deferred", "test_group_of_one", "test_modules",
     ),
     "transaction": (
         "test_state", "test_faults", "test_misuse", "test_accumulation", "test_propose_and_commit",
@@ -68,7 +68,7 @@ TESTS = {
     "gradients/exact": ("test_exact",),
     "gradients/gram": ("test_gram", "test_precision", "test_range", "test_exact"),
     "gradients/descent": ("test_common_descent", "test_range"),
-    "gradients/dense": ("test_kinds_of_step", "test_cheap_modes", "test_common_descent", *ROADS),
+    "gradients/dense": ("test_kinds_of_step", "test_cheap_modes", "test_common_descent", "test_graddrop", *ROADS),
     "gradients/rows": (
         *BACKWARD, "test_precision", "test_kinds_of_step", "test_cheap_modes", *OWN_ROWS, *ROADS, "test_joined",
     ),

@@ -147,3 +147,11 @@ def test_trimmed_mean_counts_a_loss_that_does_not_reach_a_parameter_as_zero():
     TrimmedMean(torch.optim.SGD([p, q], lr=0.1)).backward([(p + q).sum(), (2 * p + 5 * q).sum(), (4 * p).sum()])
     assert p.grad.item() == 6  # 3 · median(1, 2, 4)
     assert q.grad.item() == 3  # 3 · median(1, 5, 0)
+
+
+def test_trimmed_mean_of_several_small_parameters_is_that_of_one():
+    rows = torch.tensor([[1.0, 2.0, -3.0, 4.0], [5.0, -6.0, 7.0, 0.5], [-2.0, 3.0, 1.0, 9.0]])
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    losses = [(row[:2] * params[0]).sum() + (row[2:] * params[1]).sum() for row in rows]
+    TrimmedMean(torch.optim.SGD(params, lr=0.1)).backward(losses)
+    torch.testing.assert_close(torch.cat([p.grad for p in params]), TrimmedMean(any_optimizer()).combine(rows))

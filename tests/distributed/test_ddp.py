@@ -172,6 +172,7 @@ def absent_where_the_graph_is_too_deep(rank, size):
         losses["b"] = nn.Parameter(torch.ones(1)).square().sum() if rank else None
         with pytest.raises(RuntimeError, match="loss 'b' reaches no parameter"):
             optimizer.backward(losses)
+        absent_in_a_micro_batch(gradsurgery.PCGrad, rank, size)
 
 
 def nothing_on_one_rank(rank, size):
@@ -202,6 +203,12 @@ def nan_on_one_rank(policy, rank, size):
     assert any(written) == (policy == "drop")
     optimizer.step()
     same_everywhere(list(net.parameters()))
+    if policy == "drop":
+        left = Net()
+        single = gradsurgery.PCGrad(torch.optim.SGD(left.parameters(), lr=0.01))
+        quietly(single, losses_of(left, x.flatten(0, 1), ("a", "c")))
+        single.step()
+        assert_same(net, left)
 
 
 def bad_gradient_on_one_rank(rank, size):
