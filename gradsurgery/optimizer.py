@@ -278,9 +278,7 @@ class MultiLossOptimizer(Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__dict__ and not name.startswith("_") and not hasattr(type(self), name):
-            frame = inspect.currentframe()
-            caller = None if frame is None else frame.f_back
-            self._warn_of_typo(name, "" if caller is None else caller.f_globals.get("__name__", ""))
+            self._warn_of_typo(name, calling_frame(1).f_globals.get("__name__", ""))
         super().__setattr__(name, value)
 
     def _warn_of_typo(self, name: str, module: str) -> None:
