@@ -19,6 +19,7 @@ from gradsurgery.gradients import descent
 from gradsurgery.gradients import gram as gram_module
 from tests.support.catalogue import ALL, CATALOGUE, any_optimizer
 from tests.support.processes import run_cases, same_everywhere
+from tests.support.two_heads import Nothing
 
 PROMISING = {row.name: row for row in CATALOGUE if row.common_descent}
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
@@ -296,22 +297,10 @@ def test_a_corrected_sum_out_of_range_is_skipped_like_any_other(method):
     assert p.grad is None
 
 
-class Stopped(torch.autograd.Function):
-    """Passes nothing on, which the graph does not tell."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    def backward(ctx, g):
-        return None
-
-
 def test_parameters_that_no_loss_reaches_get_no_part_of_what_is_corrected():
     torch.manual_seed(0)
     wave, silent, empty = (nn.Parameter(torch.randn(n)) for n in (4, 3, 0))
-    z = wave + Stopped.apply(silent).sum() + empty.sum()
+    z = wave + Nothing.apply(silent).sum() + empty.sum()
     first = (z * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum()
     losses = [first, -first * 1.7 + 1e-6 * z.square().sum()]
     rows = torch.stack([torch.autograd.grad(loss, wave, retain_graph=True)[0] for loss in losses])

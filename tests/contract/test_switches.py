@@ -46,11 +46,6 @@ def net():
     return Net()
 
 
-@pytest.fixture
-def x():
-    return torch.randn(8, 5, dtype=torch.float64)
-
-
 def wrapped(method, net, **options):
     return method(torch.optim.SGD(net.parameters(), lr=0.1), **options)
 

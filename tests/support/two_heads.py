@@ -64,3 +64,15 @@ def memory_of(optimizer):
 def with_bad_row(net, x):
     losses = net(x)
     return {**losses, "t1": losses["t1"] + (net.trunk[0].weight.sum() * 0).sqrt()}
+
+
+class Nothing(torch.autograd.Function):
+    """Passes a tensor on, and no gradient back, which the graph does not tell."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None

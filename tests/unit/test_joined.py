@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import gradsurgery
 from gradsurgery import graph
 from gradsurgery.graph import footprints, reach, torch_private
+from tests.support.two_heads import Nothing
 
 M = 3
 SCALES = (1.0, 10.0, 100.0)
@@ -590,18 +591,6 @@ def test_an_output_that_no_loss_reads_leaves_its_head_alone():
     optimizer.backward([loss(out[:, 0], 0), loss(out[:, 1], 1)])
     assert all(p.grad is None for p in net.heads[2].parameters())
     assert all(p.grad is not None for p in net.heads[1].parameters())
-
-
-class Nothing(torch.autograd.Function):
-    """Passes a tensor on, and no gradient back."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return None
 
 
 @pytest.mark.parametrize("joins", [1, 2])
